@@ -1,0 +1,53 @@
+# Environments are made from nothing; python3 with venv and pip are all that must be there. Versions come from
+# constraints.txt, and pip heeds its own settings (PIP_INDEX_URL, PIP_CONSTRAINT, pip.conf), so that a CPU build of
+# torch, or a mirror, can be used.
+
+PYTHON ?= python3
+MARKS ?= not slow and not gpu and not tensorrt
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help sample test check format clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+sample: ## Draw samples.png with the bundled model: 256 images, two steps, no torch installed
+	@+$(call environment,.venv)
+	.venv/bin/cm-runtime sample --steps 2 --batch 256
+
+check: ## Lint, formatting and types
+	@+$(call environment,.venv-dev)
+	.venv-dev/bin/ruff check
+	.venv-dev/bin/ruff format --check
+	.venv-dev/bin/mypy
+
+# Two workers of one thread each: torch's own threads would otherwise contend for the same cores.
+test: check ## What CI runs: make check, then the tests; MARKS="gpu" or "slow" runs those instead
+	OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
+
+format: ## Mend what ruff can mend
+	@+$(call environment,.venv-dev)
+	.venv-dev/bin/ruff check --fix
+	.venv-dev/bin/ruff format
+
+clean: ## Remove the environments, caches and what a build leaves
+	rm -rf .venv .venv-dev build dist cm_runtime.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One make at a time fills an environment (where there is flock), and the stamp, `ready`, comes last: an environment
+# left half made is filled by the next make, and a full one costs nothing.
+FLOCK := $(shell command -v flock)
+environment = mkdir -p $(1) && $(if $(FLOCK),$(FLOCK) $(1)/lock) $(MAKE) --silent --no-print-directory $(1)/ready
+
+.venv/ready: extra = cpu
+.venv-dev/ready: extra = dev
+pip = $(@D)/bin/python -m pip --disable-pip-version-check
+
+.venv/ready .venv-dev/ready: pyproject.toml constraints.txt
+	echo "installing cm-runtime[$(extra)] in $(@D)"
+	$(pip) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(@D)
+	$(pip) install --quiet --constraint constraints.txt setuptools
+	$(pip) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(extra)]'
+	touch $@
