@@ -1,0 +1,70 @@
+"""Every error a user can meet is one of these, and prints as one line that says what, where and what to do.
+
+    CmRuntimeError
+    ├── RequestError        steps, sigmas, labels, shapes or counts that no model could serve
+    ├── ConfigError         a preset or configuration with an unknown key or a value out of range
+    ├── MissingExtraError   a package that this work needs is not installed; names the pip command
+    ├── FileError           a path that cannot be read
+    │   ├── DataError         data set files: IDX, CIFAR-10, images, npz, downloads
+    │   ├── CheckpointError   .pt files
+    │   └── ArtifactError     exported files: .onnx and what else we write for an engine
+    ├── OutputError         a path that cannot be written, or that must not be replaced
+    ├── EngineError         ONNX Runtime, torch or another engine refused or failed
+    ├── ParityError         an export that does not compute what its checkpoint computes
+    └── TrainingError       a run that cannot go on: loss not finite, state of another run
+
+Foreign exceptions are wrapped in the most telling of these with ``raise ... from error``.
+"""
+
+
+class CmRuntimeError(Exception):
+    """Base of all errors that cm-runtime raises on purpose. ``str(error)`` is one line."""
+
+
+class RequestError(CmRuntimeError, ValueError):
+    """What was asked for is impossible: steps, sigmas, labels, shapes or counts."""
+
+
+class ConfigError(CmRuntimeError, ValueError):
+    """A configuration has an unknown key or a value out of range."""
+
+
+class MissingExtraError(CmRuntimeError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, what: str) -> None:
+        super().__init__(f"{what} needs {package}: pip install 'cm-runtime[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+
+class FileError(CmRuntimeError):
+    """A file or folder is missing, truncated, foreign or unreadable."""
+
+
+class DataError(FileError):
+    """A data set's files do not hold what their format promises."""
+
+
+class CheckpointError(FileError):
+    """A checkpoint is not one of ours, or its tensors do not fit its config."""
+
+
+class ArtifactError(FileError):
+    """An exported file is not one of ours, or is damaged."""
+
+
+class OutputError(CmRuntimeError):
+    """A result cannot be written where it should go."""
+
+
+class EngineError(CmRuntimeError):
+    """An inference engine could not load or run a model."""
+
+
+class ParityError(CmRuntimeError):
+    """An export differs from its checkpoint by more than its precision allows; nothing was written."""
+
+
+class TrainingError(CmRuntimeError):
+    """Training cannot go on."""

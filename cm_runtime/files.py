@@ -1,0 +1,59 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cm_runtime.errors import OutputError
+
+
+@contextmanager
+def written(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
+    """A temporary path beside ``path``, moved onto it when the block ends well and removed when it does not.
+
+    The name's ending is kept, for writers that choose a format by it. Raises OutputError when the folder
+    cannot be written, the disk is full, or ``path`` exists and ``force`` is off.
+    """
+    target = Path(path)
+    check_writable(target, force=force)
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if force:
+            os.replace(temporary, target)
+        else:
+            os.link(temporary, target)  # fails if another process was first
+            temporary.unlink()
+    except FileExistsError as error:
+        raise OutputError(f"{target} exists; replace it with --force") from error
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str], *, force: bool = True) -> None:
+    """Raises OutputError if ``path`` could not be written, so that hours of work are not lost to a typing error."""
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; give the name of a file")
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists; replace it with --force")
+    folder = target.parent
+    if not folder.is_dir():
+        raise OutputError(f"{target} cannot be written: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{target} cannot be written: no permission to write in {folder}")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The file's SHA-256, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,120 @@
+"""Addressable noise: every normal is a function of (seed, sample, draw, element), and of nothing else.
+
+The words are Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with
+
+    key = (seed low 32, seed high 32)    counter = (block, draw, sample low 32, sample high 32)
+
+where block = element // 4 over the flat CHW index. Four words (a, b, c, e) give four normals by Box-Muller on
+the pairs (a, b) and (c, e), computed in float64 and rounded once to float32. Batch size, order, worker count
+and machine therefore never change which image sample 17 of seed 0 is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cm_runtime.errors import RequestError
+
+LABEL_DRAW = 0xFFFFFFFF
+_LIMIT = 1 << 64
+_MASK = np.uint64(0xFFFFFFFF)
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_32 = np.uint64(32)
+# Blocks turned into normals at a time: what they need stays in a core's second-level cache.
+_CHUNK = 1 << 13
+
+
+def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Philox4x32-10 of ``counter`` (4, n), each entry a 32-bit word: (4, n) words, uint64 below 2^32.
+
+    seed: 0..2^64-1, the key. The words are 64 bits wide because the rounds multiply 32 x 32 -> 64.
+    """
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c2 = (p1 >> _32) ^ c1 ^ np.uint64(k0), (p0 >> _32) ^ c3 ^ np.uint64(k1)
+        c1, c3 = p1 & _MASK, p0 & _MASK
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return np.stack((c0, c1, c2, c3))
+
+
+def words(seed: int, samples: ArrayLike, draw: int, blocks: int) -> NDArray[np.uint64]:
+    """The random words of ``draw`` for each sample: (len(samples), blocks, 4) uint64 below 2^32.
+
+    samples: (n,) integers 0..2^64-1; draw: 0..2^32-1. Raises RequestError when a number is out of range.
+    """
+    index = sample_index(samples)
+    _check_address(seed, draw)
+    n = index.size
+    counter = np.empty((4, n, blocks), np.uint64)
+    counter[0] = np.arange(blocks, dtype=np.uint64)
+    counter[1] = draw
+    counter[2] = (index & _MASK)[:, None]
+    counter[3] = (index >> _32)[:, None]
+    return np.moveaxis(philox(counter.reshape(4, -1), seed).reshape(4, n, blocks), 0, -1)
+
+
+def normal(seed: int, samples: ArrayLike, draw: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Standard normals of ``draw`` for each sample: (len(samples), *shape) float32.
+
+    seed, samples: 0..2^64-1; draw 0 is the first noise, k the k-th renoise. Raises RequestError when a number
+    is out of range.
+    """
+    index = sample_index(samples)
+    size = math.prod(shape)
+    blocks = -(-size // 4)
+    z = np.empty((index.size, blocks * 4), np.float32)
+    per_chunk = max(_CHUNK // max(blocks, 1), 1)
+    for first in range(0, index.size, per_chunk):
+        chunk = slice(first, first + per_chunk)
+        z[chunk] = _box_muller(words(seed, index[chunk], draw, blocks)).reshape(-1, blocks * 4)
+    return np.ascontiguousarray(z[:, :size]).reshape(index.size, *shape)
+
+
+def random_labels(seed: int, samples: ArrayLike, num_classes: int) -> NDArray[np.int64]:
+    """A uniform label for each sample: floor(word0 * num_classes / 2^32), (len(samples),) int64."""
+    word = words(seed, samples, LABEL_DRAW, 1)[:, 0, 0]
+    return ((word * np.uint64(num_classes)) >> _32).astype(np.int64)
+
+
+def sample_index(samples: ArrayLike) -> NDArray[np.uint64]:
+    """Sample numbers as (n,) uint64; raises RequestError unless they are integers 0..2^64-1."""
+    try:
+        numbers = np.asarray(samples)
+        if numbers.dtype == object:  # integers past 2^63 mixed with smaller ones
+            numbers = np.asarray([_checked(int(i), _LIMIT, "sample") for i in numbers.ravel()], np.uint64)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise RequestError("sample numbers must be integers from 0 to 2^64-1") from error
+    if numbers.size and numbers.dtype.kind not in "ui":
+        raise RequestError(f"sample numbers must be integers from 0 to 2^64-1, not {numbers.dtype}")
+    if numbers.dtype.kind == "i" and numbers.size and numbers.min() < 0:
+        raise RequestError(f"sample numbers must be integers from 0 to 2^64-1, not {numbers.min()}")
+    return numbers.astype(np.uint64).ravel()
+
+
+def _box_muller(four: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """Normals of (..., 4) words: (..., 4) float32, in the order r sin, r cos of each pair."""
+    u = four[..., 0::2] * 2.0**-32 + 2.0**-33
+    angle = (four[..., 1::2] * 2.0**-32 + 2.0**-33) * (2 * np.pi)
+    r = np.sqrt(-2 * np.log(u))
+    z = np.empty(four.shape, np.float32)
+    z[..., 0::2] = r * np.sin(angle)
+    z[..., 1::2] = r * np.cos(angle)
+    return z
+
+
+def _check_address(seed: int, draw: int) -> None:
+    _checked(seed, _LIMIT, "seed")
+    _checked(draw, 1 << 32, "draw")
+
+
+def _checked(number: int, limit: int, name: str) -> int:
+    if not 0 <= number < limit:
+        raise RequestError(f"{name} must be from 0 to {limit - 1}, not {number}")
+    return number

@@ -1,0 +1,93 @@
+"""Noise levels: Karras grids, the steps of a sampler, and how a training grid grows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cm_runtime.errors import RequestError
+
+SIGMA_MIN = 0.002
+SIGMA_MAX = 80.0
+RHO = 7.0
+
+
+def karras_sigmas(
+    N: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
+) -> NDArray[np.float64]:
+    """The Karras grid, descending from ``sigma_max`` to ``sigma_min``: (N,) float64, N >= 2.
+
+    arXiv 2206.00364, eq. 5; the consistency-model paper counts the same grid upwards (arXiv 2303.01469,
+    section 2).
+    """
+    if N < 2:
+        raise RequestError(f"a grid of noise levels needs at least 2 points, not {N}")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise RequestError(f"a grid needs 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
+    ramp = np.arange(N, dtype=np.float64) / (N - 1)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas: NDArray[np.float64] = (high + ramp * (low - high)) ** rho
+    sigmas[0], sigmas[-1] = sigma_max, sigma_min
+    return sigmas
+
+
+def sampler_sigmas(
+    steps: int,
+    tuned: Mapping[int, Sequence[float]] | None = None,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
+) -> tuple[float, ...]:
+    """The noise levels of a ``steps``-step sampler, descending from ``sigma_max``.
+
+    The model's tuned levels for that many steps where it carries some; else the Karras grid of steps + 1
+    points without its last. Raises RequestError unless steps is from 1 to 1000.
+    """
+    if not 1 <= steps <= 1000:
+        raise RequestError(f"steps must be from 1 to 1000, not {steps}")
+    if tuned and steps in tuned:
+        return tuple(tuned[steps])
+    return tuple(float(s) for s in karras_sigmas(steps + 1, sigma_min, sigma_max, rho)[:-1])
+
+
+def checked_sigmas(
+    sigmas: Sequence[float],
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+) -> tuple[float, ...]:
+    """``sigmas`` as floats if a sampler can take them: strictly descending from sigma_max, above sigma_min.
+
+    Raises RequestError naming the first that does not fit.
+    """
+    levels = tuple(float(s) for s in sigmas)
+    if not levels:
+        raise RequestError("sigmas is empty; give at least one noise level, the first one sigma_max")
+    if not math.isclose(levels[0], sigma_max, rel_tol=1e-6):
+        raise RequestError(f"the first sigma must be the model's sigma_max {sigma_max:g}, not {levels[0]:g}")
+    for before, after in zip(levels, levels[1:], strict=False):
+        if not after < before:
+            raise RequestError(f"sigmas must descend strictly; {after:g} follows {before:g}")
+    if not levels[-1] > sigma_min:
+        raise RequestError(f"every sigma must lie above the model's sigma_min {sigma_min:g}, not {levels[-1]:g}")
+    return (float(sigma_max), *levels[1:])
+
+
+def N_of_k(k: int, K: int, s0: int, s1: int) -> int:
+    """N(k), the size of the training grid at step ``k`` of ``K``, growing from s0 to s1 + 1 (arXiv 2303.01469, C).
+
+    As in the authors' code: ceil(sqrt(k/K ((s1+1)^2 - s0^2) + s0^2) - 1) + 1, and the first value is at least 2.
+    """
+    N = math.ceil(math.sqrt(k / K * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
+    return max(N, 2)
+
+
+def mu_of_k(k: int, K: int, s0: int, s1: int, mu0: float) -> float:
+    """mu(k), the decay of the EMA target at step ``k``: exp(s0 ln mu0 / (N(k) - 1)) (arXiv 2303.01469, C).
+
+    The paper prints N(k) in the denominator; the authors' code, which made the published models, divides by
+    N(k) - 1.
+    """
+    return math.exp(s0 * math.log(mu0) / max(N_of_k(k, K, s0, s1) - 1, 1))
