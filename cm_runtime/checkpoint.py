@@ -1,0 +1,170 @@
+"""Our ``.pt`` checkpoints: plain tensors and containers, read without ever unpickling code.
+
+{format, config, default_ema, ema: {rate: state_dict}, training}
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from cm_runtime import files
+from cm_runtime.artifact import Manifest, TrainingSummary
+from cm_runtime.errors import CheckpointError, RequestError
+from cm_runtime.model import ConsistencyModel, ModelConfig, build
+
+FORMAT = "cm-runtime checkpoint 1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model: its config and the averaged weights, one state dict per EMA rate.
+
+    Weights may be stored in float16; they are always computed in float32.
+    """
+
+    config: ModelConfig
+    default_ema: str
+    ema: Mapping[str, Mapping[str, Tensor]]
+    training: TrainingSummary
+    sha256: str = ""
+
+    def model(self, ema: str | None = None) -> ConsistencyModel:
+        """f in float32, in evaluation mode, with the weights of that EMA rate (default: default_ema).
+
+        Raises RequestError for a rate it does not hold and CheckpointError when the tensors do not fit.
+        """
+        rate = ema or self.default_ema
+        if rate not in self.ema:
+            raise RequestError(f"there is no EMA rate {rate}; the checkpoint holds {', '.join(self.ema)}")
+        model = build(self.config, "meta")
+        weights = {name: tensor.float() for name, tensor in self.ema[rate].items()}
+        _check_weights(model, weights)
+        model.load_state_dict(weights, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def manifest(self) -> Manifest:
+        """What an export of this checkpoint says of itself, parity still open."""
+        config = self.config
+        return Manifest(
+            graph="denoiser",
+            image_shape=config.image_shape,
+            num_classes=config.network.num_classes,
+            precond=config.precond,
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+            sigma_data=config.sigma_data,
+            sigma_boundary=config.sigma_boundary,
+            rho=config.rho,
+            source_sha256=self.sha256,
+            training=self.training,
+        )
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
+    """Writes ``path`` whole or not at all; raises OutputError."""
+    save_plain(
+        {
+            "format": FORMAT,
+            "config": checkpoint.config.model_dump(mode="json"),
+            "default_ema": checkpoint.default_ema,
+            "ema": {rate: dict(weights) for rate, weights in checkpoint.ema.items()},
+            "training": checkpoint.training.model_dump(mode="json"),
+        },
+        path,
+    )
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint in ``path``. Raises CheckpointError: missing, truncated, a pickle, not ours, misshapen."""
+    where = Path(path)
+    content = load_plain(where)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{where} is not a cm-runtime checkpoint")
+    try:
+        checkpoint = Checkpoint(
+            config=ModelConfig.model_validate(content["config"]),
+            default_ema=str(content["default_ema"]),
+            ema=content["ema"],
+            training=TrainingSummary.model_validate(content["training"]),
+            sha256=files.sha256(where),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{where} is damaged: it has no {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{where} is damaged: {field}: {first['msg']}") from error
+    if checkpoint.default_ema not in checkpoint.ema:
+        raise CheckpointError(f"{where} is damaged: it has no weights for EMA rate {checkpoint.default_ema}")
+    try:
+        for weights in checkpoint.ema.values():
+            _check_weights(build(checkpoint.config, "meta"), weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return checkpoint
+
+
+def save_plain(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Plain tensors and containers to ``path``, whole or not at all; raises OutputError."""
+    with files.written(path) as temporary:
+        try:
+            torch.save(dict(content), temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk so
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``save_plain`` wrote. Nothing is unpickled but tensors and plain containers; raises CheckpointError."""
+    where = Path(path)
+    if not where.exists():
+        raise CheckpointError(f"{where}: no such file")
+    try:
+        with zipfile.ZipFile(where) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+        if claimed > where.stat().st_size:  # torch stores without compression: anything else is a bomb
+            raise CheckpointError(f"{where} is not a torch checkpoint: it claims {claimed} bytes of content")
+        content = torch.load(where, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        with where.open("rb") as file:
+            pickled = isinstance(error, pickle.UnpicklingError) or file.read(1) == pickle.PROTO
+        if pickled:
+            raise CheckpointError(
+                f"{where} is a pickle that could run code, which cm-runtime never does; save plain tensors and containers"
+            ) from error
+        raise CheckpointError(f"{where} is not a torch checkpoint, or is truncated") from error
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where} is not a torch checkpoint, or is damaged") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where} is not a cm-runtime checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def _check_weights(model: ConsistencyModel, weights: Any) -> None:
+    """Raises CheckpointError naming every tensor that is missing, extra, misshapen or not finite."""
+    if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise CheckpointError("its weights are not a state dict")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [f"missing {name}" for name in expected if name not in weights]
+    wrong += [f"unexpected {name}" for name in weights if name not in expected]
+    for name, tensor in weights.items():
+        if name not in expected:
+            continue
+        if tuple(tensor.shape) != expected[name]:
+            wrong.append(f"{name} is {tuple(tensor.shape)} and should be {expected[name]}")
+        elif not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            wrong.append(f"{name} is not finite")
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise CheckpointError("its tensors do not fit its config: " + "; ".join(wrong[:5]) + more)

@@ -1,0 +1,64 @@
+"""f itself: the consistency function as a torch module, preconditioning included."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from cm_runtime.precond import Form, Precond, precond
+from cm_runtime.schedule import RHO, SIGMA_MAX, SIGMA_MIN
+from cm_runtime.unet import UNet, UNetConfig
+
+
+class ModelConfig(BaseModel):
+    """Everything that fixes f but the weights; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: UNetConfig
+    precond: Form
+    sigma_data: float = Field(0.5, gt=0)
+    sigma_boundary: float = Field(ge=0, description="where f is the identity: 0 for the edm form")
+    sigma_min: float = Field(SIGMA_MIN, gt=0, description="the sampler's, not the form's")
+    sigma_max: float = Field(SIGMA_MAX, gt=0)
+    rho: float = Field(RHO, gt=0)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.network.image_channels, self.network.image_size, self.network.image_size
+
+
+class ConsistencyModel(nn.Module):
+    """f(x, sigma, label) = c_skip x + c_out F(c_in x, c_noise, label), unclamped (arXiv 2303.01469, eq. 5).
+
+    The same module is the EDM teacher's denoiser D (arXiv 2206.00364, eq. 7) while it is trained as one.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.precond: Precond = precond(config.precond, config.sigma_data, config.sigma_boundary)
+        self.F = UNet(config.network)
+
+    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        """x: (N,C,H,W) float32, sigma: (N,) float32, label: (N,) int64 with classes -> (N,C,H,W) float32."""
+        return self.skip_scale(x, self.network(x, sigma, label), sigma)
+
+    def network(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        """F(c_in x, c_noise, label), for the inputs of `forward`."""
+        s = sigma.float().reshape(-1, 1, 1, 1)
+        F: Tensor = self.F(self.precond.c_in(s) * x, self.precond.c_noise(sigma.float()), label)
+        return F
+
+    def skip_scale(self, x: Tensor, F: Tensor, sigma: Tensor) -> Tensor:
+        """c_skip(sigma) x + c_out(sigma) F in float32; an export has one graph node in its place."""
+        s = sigma.float().reshape(-1, 1, 1, 1)
+        return self.precond.c_skip(s) * x.float() + self.precond.c_out(s) * F.float()
+
+
+def build(config: ModelConfig, device: str | torch.device = "cpu") -> ConsistencyModel:
+    """A model of ``config`` with fresh weights on ``device``."""
+    with torch.device(device):
+        return ConsistencyModel(config)
