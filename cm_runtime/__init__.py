@@ -1,0 +1,50 @@
+"""cm-runtime: train a consistency model, compile it, and draw images from it in one or two network evaluations.
+
+    import cm_runtime as cm
+
+    model = cm.load()                                  # the bundled model; or cm.load("model.onnx")
+    images = cm.sample(model, count=256, steps=2)      # uint8 (256, H, W, C)
+
+Names are imported when they are first used: importing the package costs nothing, and sampling needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cm_runtime import errors as errors
+    from cm_runtime import export as export
+    from cm_runtime import noise as noise
+    from cm_runtime.backends import load as load
+    from cm_runtime.checkpoint import load_checkpoint as load_checkpoint
+    from cm_runtime.sampling import sample as sample
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "cm_runtime.backends",
+    "load_checkpoint": "cm_runtime.checkpoint",
+    "sample": "cm_runtime.sampling",
+}
+_MODULES = ("errors", "export", "noise")
+_NEED_TORCH = ("export", "load_checkpoint")
+
+__all__ = ["errors", "export", "load", "load_checkpoint", "noise", "sample"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        from cm_runtime.extras import require
+
+        require("torch", f"cm_runtime.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"cm_runtime.{name}")
+    raise AttributeError(f"module 'cm_runtime' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,41 @@
+"""What every engine shares: checked inputs, and how many images it should see at once."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cm_runtime.artifact import Manifest
+from cm_runtime.errors import RequestError
+from cm_runtime.steps import Array
+
+
+def checked_inputs(
+    manifest: Manifest, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None
+) -> tuple[Array, Array, NDArray[np.int64] | None]:
+    """x (N,C,H,W) float32, sigma (N,) float32 and label (N,) int64 as engines take them.
+
+    sigma may be a scalar, label too. Raises RequestError naming what does not fit the model.
+    """
+    images = np.ascontiguousarray(x, np.float32)
+    if images.ndim != 4 or images.shape[1:] != manifest.image_shape or len(images) == 0:
+        raise RequestError(f"x must be (N, {', '.join(map(str, manifest.image_shape))}), not {images.shape}")
+    n = len(images)
+    levels = np.asarray(sigma, np.float32)
+    if levels.shape not in ((), (1,), (n,)):
+        raise RequestError(f"sigma must be a scalar or ({n},), not {levels.shape}")
+    if not (np.isfinite(levels).all() and (levels > 0).all()):
+        raise RequestError("sigma must be finite and above 0")
+    levels = np.array(np.broadcast_to(levels, (n,)))
+    if not manifest.num_classes:
+        if label is not None:
+            raise RequestError("this model has no classes; leave the label out")
+        return images, levels, None
+    if label is None:
+        raise RequestError(f"this model has {manifest.num_classes} classes; give a label per image")
+    labels = np.asarray(label)
+    if labels.dtype.kind not in "iu" or labels.shape not in ((), (1,), (n,)):
+        raise RequestError(f"label must be an integer or ({n},) integers, not {labels.dtype} {labels.shape}")
+    if labels.min() < 0 or labels.max() >= manifest.num_classes:
+        raise RequestError(f"labels must be from 0 to {manifest.num_classes - 1}")
+    return images, levels, np.array(np.broadcast_to(labels, (n,)), np.int64)

@@ -1,0 +1,93 @@
+"""f on ONNX Runtime: the CPU, or an NVIDIA GPU through its CUDA provider."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cm_runtime.artifact import Manifest, read_manifest
+from cm_runtime.backends.base import checked_inputs
+from cm_runtime.errors import ArtifactError, EngineError
+from cm_runtime.extras import require
+from cm_runtime.steps import Array
+
+
+def has_cuda() -> bool:
+    """True where the installed ONNX Runtime has a CUDA provider and the machine has an NVIDIA driver."""
+    available = require("onnxruntime", "the ONNX Runtime backend").get_available_providers()
+    return "CUDAExecutionProvider" in available and Path("/proc/driver/nvidia/version").exists()
+
+
+class OrtBackend:
+    """An exported ``.onnx`` behind the Denoiser protocol.
+
+    model: a path, or the file's bytes with their ``manifest``; device: cpu or cuda:N; threads: 0 leaves it to ONNX
+    Runtime (one per core). Raises ArtifactError for a file that is not ours or damaged, and EngineError when ONNX
+    Runtime cannot load it or the device is not there: it never falls back to another.
+    """
+
+    name = "ort"
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | bytes,
+        manifest: Manifest | None = None,
+        device: str = "cpu",
+        threads: int = 0,
+    ) -> None:
+        self._ort = require("onnxruntime", "the ONNX Runtime backend")
+        where = "the exported graph" if isinstance(model, bytes) else str(Path(model))
+        self.manifest = manifest or read_manifest(where)
+        self.device = device
+        self.version = f"onnxruntime {self._ort.__version__}"
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        provider = self._provider(device)
+        try:
+            self._session = self._ort.InferenceSession(
+                model if isinstance(model, bytes) else where, options, providers=[provider]
+            )
+        except Exception as error:  # its exceptions share no base of their own
+            reason = str(error).splitlines()[0]
+            if provider == "CPUExecutionProvider":
+                raise ArtifactError(f"{where}: ONNX Runtime cannot load it: {reason}") from error
+            raise EngineError(f"ONNX Runtime cannot use {device}: {reason}") from error
+        if self._session.get_providers()[0] != (provider if isinstance(provider, str) else provider[0]):
+            raise EngineError(f"ONNX Runtime could not start on {device}; is there a driver for this GPU?")
+
+    @property
+    def micro_batch(self) -> int:
+        """Images at once: 64 of 32x32 on a CPU, where more fall out of the cache; eight times as many on a GPU."""
+        _, height, width = self.manifest.image_shape
+        return max(1, min(256, (64 if self.device == "cpu" else 512) * 32 * 32 // (height * width)))
+
+    def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
+        """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped."""
+        images, levels, labels = checked_inputs(self.manifest, x, sigma, label)
+        feed: dict[str, Any] = {"x": images, "sigma": levels}
+        if labels is not None:
+            feed["label"] = labels
+        try:
+            (denoised,) = self._session.run(["denoised"], feed)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
+        if denoised.shape != images.shape:
+            raise EngineError(f"the graph made {denoised.shape} of {images.shape}; it is not what its manifest says")
+        return np.asarray(denoised, np.float32)
+
+    def _provider(self, device: str) -> Any:
+        if device == "cpu":
+            return "CPUExecutionProvider"
+        kind, _, number = device.partition(":")
+        if kind != "cuda" or not (number or "0").isdigit():
+            raise EngineError(f"device must be auto, cpu or cuda:N, not {device}")
+        if "CUDAExecutionProvider" not in self._ort.get_available_providers():
+            raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: pip install 'cm-runtime[gpu]'")
+        if hasattr(self._ort, "preload_dlls"):
+            self._ort.preload_dlls()  # the CUDA libraries of pip packages
+        return "CUDAExecutionProvider", {"device_id": number or "0"}

@@ -1,0 +1,46 @@
+"""f on eager torch: checkpoints run as they are, the reference that other engines are held to."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from cm_runtime.artifact import Manifest
+from cm_runtime.backends.base import checked_inputs
+from cm_runtime.errors import EngineError
+from cm_runtime.model import ConsistencyModel
+from cm_runtime.steps import Array
+
+
+class TorchBackend:
+    """A torch module behind the Denoiser protocol; the module is put in evaluation mode while it is asked."""
+
+    name = "torch"
+    micro_batch = 64
+
+    def __init__(self, model: ConsistencyModel, manifest: Manifest, device: str = "cpu") -> None:
+        try:
+            self._model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise EngineError(f"torch cannot use device {device}: {str(error).splitlines()[0]}") from error
+        self.manifest = manifest
+        self.device = device
+
+    def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
+        """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped."""
+        images, levels, labels = checked_inputs(self.manifest, x, sigma, label)
+        training = self._model.training
+        self._model.eval()
+        try:
+            with torch.inference_mode():
+                x0 = self._model(
+                    torch.from_numpy(images).to(self.device),
+                    torch.from_numpy(levels).to(self.device),
+                    None if labels is None else torch.from_numpy(labels).to(self.device),
+                )
+                return np.asarray(x0.cpu().numpy(), np.float32)
+        except RuntimeError as error:
+            raise EngineError(f"torch: {str(error).splitlines()[0]}") from error
+        finally:
+            self._model.train(training)

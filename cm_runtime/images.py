@@ -1,0 +1,103 @@
+"""Pictures and arrays on disk: PNG grids, and npz files in the field's convention. Metadata travels inside."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from cm_runtime import files
+from cm_runtime.errors import RequestError
+
+GRID_PIXELS = 1 << 26
+
+
+def check_grid(count: int, height: int, width: int) -> None:
+    """Raises RequestError when ``count`` images are too many for one picture."""
+    if count * height * width > GRID_PIXELS:
+        most = GRID_PIXELS // (height * width)
+        raise RequestError(f"a picture holds at most {most} images of {height}x{width}; write more with -o NAME.npz")
+
+
+def grid(images: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.uint8]:
+    """One picture of all images, row by row: (N,H,W,C) uint8 -> (rows*H, columns*W, C); missing cells are black.
+
+    columns: default the smallest square that holds them all. C must be 1 or 3, else RequestError.
+    """
+    count, height, width, channels = images.shape
+    if channels not in (1, 3):
+        raise RequestError(f"a picture has 1 or 3 channels, not {channels}; write these with -o NAME.npz")
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
+    cells[:count] = images
+    cells = cells.reshape(rows, columns, height, width, channels)
+    return cells.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+
+
+def save_png(picture: NDArray[np.uint8], path: str | os.PathLike[str], text: Mapping[str, Any]) -> None:
+    """Writes (H,W,C) uint8 as PNG, whole or not at all, with ``text`` as JSON under the key cm_runtime.
+
+    Raises OutputError.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_text("cm_runtime", json.dumps(text))
+    image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+    with files.written(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info, compress_level=6)
+
+
+class NpzWriter:
+    """Streams images and labels into an npz of known length; a context manager, whole or not at all.
+
+    arr_0: (count,H,W,C) images; arr_1: (count,) int64 labels, where there are classes; cm_runtime: JSON as a 0-d
+    string array. Memory does not grow with the count.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], count: int, shape: tuple[int, ...], dtype: Any, text: Mapping[str, Any]
+    ) -> None:
+        self._path, self._text = path, text
+        self._shape, self._dtype = (count, *shape), np.dtype(dtype)
+        self._labels: list[NDArray[np.int64]] = []
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            temporary = opened.enter_context(files.written(self._path))
+            self._archive = opened.enter_context(zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED))
+            self._array = opened.enter_context(self._archive.open("arr_0.npy", "w", force_zip64=True))
+            header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": self._shape}
+            np.lib.format.write_array_header_1_0(self._array, header)
+            self._opened = opened.pop_all()
+        return self
+
+    def write(self, images: NDArray[Any], labels: NDArray[np.int64] | None) -> None:
+        """Appends (n,H,W,C) images and their labels."""
+        self._array.write(np.ascontiguousarray(images, self._dtype).data)
+        if labels is not None:
+            self._labels.append(labels)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._opened.__exit__(kind, error, trace)
+            return
+        with self._opened:
+            self._array.close()
+            if self._labels:
+                self._member("arr_1.npy", np.concatenate(self._labels))
+            self._member("cm_runtime.npy", np.array(json.dumps(self._text)))
+
+    def _member(self, name: str, array: NDArray[Any]) -> None:
+        with self._archive.open(name, "w") as file:
+            np.lib.format.write_array(file, array, allow_pickle=False)
