@@ -1,0 +1,1 @@
+"""Making consistency models: data, losses, averaging, and one visible loop."""

@@ -1,0 +1,151 @@
+"""A folder of picture files, in class subfolders or not."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from cm_runtime.errors import DataError
+from cm_runtime.training.data.bars import progress_bar
+from cm_runtime.training.data.idx import Split
+from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet, data_error
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+GREY = {"1", "L", "LA"}
+COLOUR = {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+MAX_PIXELS = 2**26
+SPLIT_FOLDERS = {"train", "test", "val", "valid"}
+
+
+def read_folder(folder: Path, split: Split, name: str, *, image_size: int | None, progress: bool) -> ImageSet:
+    """Every png, jpg, jpeg, webp and bmp in ``folder``, in sorted order; one that cannot be read is an error.
+
+    Files directly inside have no labels. Where there are subfolders instead, each is a class, numbered in
+    sorted order, and is searched to its depths; only if all are called train, test, val or valid are they
+    splits. Names that begin with a dot are passed over.
+
+    Images must be of one size, unless ``image_size`` is given: then the largest centred square is resized to
+    it with Pillow's (antialiased) BICUBIC. EXIF rotation is applied. Grey when every file's mode is grey,
+    else RGB. Refused: transparent pixels, 16-bit grey, animations, over 2^26 pixels.
+
+    Raises DataError, OSError. Returns (N, 1 or 3, H, W) uint8.
+    """
+    files, labels, num_classes = _list_images(_split_folder(folder, split))
+    grey = all(_is_grey(file) for file in files)
+    images: NDArray[np.uint8] | None = None
+    with progress_bar(progress) as bar:
+        for index, file in enumerate(bar.track(files, description=f"reading {name}")):
+            pixels = _read_pixels(file, grey, image_size)
+            if images is None:
+                images = np.empty((len(files), *pixels.shape), np.uint8)
+            if pixels.shape != images.shape[1:]:
+                sizes = [f"{shape[1]}x{shape[0]}" for shape in (pixels.shape[1:], images.shape[2:])]
+                wrong = f"is {sizes[0]}, but {files[0].name} is {sizes[1]}"
+                raise data_error(file, wrong, "make all images one size, or give image_size")
+            images[index] = pixels
+    assert images is not None  # _list_images never returns an empty list
+    return ImageSet(images, labels, num_classes, name)
+
+
+def _split_folder(folder: Path, split: Split) -> Path:
+    """``folder``, or its subfolder for the split where it has such. Raises DataError."""
+    subfolders = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    has_splits = bool(subfolders) and subfolders <= SPLIT_FOLDERS
+    if has_splits and split in subfolders:
+        return folder / split
+    if has_splits or split != "train":
+        raise data_error(folder, f"has no {split} subfolder", f"pass the folder of the {split} images itself")
+    return folder
+
+
+def _list_images(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None, int]:
+    """The picture files, their labels and the number of classes. Raises DataError where there are none."""
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()]
+    classes = [entry for entry in entries if entry.is_dir()]
+    if files and classes:
+        wrong = f"holds images ({files[0].name}) beside subfolders ({classes[0].name})"
+        raise data_error(folder, wrong, "put every image into a class subfolder, or none")
+    if files:
+        return files, None, 0
+    labels: list[int] = []
+    for label, class_folder in enumerate(classes):
+        inside = _walk(class_folder)
+        if not inside:
+            raise data_error(class_folder, "is a class without images", "add images or remove it")
+        files += inside
+        labels += [label] * len(inside)
+    if not files:
+        cure = "give images (png, jpg, webp, bmp), IDX files or CIFAR-10 batches under their original names"
+        raise data_error(folder, "holds no data that can be read", cure)
+    return files, np.array(labels, np.int64), len(classes)
+
+
+def _walk(folder: Path) -> list[Path]:
+    """The picture files below ``folder``, sorted; links to folders inside it are not followed."""
+    found = []
+    for parent, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+
+
+def _open(file: Path) -> Image.Image:
+    """The file's header read, its size and mode checked; no pixel is decoded. Raises DataError."""
+    if not file.is_file():
+        raise data_error(file, "is not a regular file", "repair or remove it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            image = Image.open(file, formats=FORMATS)
+    except Exception as error:  # decoders raise whatever they trip over
+        raise data_error(file, f"is not a readable image ({error})", "repair or remove it") from error
+    if image.mode not in GREY | COLOUR:
+        image.close()
+        raise data_error(file, f"stores mode {image.mode}", "convert it to 8-bit grey or RGB")
+    animated = getattr(image, "is_animated", False) and image.format != "MPO"  # MPO: a JPEG with previews
+    if animated or image.width * image.height > MAX_PIXELS:
+        image.close()
+        wrong = "is animated" if animated else f"has {image.width}x{image.height} pixels, above {MAX_PIXELS}"
+        raise data_error(file, wrong, "make it one picture of moderate size")
+    return image
+
+
+def _is_grey(file: Path) -> bool:
+    """Whether the file stores grey. Raises DataError."""
+    with _open(file) as image:
+        return image.mode in GREY
+
+
+def _read_pixels(file: Path, grey: bool, image_size: int | None) -> NDArray[np.uint8]:
+    """The picture as (C, H, W) uint8. Raises DataError."""
+    with _open(file) as unread, _open(file) as stored:
+        try:
+            unread.verify()  # a PNG's checksums, which decoding skips; makes the object unusable
+            image = ImageOps.exif_transpose(stored)
+            if image.has_transparency_data and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
+                raise data_error(file, "has transparent pixels", "lay it over a background first")
+            image = image.convert("L" if grey else "RGB")
+            if image_size is not None:
+                image = _square(image, image_size)
+        except DataError:
+            raise
+        except Exception as error:  # decoders raise whatever they trip over
+            raise data_error(file, f"is truncated or damaged ({error})", "repair or remove it") from error
+    if max(image.size) > MAX_SIDE:
+        raise data_error(file, f"is {image.width}x{image.height}", f"give image_size: sides go up to {MAX_SIDE}")
+    pixels = np.asarray(image, np.uint8)
+    return pixels[None] if grey else pixels.transpose(2, 0, 1)
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    """The largest centred square, resized. Cropped first: resizing with a box mixes in pixels around it."""
+    crop = min(image.size)
+    left, top = (image.width - crop) // 2, (image.height - crop) // 2
+    return image.crop((left, top, left + crop, top + crop)).resize((side, side), Image.Resampling.BICUBIC)
