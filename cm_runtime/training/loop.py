@@ -1,0 +1,299 @@
+"""The training loop: phases in turn, every step a function of (config, step), stopped and resumed at any step."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cm_runtime import noise, sampling, schedule
+from cm_runtime.artifact import TrainingSummary
+from cm_runtime.backends.torch import TorchBackend
+from cm_runtime.checkpoint import Checkpoint
+from cm_runtime.errors import EngineError, TrainingError
+from cm_runtime.model import ConsistencyModel, ModelConfig, build
+from cm_runtime.steps import to_uint8
+from cm_runtime.training.config import EctPhase, EdmPhase, TrainConfig
+from cm_runtime.training.data import ImageSet
+from cm_runtime.training.ema import Averages
+from cm_runtime.training.losses import loss_of
+from cm_runtime.training.run import RunFolder
+from cm_runtime.training.stream import Stream
+from cm_runtime.unet import UNetConfig
+
+GRID_IMAGES = 64
+_LOG_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where training is, for a progress bar."""
+
+    phase: int
+    method: str
+    step: int
+    steps: int
+    loss: float
+    images_per_second: float
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has saved its state."""
+
+    def __init__(self, report: Report, folder: Path) -> None:
+        super().__init__(f"stopped at phase {report.phase} step {report.step}; go on with --resume --out {folder}")
+
+
+def train(
+    config: TrainConfig,
+    data: ImageSet,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    report: Callable[[Report], None] = lambda _: None,
+) -> Path:
+    """Runs every phase and returns the path of the checkpoint.
+
+    Raises TrainingError where the loss is not finite, Interrupted after SIGINT or SIGTERM, and what RunFolder raises.
+    """
+    device = chosen_device(config.device)
+    model_config = model_config_of(config, data)
+    torch.manual_seed(config.seed)
+    model = build(model_config).to(device)
+    stream = Stream(
+        data, seed=config.seed, classes=bool(model_config.network.num_classes), flip=config.data.flip, device=device
+    )
+    folder = RunFolder(out)
+    with folder.open(config, resume=resume, force=force) as state, _stop_signals() as stopping:
+        run = _Run(config, model, stream, data.name, folder, report, stopping)
+        first, step = run.restore(state) if state else (0, 0)
+        for index in range(first, len(config.phase)):
+            run.phase(index, step, state if index == first else None)
+            step = 0
+    return folder.checkpoint
+
+
+def model_config_of(config: TrainConfig, data: ImageSet) -> ModelConfig:
+    """The model that ``config`` makes of ``data``. Raises TrainingError for images no UNet of it can take."""
+    channels, height, width = data.image_shape
+    if height != width:
+        raise TrainingError(f"images must be square, not {height}x{width}; set data.image_size to crop and resize")
+    try:
+        network = UNetConfig(
+            **config.network.model_dump(),
+            image_size=height,
+            image_channels=channels,
+            num_classes=data.num_classes if config.data.classes else 0,
+        )
+    except ValueError as error:
+        reason = str(error).splitlines()[-2 if "errors.pydantic" in str(error) else -1].strip()
+        raise TrainingError(f"the network does not fit {data.name}: {reason.split(' [type=')[0]}") from error
+    return ModelConfig(
+        network=network,
+        precond=config.precond,
+        sigma_data=config.sigma_data,
+        sigma_boundary=0.0 if config.precond == "edm" else schedule.SIGMA_MIN,
+    )
+
+
+def chosen_device(name: str) -> torch.device:
+    """auto: the first GPU where torch has one, else the CPU. Raises EngineError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EngineError(f"torch cannot use device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+class _Run:
+    """The parts of one run that every phase shares."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: ConsistencyModel,
+        stream: Stream,
+        data_name: str,
+        folder: RunFolder,
+        report: Callable[[Report], None],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.config, self.model, self.stream, self.data_name = config, model, stream, data_name
+        self.folder, self.report, self.stopping = folder, report, stopping
+        self.images, self.seconds = 0, 0.0
+
+    def restore(self, state: dict[str, Any]) -> tuple[int, int]:
+        """Takes weights and counters from ``state``: (phase, step) to go on with."""
+        self.model.load_state_dict(state["model"])
+        self.images, self.seconds = state["images"], state["seconds"]
+        return state["phase"], state["step"]
+
+    def phase(self, index: int, first: int, state: dict[str, Any] | None) -> None:
+        """Trains one phase from step ``first``; the model leaves it holding the averaged weights."""
+        phase = self.config.phase[index]
+        model = self.model.train()
+        loss_fn = loss_of(phase)
+        optimizer = torch.optim.RAdam(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.99), foreach=True)
+        averages = Averages(model, phase.ema)
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            averages.load(state["ema"])
+        autocast = torch.autocast(
+            next(model.parameters()).device.type, torch.bfloat16, enabled=phase.precision == "bf16"
+        )
+        saved = first
+        for step in range(first, phase.steps):
+            began = time.perf_counter()
+            torch.manual_seed(_step_seed(self.config.seed, index, step))
+            x, label = self.stream.batch(self.images, phase.batch)
+            for group in optimizer.param_groups:
+                group["lr"] = phase.learning_rate * learning_rate_factor(phase, step)
+            with autocast:
+                loss = loss_fn(model, x, label, step / phase.steps)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), phase.clip, foreach=True)
+            if not (torch.isfinite(loss) and torch.isfinite(norm)):
+                raise TrainingError(
+                    f"the loss is not finite at phase {index} step {step}; the last good checkpoint is of step {saved}"
+                    f" in {self.folder.path}; try a lower learning_rate or precision fp32"
+                )
+            optimizer.step()
+            averages.update(step)
+            self.images += phase.batch
+            self.seconds += time.perf_counter() - began
+            done = step + 1
+            rate = phase.batch / (time.perf_counter() - began)
+            where = Report(index, phase.method, done, phase.steps, loss.item(), rate)
+            self.report(where)
+            if done % _LOG_EVERY == 0 or done == phase.steps:
+                self._log(where, optimizer.param_groups[0]["lr"], norm.item())
+            stop = self.stopping()
+            if done % self.config.save_every == 0 or done == phase.steps or stop:
+                self._save(index, done, optimizer, averages)
+                saved = done
+            if done % self.config.sample_every == 0 or done == phase.steps:
+                self._grid(phase, f"{index}-{phase.method}-{done:06d}", averages)
+            if stop and not (done == phase.steps and index == len(self.config.phase) - 1):
+                raise Interrupted(where, self.folder.path)
+        model.load_state_dict(averages.state()[f"{phase.ema[0]:g}"])
+        self.folder.keep(index, phase.method)
+
+    def _save(self, index: int, step: int, optimizer: torch.optim.Optimizer, averages: Averages) -> None:
+        phase = self.config.phase[index]
+        ema = averages.state()
+        if self.config.weights == "float16":
+            stored = {rate: {k: v.half() for k, v in weights.items()} for rate, weights in ema.items()}
+        else:
+            stored = ema
+        checkpoint = Checkpoint(
+            config=self.model.config,
+            default_ema=f"{phase.ema[0]:g}",
+            ema=stored,
+            training=TrainingSummary(
+                method=phase.method,
+                data=self.data_name,
+                steps=step + sum(p.steps for p in self.config.phase[:index]),
+                images=self.images,
+                seconds=round(self.seconds, 1),
+                config=self.config.model_dump(mode="json", exclude={"data": {"source"}}),
+            ),
+        )
+        state = {
+            "config": self.config.model_dump(mode="json"),
+            "phase": index,
+            "step": step,
+            "images": self.images,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "ema": ema,
+        }
+        self.folder.save(state, checkpoint)
+
+    def _log(self, where: Report, learning_rate: float, norm: float) -> None:
+        self.folder.log(
+            {
+                "phase": where.phase,
+                "method": where.method,
+                "step": where.step,
+                "images": self.images,
+                "seconds": round(self.seconds, 2),
+                "loss": where.loss,
+                "learning_rate": learning_rate,
+                "gradient_norm": norm,
+                "images_per_second": round(where.images_per_second, 1),
+            }
+        )
+
+    def _grid(self, phase: EdmPhase | EctPhase, name: str, averages: Averages) -> None:
+        """Samples of the averaged weights: two steps, or Heun's ODE for a teacher."""
+        config = self.model.config
+        averaged = build(config).to(next(self.model.parameters()).device)
+        averaged.load_state_dict(averages.state()[f"{phase.ema[0]:g}"])
+        checkpoint = Checkpoint(
+            config=config,
+            default_ema="",
+            ema={},
+            training=TrainingSummary(method=phase.method, data=self.data_name, steps=0, images=0, seconds=0),
+        )
+        denoiser = TorchBackend(averaged, checkpoint.manifest(), str(next(self.model.parameters()).device))
+        if phase.method == "edm":
+            index = np.arange(GRID_IMAGES)
+            z = noise.normal(self.config.seed, index, 0, config.image_shape)
+            label = index % config.network.num_classes if config.network.num_classes else None
+            pictures = to_uint8(sampling.heun(denoiser, z * np.float32(config.sigma_max), label))
+        else:
+            pictures = sampling.sample(denoiser, GRID_IMAGES, seed=self.config.seed)
+        self.folder.grid(name, pictures, {"seed": self.config.seed, "images": self.images})
+
+
+def learning_rate_factor(phase: EdmPhase | EctPhase, step: int) -> float:
+    """1, rising from 0 over the warm-up and falling to 0 over the last ``decay`` share of the steps."""
+    rise = min(1.0, (step + 1) / phase.warmup) if phase.warmup else 1.0
+    tail = phase.decay * phase.steps
+    fall = min(1.0, (phase.steps - step) / tail) if tail else 1.0
+    return rise * fall
+
+
+def _step_seed(seed: int, phase: int, step: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{phase}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a question: was a stop asked for? The first signal asks, a second one ends the process as usual."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            before[kind] = signal.signal(kind, ask)
+    except ValueError:  # not the main thread: signals are somebody else's
+        pass
+    try:
+        yield lambda: asked
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
