@@ -1,0 +1,32 @@
+"""A progress bar for what takes over a second, silent when standard error is not a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cm_runtime.sampling import Batch
+
+PATIENCE = 1.0  # seconds before a bar appears
+
+
+def tracked(parts: Iterator[Batch], total: int, unit: str) -> Iterator[Batch]:
+    """``parts`` as they come, counted in images."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(unit, total=total)
+    began = time.perf_counter()
+    try:
+        for part in parts:
+            yield part
+            bar.update(task, advance=len(part.index))
+            if not bar.live.is_started and time.perf_counter() - began > PATIENCE:
+                bar.start()
+    finally:
+        bar.stop()
