@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from rich.progress import Progress
 
-from cm_runtime.errors import MissingExtraError
+from cm_runtime.extras import require
 from cm_runtime.training.data.bars import progress_bar
 from cm_runtime.training.data.idx import PREFIX, Split
 from cm_runtime.training.data.image_set import data_error
@@ -28,7 +28,7 @@ def download(name: str, split: Split, *, cache: Path | None, progress: bool) -> 
     published addresses by ``<mirror>/<name>/<file>``. Returns the one archive, or the folder of many files.
     Raises DataError where a file cannot be had whole, MissingExtraError without pooch.
     """
-    pooch = _import_pooch()
+    pooch = require("pooch", "downloading a data set")
     root = cache or Path(os.environ.get("CM_RUNTIME_CACHE") or pooch.os_cache("cm-runtime"))
     folder = root.expanduser() / "data" / name
     files = DATA_SETS[name]
@@ -49,7 +49,7 @@ def fetch(target: Path, remote: RemoteFile, *, progress: bool = False) -> None:
     whole or absent, whatever is interrupted and however many processes do this at once.
     Raises DataError, MissingExtraError.
     """
-    pooch = _import_pooch()
+    pooch = require("pooch", "downloading a data set")
     from requests import RequestException
 
     failures: list[Exception] = []
@@ -72,7 +72,9 @@ def fetch(target: Path, remote: RemoteFile, *, progress: bool = False) -> None:
 def _downloader(size: int, bar: Progress, name: str) -> Callable[[str, str, object], None]:
     """What pooch calls to write an address to a file; stops a server that sends more than ``size`` bytes."""
     # identity: where a server labels a .gz file as encoded, requests would unpack it
-    http = _import_pooch().HTTPDownloader(chunk_size=CHUNK, headers={"Accept-Encoding": "identity"})
+    http = require("pooch", "downloading a data set").HTTPDownloader(
+        chunk_size=CHUNK, headers={"Accept-Encoding": "identity"}
+    )
 
     def write(url: str, path: str, _: object) -> None:
         task = bar.add_task(name, total=size)
@@ -129,12 +131,3 @@ def _quiet(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _import_pooch() -> Any:
-    """pooch, or MissingExtraError."""
-    try:
-        import pooch  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as error:
-        raise MissingExtraError("pooch", "train", "downloading a data set") from error
-    return pooch
