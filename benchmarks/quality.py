@@ -209,9 +209,7 @@ def load_classifier(path: Path, recipe: Recipe) -> Classifier:
     except _NOT_OURS as error:
         raise CheckpointError(f"{path}: not a classifier kept by this script; name another file") from error
     if trained_as != asdict(recipe):
-        raise CheckpointError(
-            f"{path}: trained as {trained_as}, asked for {asdict(recipe)}; name another file"
-        )
+        raise CheckpointError(f"{path}: trained as {trained_as}, asked for {asdict(recipe)}; name another file")
     return classifier.eval()
 
 
@@ -252,9 +250,7 @@ def add_noise(images: Array, std: float, seed: int) -> Array:
     return noisy
 
 
-def measure(
-    name: str, classifier: Classifier, images: Array, labels: Array, reference: tuple[Array, Array]
-) -> Figures:
+def measure(name: str, classifier: Classifier, images: Array, labels: Array, reference: tuple[Array, Array]) -> Figures:
     """Judge ``images`` (N, 1, 28, 28) uint8 asked for as ``labels`` (N,) against ``reference``."""
     features, given = judge(classifier, images)
     right = given == labels

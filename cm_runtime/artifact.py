@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cm_runtime.errors import ArtifactError
-from cm_runtime.precond import Form
-from cm_runtime.schedule import RHO, SIGMA_MAX, SIGMA_MIN
+from cm_runtime.precond import Form, precond
+from cm_runtime.schedule import RHO, SIGMA_MAX, SIGMA_MIN, checked_sigmas
 
 METADATA_KEY = "cm_runtime"
 FORMAT_VERSION = 1
@@ -24,8 +24,11 @@ _METADATA_PROPS = 14  # field of onnx.ModelProto
 _GRAPH = 7
 
 
+Size = Annotated[int, Field(gt=0, le=4096)]
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TrainingSummary(_Frozen):
@@ -53,19 +56,30 @@ class Manifest(_Frozen):
 
     format_version: Literal[1] = 1
     graph: Literal["denoiser"]
-    image_shape: tuple[int, int, int] = Field(description="(C, H, W)")
-    num_classes: int = Field(ge=0)
+    image_shape: tuple[Size, Size, Size] = Field(description="(C, H, W)")
+    num_classes: int = Field(ge=0, le=1_000_000)
     precond: Form
     sigma_min: float = Field(SIGMA_MIN, gt=0)
     sigma_max: float = Field(SIGMA_MAX, gt=0)
     sigma_data: float = Field(0.5, gt=0)
     sigma_boundary: float = Field(ge=0)
-    rho: float = Field(RHO, gt=0)
+    rho: float = Field(RHO, ge=0.1, le=100)
     sigmas: dict[int, tuple[float, ...]] = Field(default_factory=dict, description="tuned levels per step count")
     precision: Literal["fp32"] = "fp32"
     parity: Parity | None = None
     source_sha256: str = Field("", description="of the checkpoint")
     training: TrainingSummary | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Manifest:
+        precond(self.precond, self.sigma_data, self.sigma_boundary)
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} must lie below sigma_max {self.sigma_max:g}")
+        for steps, levels in self.sigmas.items():
+            if len(levels) != steps:
+                raise ValueError(f"sigmas for {steps} steps are {len(levels)}")
+            checked_sigmas(levels, self.sigma_min, self.sigma_max)
+        return self
 
     @property
     def is_teacher(self) -> bool:
@@ -128,12 +142,12 @@ def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
     while file.tell() < end:
         tag = _varint(file)
         field, wire = tag >> 3, tag & 7
+        if wire not in (0, 1, 2, 5) or field == 0:
+            raise _MalformedError(f"byte {file.tell()} starts no field")
         if wire == 0:
             _varint(file)
             yield field, 0
             continue
-        if wire not in (1, 2, 5) or field == 0:
-            raise _MalformedError(f"byte {file.tell()} starts no field")
         length = {1: 8, 5: 4}.get(wire) or _varint(file)
         if file.tell() + length > end:
             raise _MalformedError(f"a field of {length} bytes runs past its end")

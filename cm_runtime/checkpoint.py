@@ -23,6 +23,7 @@ from cm_runtime.errors import CheckpointError, RequestError
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
 
 FORMAT = "cm-runtime checkpoint 1"
+STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{where} is damaged: it has no {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"]) or "config"
         raise CheckpointError(f"{where} is damaged: {field}: {first['msg']}") from error
-    if checkpoint.default_ema not in checkpoint.ema:
+    if not isinstance(checkpoint.ema, Mapping) or checkpoint.default_ema not in checkpoint.ema:
         raise CheckpointError(f"{where} is damaged: it has no weights for EMA rate {checkpoint.default_ema}")
     try:
         for weights in checkpoint.ema.values():
@@ -116,18 +117,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def save_plain(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Plain tensors and containers to ``path``, whole or not at all; raises OutputError."""
-    with files.written(path) as temporary:
+    with files.written(path) as temporary, temporary.open("wb") as file:
         try:
-            torch.save(dict(content), temporary)
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise OSError(str(error).splitlines()[0]) from error
+            torch.save(dict(content), file)  # an open file: torch would store a path's name, and so change the hash
+        except RuntimeError as error:  # torch's zip writer, after the disk's own error
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
 
 def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``save_plain`` wrote. Nothing is unpickled but tensors and plain containers; raises CheckpointError."""
     where = Path(path)
-    if not where.exists():
-        raise CheckpointError(f"{where}: no such file")
     try:
         with zipfile.ZipFile(where) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
@@ -139,12 +139,16 @@ def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
             pickled = isinstance(error, pickle.UnpicklingError) or file.read(1) == pickle.PROTO
         if pickled:
             raise CheckpointError(
-                f"{where} is a pickle that could run code, which cm-runtime never does; save plain tensors and containers"
+                f"{where} is a pickle that could run code, which cm-runtime never does; save plain tensors"
             ) from error
         raise CheckpointError(f"{where} is not a torch checkpoint, or is truncated") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{where}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way: IndexError, struct.error, AssertionError, ...
         raise CheckpointError(f"{where} is not a torch checkpoint, or is damaged") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{where} is not a cm-runtime checkpoint: it holds a {type(content).__name__}")
@@ -163,7 +167,9 @@ def _check_weights(model: ConsistencyModel, weights: Any) -> None:
             continue
         if tuple(tensor.shape) != expected[name]:
             wrong.append(f"{name} is {tuple(tensor.shape)} and should be {expected[name]}")
-        elif not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        elif tensor.dtype not in STORED or tensor.layout != torch.strided or tensor.is_meta:
+            wrong.append(f"{name} is not a dense tensor of floats")
+        elif not bool(torch.isfinite(tensor).all()):
             wrong.append(f"{name} is not finite")
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""

@@ -18,7 +18,10 @@ Foreign exceptions are wrapped in the most telling of these with ``raise ... fro
 
 
 class CmRuntimeError(Exception):
-    """Base of all errors that cm-runtime raises on purpose. ``str(error)`` is one line."""
+    """Base of all errors that cm-runtime raises on purpose. ``str(error)`` is one line, whatever names a file holds."""
+
+    def __str__(self) -> str:
+        return "".join(letter if letter.isprintable() else " " for letter in super().__str__())
 
 
 class RequestError(CmRuntimeError, ValueError):

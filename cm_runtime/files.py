@@ -21,7 +21,7 @@ def written(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Pat
     """
     target = Path(path)
     check_writable(target, force=force)
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    temporary = target.with_name(f".cm-{secrets.token_hex(4)}{target.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -42,13 +42,16 @@ def written(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Pat
 def check_writable(path: str | os.PathLike[str], *, force: bool = True) -> None:
     """Raises OutputError if ``path`` could not be written, so that hours of work are not lost to a typing error."""
     target = Path(path)
-    if target.is_dir():
-        raise OutputError(f"{target} is a folder; give the name of a file")
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists; replace it with --force")
     folder = target.parent
-    if not folder.is_dir():
-        raise OutputError(f"{target} cannot be written: there is no folder {folder}")
+    try:
+        if target.is_dir():
+            raise OutputError(f"{target} is a folder; give the name of a file")
+        if target.exists() and not force:
+            raise OutputError(f"{target} exists; replace it with --force")
+        if not folder.is_dir():
+            raise OutputError(f"{target} cannot be written: there is no folder {folder}")
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
     if not os.access(folder, os.W_OK):
         raise OutputError(f"{target} cannot be written: no permission to write in {folder}")
 

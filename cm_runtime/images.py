@@ -69,6 +69,7 @@ class NpzWriter:
         self._path, self._text = path, text
         self._shape, self._dtype = (count, *shape), np.dtype(dtype)
         self._labels: list[NDArray[np.int64]] = []
+        self._count = 0
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
@@ -83,6 +84,7 @@ class NpzWriter:
     def write(self, images: NDArray[Any], labels: NDArray[np.int64] | None) -> None:
         """Appends (n,H,W,C) images and their labels."""
         self._array.write(np.ascontiguousarray(images, self._dtype).data)
+        self._count += len(images)
         if labels is not None:
             self._labels.append(labels)
 
@@ -93,6 +95,8 @@ class NpzWriter:
             self._opened.__exit__(kind, error, trace)
             return
         with self._opened:
+            if self._count != self._shape[0]:
+                raise ValueError(f"{self._shape[0]} images were promised and {self._count} written")
             self._array.close()
             if self._labels:
                 self._member("arr_1.npy", np.concatenate(self._labels))

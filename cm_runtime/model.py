@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from cm_runtime.precond import Form, Precond, precond
@@ -14,7 +14,7 @@ from cm_runtime.unet import UNet, UNetConfig
 class ModelConfig(BaseModel):
     """Everything that fixes f but the weights; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     network: UNetConfig
     precond: Form
@@ -22,7 +22,14 @@ class ModelConfig(BaseModel):
     sigma_boundary: float = Field(ge=0, description="where f is the identity: 0 for the edm form")
     sigma_min: float = Field(SIGMA_MIN, gt=0, description="the sampler's, not the form's")
     sigma_max: float = Field(SIGMA_MAX, gt=0)
-    rho: float = Field(RHO, gt=0)
+    rho: float = Field(RHO, ge=0.1, le=100)
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        precond(self.precond, self.sigma_data, self.sigma_boundary)
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} must lie below sigma_max {self.sigma_max:g}")
+        return self
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

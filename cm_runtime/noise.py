@@ -12,6 +12,7 @@ and machine therefore never change which image sample 17 of seed 0 is.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,7 +51,7 @@ def words(seed: int, samples: ArrayLike, draw: int, blocks: int) -> NDArray[np.u
     samples: (n,) integers 0..2^64-1; draw: 0..2^32-1. Raises RequestError when a number is out of range.
     """
     index = sample_index(samples)
-    _check_address(seed, draw)
+    seed, draw = _checked(seed, _LIMIT, "seed"), _checked(draw, 1 << 32, "draw")
     n = index.size
     counter = np.empty((4, n, blocks), np.uint64)
     counter[0] = np.arange(blocks, dtype=np.uint64)
@@ -71,7 +72,7 @@ def normal(seed: int, samples: ArrayLike, draw: int, shape: Sequence[int]) -> ND
     blocks = -(-size // 4)
     z = np.empty((index.size, blocks * 4), np.float32)
     per_chunk = max(_CHUNK // max(blocks, 1), 1)
-    for first in range(0, index.size, per_chunk):
+    for first in range(0, index.size if blocks else 0, per_chunk):
         chunk = slice(first, first + per_chunk)
         z[chunk] = _box_muller(words(seed, index[chunk], draw, blocks)).reshape(-1, blocks * 4)
     return np.ascontiguousarray(z[:, :size]).reshape(index.size, *shape)
@@ -87,8 +88,10 @@ def sample_index(samples: ArrayLike) -> NDArray[np.uint64]:
     """Sample numbers as (n,) uint64; raises RequestError unless they are integers 0..2^64-1."""
     try:
         numbers = np.asarray(samples)
-        if numbers.dtype == object:  # integers past 2^63 mixed with smaller ones
-            numbers = np.asarray([_checked(int(i), _LIMIT, "sample") for i in numbers.ravel()], np.uint64)
+        if not isinstance(samples, np.ndarray) and numbers.dtype.kind == "f":
+            numbers = np.asarray(samples, object)  # NumPy makes floats of integers on either side of 2^63
+        if numbers.dtype == object:
+            numbers = np.asarray([_checked(i, _LIMIT, "sample") for i in numbers.ravel()], np.uint64)
     except (OverflowError, TypeError, ValueError) as error:
         raise RequestError("sample numbers must be integers from 0 to 2^64-1") from error
     if numbers.size and numbers.dtype.kind not in "ui":
@@ -109,12 +112,12 @@ def _box_muller(four: NDArray[np.uint64]) -> NDArray[np.float32]:
     return z
 
 
-def _check_address(seed: int, draw: int) -> None:
-    _checked(seed, _LIMIT, "seed")
-    _checked(draw, 1 << 32, "draw")
-
-
 def _checked(number: int, limit: int, name: str) -> int:
-    if not 0 <= number < limit:
+    """``number`` as a Python integer: a NumPy one would overflow in the key schedule."""
+    try:
+        whole = operator.index(number)
+    except TypeError as error:
+        raise RequestError(f"{name} must be an integer, not {number!r}") from error
+    if not 0 <= whole < limit:
         raise RequestError(f"{name} must be from 0 to {limit - 1}, not {number}")
-    return number
+    return whole

@@ -49,8 +49,8 @@ class Precond:
         s: Any = sigma
         if self.form == "piecewise":
             return (s <= self.sigma_boundary) * (s * 0 + 1)  # type: ignore[no-any-return]
-        variance = self.sigma_data**2
-        return variance / ((s - self.sigma_boundary) ** 2 + variance)  # type: ignore[no-any-return]
+        # sigma_data^2 / ((s - boundary)^2 + sigma_data^2), so written that torch too gives exactly 1 at the boundary.
+        return 1 / (1 + ((s - self.sigma_boundary) / self.sigma_data) ** 2)  # type: ignore[no-any-return]
 
     def c_out(self, sigma: Sigma) -> Sigma:
         """The share of F in f; sigma: any shape."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -103,7 +104,7 @@ def request(
         raise RequestError(f"count must be at least 1, not {count}")
     if micro_batch < 1:
         raise RequestError(f"micro-batch must be at least 1, not {micro_batch}")
-    if not 0 <= seed < 1 << 64:
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
         raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
     if not 0 <= start <= (1 << 64) - count:
         raise RequestError(f"image indices must be from 0 to 2^64-1; {count} images from {start} are not")
@@ -218,7 +219,7 @@ def heun(denoiser: Denoiser, x: Array, label: NDArray[np.int64] | None, steps: i
     """
     m = denoiser.manifest
     t = [*karras_sigmas(steps, m.sigma_min, m.sigma_max, m.rho), 0.0]
-    for now, after in zip(t, t[1:], strict=False):
+    for now, after in pairwise(t):
         d = (x - denoiser.denoise(x, now, label)) / np.float32(now)
         euler = x + np.float32(after - now) * d
         if after > 0:
@@ -250,6 +251,6 @@ def _checked_labels(labels: Labels, num_classes: int) -> Labels:
     if not listed:
         raise RequestError("the list of labels is empty")
     for label in listed:
-        if not 0 <= label < num_classes:
+        if not isinstance(label, int | np.integer) or not 0 <= label < num_classes:
             raise RequestError(f"labels must be from 0 to {num_classes - 1}, not {label}")
     return tuple(int(label) for label in listed)

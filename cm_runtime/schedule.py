@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ def checked_sigmas(
         raise RequestError("sigmas is empty; give at least one noise level, the first one sigma_max")
     if not math.isclose(levels[0], sigma_max, rel_tol=1e-6):
         raise RequestError(f"the first sigma must be the model's sigma_max {sigma_max:g}, not {levels[0]:g}")
-    for before, after in zip(levels, levels[1:], strict=False):
+    for before, after in pairwise(levels):
         if not after < before:
             raise RequestError(f"sigmas must descend strictly; {after:g} follows {before:g}")
     if not levels[-1] > sigma_min:

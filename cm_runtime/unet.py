@@ -76,6 +76,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size, but for its stride."""
     return nn.Conv2d(channels, out, 3, stride=stride, padding=1)
 
 

@@ -111,7 +111,7 @@ def build_graph(model: ConsistencyModel) -> onnx_package.ModelProto:
 
 
 def strip(graph: onnx_package.ModelProto) -> None:
-    """Removes what the exporter says of where each node came from: a tenth of a small file, and paths of its machine."""
+    """Removes the exporter's notes on where nodes came from: a tenth of a small file, and paths of its machine."""
     inside = graph.graph
     for part in (graph, inside, *inside.node, *inside.initializer, *inside.input, *inside.output):
         del part.metadata_props[:]

@@ -6,6 +6,7 @@ one before. ECT, for one, is an ``edm`` phase followed by an ``ect`` phase.
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(_Strict):
@@ -67,6 +68,12 @@ class EctPhase(Phase):
     stages: int = Field(8, gt=0, description="equal parts of the phase")
     huber_c: float = Field(0.0, ge=0, description="pseudo-Huber constant; 0: the plain norm")
 
+    @model_validator(mode="after")
+    def _r_stays_below_t(self) -> EctPhase:
+        if self.stages * math.log2(self.q) > 22:
+            raise ValueError("q^stages is above 2^22, where r rounds to t in float32: take fewer stages")
+        return self
+
 
 class TrainConfig(_Strict):
     """A whole run."""
@@ -107,7 +114,7 @@ def load_config(preset_or_path: str | os.PathLike[str], settings: Sequence[str] 
         raise ConfigError(f"no preset or file {name}; the presets are {', '.join(preset_names())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{name} is not valid TOML: {error}") from error
     for setting in settings:
         _lay_over(tree, setting)
@@ -131,7 +138,7 @@ def _lay_over(tree: dict[str, Any], setting: str) -> None:
         raise ConfigError(f"--set takes key=value, not {setting!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text
     node: Any = tree
     *folders, last = key.split(".")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from cm_runtime import noise, sampling, schedule
@@ -96,9 +97,9 @@ def model_config_of(config: TrainConfig, data: ImageSet) -> ModelConfig:
             image_channels=channels,
             num_classes=data.num_classes if config.data.classes else 0,
         )
-    except ValueError as error:
-        reason = str(error).splitlines()[-2 if "errors.pydantic" in str(error) else -1].strip()
-        raise TrainingError(f"the network does not fit {data.name}: {reason.split(' [type=')[0]}") from error
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise TrainingError(f"the network does not fit {data.name}: {reason}") from error
     return ModelConfig(
         network=network,
         precond=config.precond,
@@ -116,6 +117,8 @@ def chosen_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise EngineError(f"torch cannot use device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise EngineError(f"training runs on cpu or cuda, not on device {name}")
     return device
 
 
@@ -137,10 +140,19 @@ class _Run:
         self.images, self.seconds = 0, 0.0
 
     def restore(self, state: dict[str, Any]) -> tuple[int, int]:
-        """Takes weights and counters from ``state``: (phase, step) to go on with."""
+        """Takes weights and counters from ``state``: (phase, step) to go on with. Raises TrainingError."""
+        if state["shape"] != self._shape():
+            raise TrainingError(
+                f"{self.folder.path} was started on images of {state['shape']}, not of {self._shape()};"
+                " use the same data to resume"
+            )
         self.model.load_state_dict(state["model"])
         self.images, self.seconds = state["images"], state["seconds"]
         return state["phase"], state["step"]
+
+    def _shape(self) -> list[int]:
+        """(C, H, W, classes) of what the model is for."""
+        return [*self.model.config.image_shape, self.model.config.network.num_classes]
 
     def phase(self, index: int, first: int, state: dict[str, Any] | None) -> None:
         """Trains one phase from step ``first``; the model leaves it holding the averaged weights."""
@@ -162,16 +174,18 @@ class _Run:
             x, label = self.stream.batch(self.images, phase.batch)
             for group in optimizer.param_groups:
                 group["lr"] = phase.learning_rate * learning_rate_factor(phase, step)
-            with autocast:
-                loss = loss_fn(model, x, label, step / phase.steps)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            try:
+                with autocast:
+                    loss = loss_fn(model, x, label, step / phase.steps)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"out of memory at phase {index} step {step}; lower phase.{index}.batch or the network's channels"
+                ) from error
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), phase.clip, foreach=True)
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                raise TrainingError(
-                    f"the loss is not finite at phase {index} step {step}; the last good checkpoint is of step {saved}"
-                    f" in {self.folder.path}; try a lower learning_rate or precision fp32"
-                )
+                raise self._diverged("the loss is", index, step, saved)
             optimizer.step()
             averages.update(step)
             self.images += phase.batch
@@ -183,27 +197,38 @@ class _Run:
             if done % _LOG_EVERY == 0 or done == phase.steps:
                 self._log(where, optimizer.param_groups[0]["lr"], norm.item())
             stop = self.stopping()
-            if done % self.config.save_every == 0 or done == phase.steps or stop:
-                self._save(index, done, optimizer, averages)
-                saved = done
+            # the grid first: a kill between the two draws it again, and so loses nothing
             if done % self.config.sample_every == 0 or done == phase.steps:
                 self._grid(phase, f"{index}-{phase.method}-{done:06d}", averages)
+            if done % self.config.save_every == 0 or done == phase.steps or stop:
+                if not _finite(self._stored(averages)):
+                    raise self._diverged(f"the weights in {self.config.weights} are", index, step, saved)
+                self._save(index, done, optimizer, averages)
+                saved = done
             if stop and not (done == phase.steps and index == len(self.config.phase) - 1):
                 raise Interrupted(where, self.folder.path)
         model.load_state_dict(averages.state()[f"{phase.ema[0]:g}"])
         self.folder.keep(index, phase.method)
 
+    def _diverged(self, what: str, index: int, step: int, saved: int) -> TrainingError:
+        good = f"the last good checkpoint is of step {saved}" if self.folder.checkpoint.exists() else "nothing is saved"
+        return TrainingError(
+            f"{what} not finite at phase {index} step {step}; {good} in {self.folder.path};"
+            " try a lower learning_rate or precision fp32"
+        )
+
+    def _stored(self, averages: Averages) -> dict[str, dict[str, Tensor]]:
+        """The averages as the checkpoint holds them."""
+        if self.config.weights == "float32":
+            return averages.state()
+        return {rate: {k: v.half() for k, v in weights.items()} for rate, weights in averages.state().items()}
+
     def _save(self, index: int, step: int, optimizer: torch.optim.Optimizer, averages: Averages) -> None:
         phase = self.config.phase[index]
-        ema = averages.state()
-        if self.config.weights == "float16":
-            stored = {rate: {k: v.half() for k, v in weights.items()} for rate, weights in ema.items()}
-        else:
-            stored = ema
         checkpoint = Checkpoint(
             config=self.model.config,
             default_ema=f"{phase.ema[0]:g}",
-            ema=stored,
+            ema=self._stored(averages),
             training=TrainingSummary(
                 method=phase.method,
                 data=self.data_name,
@@ -215,13 +240,14 @@ class _Run:
         )
         state = {
             "config": self.config.model_dump(mode="json"),
+            "shape": self._shape(),
             "phase": index,
             "step": step,
             "images": self.images,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "ema": ema,
+            "ema": averages.state(),
         }
         self.folder.save(state, checkpoint)
 
@@ -243,6 +269,8 @@ class _Run:
     def _grid(self, phase: EdmPhase | EctPhase, name: str, averages: Averages) -> None:
         """Samples of the averaged weights: two steps, or Heun's ODE for a teacher."""
         config = self.model.config
+        if config.image_shape[0] not in (1, 3):  # no picture can show these
+            return
         averaged = build(config).to(next(self.model.parameters()).device)
         averaged.load_state_dict(averages.state()[f"{phase.ema[0]:g}"])
         checkpoint = Checkpoint(
@@ -268,6 +296,10 @@ def learning_rate_factor(phase: EdmPhase | EctPhase, step: int) -> float:
     tail = phase.decay * phase.steps
     fall = min(1.0, (phase.steps - step) / tail) if tail else 1.0
     return rise * fall
+
+
+def _finite(stored: dict[str, dict[str, Tensor]]) -> bool:
+    return all(bool(tensor.isfinite().all()) for weights in stored.values() for tensor in weights.values())
 
 
 def _step_seed(seed: int, phase: int, step: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from cm_runtime.errors import OutputError, TrainingError
 from cm_runtime.training.config import TrainConfig, parse_config
 
 STATE_FORMAT = "cm-runtime training state 1"
+STATE_KEYS = {"config", "shape", "phase", "step", "images", "seconds", "model", "optimizer", "ema"}
 
 
 class RunFolder:
@@ -36,6 +38,7 @@ class RunFolder:
         self.path = path
         self.checkpoint = path / "ckpt.pt"
         self._state = path / "state.pt"
+        self._log = path / "log.jsonl"
 
     @contextmanager
     def open(self, config: TrainConfig, *, resume: bool, force: bool) -> Iterator[dict[str, Any] | None]:
@@ -44,6 +47,8 @@ class RunFolder:
         Raises OutputError when another run is in it, or holds one already and neither resume nor force is given,
         and TrainingError when there is nothing to resume or the configuration is another.
         """
+        if resume and not self.path.exists():
+            raise TrainingError(f"there is nothing to resume in {self.path}; start without --resume")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
@@ -57,8 +62,8 @@ class RunFolder:
             if resume:
                 yield self._resumed(config)
                 return
-            if not force and any((self._state.exists(), self.checkpoint.exists(), *self.path.glob("phase-*.pt"))):
-                raise OutputError(f"{self.path} holds a run; go on with --resume, or start over with --force")
+            if not force and (found := [path.name for path in self._own() if path.exists()]):
+                raise OutputError(f"{self.path} holds {found[0]}; go on with --resume, or start over with --force")
             self._clear()
             with files.written(self.path / "config.toml") as temporary:
                 temporary.write_text(_toml(config), encoding="utf-8")
@@ -70,19 +75,28 @@ class RunFolder:
         save_plain({"format": STATE_FORMAT, **state}, self._state)
 
     def keep(self, phase: int, method: str) -> None:
-        """Sets the checkpoint of a finished phase aside."""
-        with files.written(self.path / f"phase-{phase}-{method}.pt") as temporary:
+        """Sets the checkpoint of a finished phase aside, once: after a kill it may be of the next phase already."""
+        target = self.path / f"phase-{phase}-{method}.pt"
+        if target.is_file():
+            return
+        with files.written(target) as temporary:
             shutil.copyfile(self.checkpoint, temporary)
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line to log.jsonl."""
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self._log} cannot be written: {error.strerror or error}") from error
 
     def grid(self, name: str, pictures: NDArray[np.uint8], text: dict[str, Any]) -> None:
         """Writes a sample grid."""
         folder = self.path / "samples"
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
         images.save_png(images.grid(pictures), folder / f"{name}.png", text)
 
     def _resumed(self, config: TrainConfig) -> dict[str, Any]:
@@ -91,17 +105,35 @@ class RunFolder:
         state = load_plain(self._state)
         if state.get("format") != STATE_FORMAT:
             raise TrainingError(f"{self._state} is not a training state of this version")
+        if missing := STATE_KEYS - state.keys():
+            raise TrainingError(f"{self._state} is damaged: it has no {min(missing)}")
         before = parse_config(state["config"], str(self._state))
         if changed := _changed(before.model_dump(), config.model_dump()):
             raise TrainingError(f"{self.path} was started with another {changed}; use the same config to resume")
+        self._forget_after(state["phase"], state["step"])
         return state
 
+    def _forget_after(self, phase: int, step: int) -> None:
+        """Drops the lines of steps that a killed run had logged and not saved: they come again."""
+        if not self._log.exists():
+            return
+        lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _position(line) <= (phase, step)]
+        if kept != lines:
+            with files.written(self._log) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
+
+    def _own(self) -> list[Path]:
+        """All that a run writes."""
+        named = [self.path / name for name in ("ckpt.pt", "log.jsonl", "config.toml", "samples")]
+        return [self._state, *named, *self.path.glob("phase-*.pt")]
+
     def _clear(self) -> None:
-        for name in ("state.pt", "ckpt.pt", "log.jsonl", "config.toml"):
-            (self.path / name).unlink(missing_ok=True)
-        for old in self.path.glob("phase-*.pt"):
-            old.unlink()
-        shutil.rmtree(self.path / "samples", ignore_errors=True)
+        for path in self._own():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _changed(before: Any, after: Any, key: str = "") -> str:
@@ -114,7 +146,16 @@ def _changed(before: Any, after: Any, key: str = "") -> str:
         pairs = [(str(i), b, a) for i, (b, a) in enumerate(zip(before, after, strict=True))]
     else:
         return key
-    return next(filter(None, (_changed(b, a, f"{key}.{k}".lstrip(".")) for k, b, a in pairs)), key)
+    return next(filter(None, (_changed(b, a, f"{key}.{k}".lstrip(".")) for k, b, a in pairs)), "")
+
+
+def _position(line: str) -> tuple[float, float]:
+    """(phase, step) of a log line; beyond every position where a kill cut it short."""
+    try:
+        record = json.loads(line)
+        return record["phase"], record["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf, math.inf
 
 
 def _toml(config: TrainConfig) -> str:
