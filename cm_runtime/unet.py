@@ -23,7 +23,7 @@ class NetworkShape(BaseModel):
 
     channels: int = Field(gt=0, le=4096, description="of the outermost level")
     channel_mult: tuple[int, ...] = Field(min_length=1, max_length=8)
-    res_blocks: int = Field(gt=0, le=64, description="per level")
+    res_blocks: int = Field(gt=0, le=16, description="per level")
     attention: tuple[int, ...] = Field((), description="feature-map sizes with attention; the middle always has it")
     head_channels: int = Field(64, gt=0)
     scale_shift: bool = Field(True, description="the embedding scales and shifts the second norm; else it is added")

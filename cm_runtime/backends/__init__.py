@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cm_runtime.artifact import read_manifest
+from cm_runtime.backends.base import checked_threads
 from cm_runtime.backends.ort import OrtBackend, has_cuda
 from cm_runtime.errors import ArtifactError, RequestError
 from cm_runtime.extras import require
@@ -36,8 +37,7 @@ def load(
     where = DEFAULT_MODEL if path is None else Path(path)
     if backend not in ("auto", "ort", "torch"):
         raise RequestError(f"backend must be auto, ort or torch, not {backend!r}")
-    if threads < 0:
-        raise RequestError(f"threads must be at least 1, not {threads}")
+    checked_threads(threads)
     if not where.exists():
         raise ArtifactError(f"{where}: no such model")
     if where.suffix == ".pt":
@@ -53,11 +53,10 @@ def load(
 
 def _torch(path: Path, device: str, threads: int) -> TorchBackend:
     torch = require("torch", f"running the checkpoint {path}")
-    from cm_runtime.backends.torch import TorchBackend
+    from cm_runtime.backends.torch import TorchBackend, chosen_device
     from cm_runtime.checkpoint import load_checkpoint
 
     if threads:
         torch.set_num_threads(threads)
     checkpoint = load_checkpoint(path)
-    chosen = ("cuda:0" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return TorchBackend(checkpoint.model(), checkpoint.manifest(), chosen)
+    return TorchBackend(checkpoint.model(), checkpoint.manifest(), str(chosen_device(device)))

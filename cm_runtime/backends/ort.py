@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from cm_runtime.artifact import Manifest, read_manifest
-from cm_runtime.backends.base import checked_inputs
+from cm_runtime.backends.base import checked_inputs, checked_threads
 from cm_runtime.errors import ArtifactError, EngineError
 from cm_runtime.extras import require
 from cm_runtime.steps import Array
@@ -45,12 +44,13 @@ class OrtBackend:
         self.device = device
         self.version = f"onnxruntime {self._ort.__version__}"
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = checked_threads(threads)
         options.log_severity_level = 3
         provider = self._provider(device)
         try:
+            # Without enable_fallback=0 it would print on standard output and go on with other providers.
             self._session = self._ort.InferenceSession(
-                model if isinstance(model, bytes) else where, options, providers=[provider]
+                model if isinstance(model, bytes) else where, options, providers=[provider], enable_fallback=0
             )
         except Exception as error:  # its exceptions share no base of their own
             reason = str(error).splitlines()[0]
@@ -76,9 +76,10 @@ class OrtBackend:
             (denoised,) = self._session.run(["denoised"], feed)
         except Exception as error:
             raise EngineError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
-        if denoised.shape != images.shape:
-            raise EngineError(f"the graph made {denoised.shape} of {images.shape}; it is not what its manifest says")
-        return np.asarray(denoised, np.float32)
+        found = getattr(denoised, "dtype", type(denoised)), getattr(denoised, "shape", ())
+        if found != (images.dtype, images.shape):
+            raise EngineError(f"the graph made {found[0]} {found[1]} of {images.shape}, which its manifest denies")
+        return denoised  # type: ignore[no-any-return]
 
     def _provider(self, device: str) -> Any:
         if device == "cpu":

@@ -20,10 +20,7 @@ class TorchBackend:
     micro_batch = 64
 
     def __init__(self, model: ConsistencyModel, manifest: Manifest, device: str = "cpu") -> None:
-        try:
-            self._model = model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise EngineError(f"torch cannot use device {device}: {str(error).splitlines()[0]}") from error
+        self._model = model.to(chosen_device(device))
         self.manifest = manifest
         self.device = device
 
@@ -35,7 +32,7 @@ class TorchBackend:
         try:
             with torch.inference_mode():
                 x0 = self._model(
-                    torch.from_numpy(images).to(self.device),
+                    torch.from_numpy(images if images.flags.writeable else images.copy()).to(self.device),
                     torch.from_numpy(levels).to(self.device),
                     None if labels is None else torch.from_numpy(labels).to(self.device),
                 )
@@ -44,3 +41,17 @@ class TorchBackend:
             raise EngineError(f"torch: {str(error).splitlines()[0]}") from error
         finally:
             self._model.train(training)
+
+
+def chosen_device(name: str) -> torch.device:
+    """auto: the first GPU where torch has one, else the CPU. Raises EngineError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EngineError(f"torch cannot use device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise EngineError(f"device must be auto, cpu or cuda:N, not {name}")
+    return device

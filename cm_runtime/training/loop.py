@@ -19,9 +19,9 @@ from torch import Tensor
 
 from cm_runtime import noise, sampling, schedule
 from cm_runtime.artifact import TrainingSummary
-from cm_runtime.backends.torch import TorchBackend
+from cm_runtime.backends.torch import TorchBackend, chosen_device
 from cm_runtime.checkpoint import Checkpoint
-from cm_runtime.errors import EngineError, TrainingError
+from cm_runtime.errors import TrainingError
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
 from cm_runtime.steps import to_uint8
 from cm_runtime.training.config import EctPhase, EdmPhase, TrainConfig
@@ -106,20 +106,6 @@ def model_config_of(config: TrainConfig, data: ImageSet) -> ModelConfig:
         sigma_data=config.sigma_data,
         sigma_boundary=0.0 if config.precond == "edm" else schedule.SIGMA_MIN,
     )
-
-
-def chosen_device(name: str) -> torch.device:
-    """auto: the first GPU where torch has one, else the CPU. Raises EngineError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise EngineError(f"torch cannot use device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise EngineError(f"training runs on cpu or cuda, not on device {name}")
-    return device
 
 
 class _Run:
