@@ -11,7 +11,8 @@
     ├── OutputError         a path that cannot be written, or that must not be replaced
     ├── EngineError         ONNX Runtime, torch or another engine refused or failed
     ├── ParityError         an export that does not compute what its checkpoint computes
-    └── TrainingError       a run that cannot go on: loss not finite, state of another run
+    ├── TrainingError       a run that cannot go on: loss not finite, state of another run
+    └── Interrupted         a run that was asked to stop and has saved its state
 
 Foreign exceptions are wrapped in the most telling of these with ``raise ... from error``.
 """
@@ -71,3 +72,7 @@ class ParityError(CmRuntimeError):
 
 class TrainingError(CmRuntimeError):
     """Training cannot go on."""
+
+
+class Interrupted(CmRuntimeError):
+    """Training was asked to stop and has saved its state; the command line ends with status 130."""

@@ -22,6 +22,7 @@ from cm_runtime.steps import Array, HostSteps, to_nhwc, to_uint8
 
 Labels = int | Sequence[int] | Literal["all", "random"] | None
 Output = Literal["uint8", "float32"]
+MICRO_BATCH_LIMIT = 1 << 16
 
 
 class Denoiser(Protocol):
@@ -102,8 +103,9 @@ def request(
         raise RequestError("this model is an EDM teacher, which a few steps cannot sample; make it consistent first")
     if count < 1:
         raise RequestError(f"count must be at least 1, not {count}")
-    if micro_batch < 1:
-        raise RequestError(f"micro-batch must be at least 1, not {micro_batch}")
+    micro_batch = min(micro_batch, count)
+    if not 1 <= micro_batch <= MICRO_BATCH_LIMIT:
+        raise RequestError(f"micro-batch must be from 1 to {MICRO_BATCH_LIMIT}, not {micro_batch}")
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
         raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
     if not 0 <= start <= (1 << 64) - count:
@@ -118,7 +120,7 @@ def request(
         chosen = 2 if steps is None else steps
         levels = sampler_sigmas(chosen, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
     checked = _checked_labels(labels, manifest.num_classes)
-    return Request(count, levels, seed, start, checked, min(micro_batch, count), output, clip)
+    return Request(count, levels, seed, start, checked, micro_batch, output, clip)
 
 
 def even(count: int, most: int) -> int:

@@ -12,7 +12,9 @@ from cm_runtime.cli.export import export
 from cm_runtime.cli.info import info
 from cm_runtime.cli.sample import sample
 from cm_runtime.cli.train import train
-from cm_runtime.errors import CmRuntimeError
+from cm_runtime.errors import CmRuntimeError, Interrupted
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="cm-runtime",
@@ -46,11 +48,18 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app([word for word in arguments if word != "--debug"])
+    except Interrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        sys.exit(INTERRUPTED)
     except CmRuntimeError as error:
         if "--debug" in arguments:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+    except MemoryError:
+        typer.echo("error: not enough memory for this; lower the micro-batch or the batch", err=True)
+        sys.exit(1)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+            typer.echo("interrupted", err=True)
+        raise

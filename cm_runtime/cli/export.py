@@ -27,11 +27,9 @@ def export(
     for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
         require(package, "cm-runtime export")
     from cm_runtime import export as exporting
-    from cm_runtime import files
     from cm_runtime.checkpoint import load_checkpoint
 
     target = output or checkpoint.with_suffix(".onnx")
-    files.check_writable(target, force=force)
     manifest = exporting.onnx(load_checkpoint(checkpoint), target, inline=inline, force=force)
     if manifest.parity is None:
         return

@@ -41,7 +41,6 @@ def train(
         require(package, "cm-runtime train")
     from cm_runtime.training.config import load_config
     from cm_runtime.training.data import open_data
-    from cm_runtime.training.loop import Interrupted
     from cm_runtime.training.loop import train as run
 
     if resume and force:
@@ -51,11 +50,7 @@ def train(
     folder = out or Path("runs") / Path(preset).stem
     images = open_data(config.data.source, image_size=config.data.image_size, progress=True)
     with _bar() as bar:
-        try:
-            checkpoint = run(config, images, folder, resume=resume, force=force, report=_reporter(bar))
-        except Interrupted as stopped:
-            typer.echo(str(stopped), err=True)
-            raise typer.Exit(130) from stopped
+        checkpoint = run(config, images, folder, resume=resume, force=force, report=_reporter(bar))
     typer.echo(f"{checkpoint}: now cm-runtime export {checkpoint}")
 
 

@@ -21,7 +21,7 @@ from cm_runtime import noise, sampling, schedule
 from cm_runtime.artifact import TrainingSummary
 from cm_runtime.backends.torch import TorchBackend, chosen_device
 from cm_runtime.checkpoint import Checkpoint
-from cm_runtime.errors import TrainingError
+from cm_runtime.errors import Interrupted, TrainingError
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
 from cm_runtime.steps import to_uint8
 from cm_runtime.training.config import EctPhase, EdmPhase, TrainConfig
@@ -46,13 +46,6 @@ class Report:
     steps: int
     loss: float
     images_per_second: float
-
-
-class Interrupted(Exception):
-    """Training was asked to stop and has saved its state."""
-
-    def __init__(self, report: Report, folder: Path) -> None:
-        super().__init__(f"stopped at phase {report.phase} step {report.step}; go on with --resume --out {folder}")
 
 
 def train(
@@ -192,7 +185,7 @@ class _Run:
                 self._save(index, done, optimizer, averages)
                 saved = done
             if stop and not (done == phase.steps and index == len(self.config.phase) - 1):
-                raise Interrupted(where, self.folder.path)
+                raise Interrupted(f"stopped at phase {index} step {done}; go on with --resume --out {self.folder.path}")
         model.load_state_dict(averages.state()[f"{phase.ema[0]:g}"])
         self.folder.keep(index, phase.method)
 
