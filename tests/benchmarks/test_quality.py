@@ -69,9 +69,7 @@ def test_distance_of_diagonal_gaussians(dimensions: int) -> None:
     a, b = rng.uniform(0, 5, (2, dimensions))
     a[0] = 0
     expected = ((m_a - m_b) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert quality.frechet_distance((m_a, np.diag(a)), (m_b, np.diag(b))) == pytest.approx(
-        expected, rel=1e-12
-    )
+    assert quality.frechet_distance((m_a, np.diag(a)), (m_b, np.diag(b))) == pytest.approx(expected, rel=1e-12)
 
 
 def test_distance_of_a_shift_is_its_squared_length() -> None:
@@ -101,9 +99,7 @@ def test_distance_with_fewer_samples_than_dimensions(few: int, many: int) -> Non
     ridge = 1e-10 * np.eye(40)
     root = scipy.linalg.sqrtm((np.cov(x.T) + ridge) @ (np.cov(y.T) + ridge))
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root.real)
-    assert quality.frechet_distance(quality.moments(x), quality.moments(y)) == pytest.approx(
-        expected, abs=2e-3
-    )
+    assert quality.frechet_distance(quality.moments(x), quality.moments(y)) == pytest.approx(expected, abs=2e-3)
 
 
 def test_distance_of_gaussians_in_a_subspace() -> None:

@@ -102,9 +102,7 @@ def idx_bytes(array: np.ndarray) -> bytes:
     return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-def write_idx(
-    folder: Path, images: np.ndarray, labels: np.ndarray, prefix: str = "train", gz: bool = False
-) -> None:
+def write_idx(folder: Path, images: np.ndarray, labels: np.ndarray, prefix: str = "train", gz: bool = False) -> None:
     for array, kind in ((images, "images-idx3"), (labels, "labels-idx1")):
         data = idx_bytes(array)
         name = f"{prefix}-{kind}-ubyte"
@@ -262,7 +260,7 @@ def test_cifar_folder_and_archive(tmp_path: Path, count: int) -> None:
         (bytes(3074), "multiple of 3073"),
         (bytes(3073) + b"\x0a" + bytes(3072), "label 10"),
         (bytes(3073 * 10_001), "more than 30730000 bytes"),
-        (gzip.compress(bytes(3073))[:-9], "truncated or damaged"),
+        (gzip.compress(bytes(3073), mtime=0)[:-9], "truncated or damaged"),
         (lzma.compress(bytes(3073))[:-9], "truncated or damaged"),
         (lzma.compress(bytes(3073 * 10_001)), "more than 30730000 bytes"),
     ],
@@ -283,8 +281,8 @@ def test_cifar_archive_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (whole[:-1], "truncated or damaged"),
         (whole[: len(whole) // 2], "truncated or damaged"),
         (whole[:-8] + b"1234" + whole[-4:], "truncated or damaged"),
-        (gzip.compress(raw[: header + 512 + 1000]), "not a whole tar"),
-        (gzip.compress(b"not a tar" * 1000), "not a whole tar"),
+        (gzip.compress(raw[: header + 512 + 1000], mtime=0), "not a whole tar"),
+        (gzip.compress(b"not a tar" * 1000, mtime=0), "not a whole tar"),
         (b"", "not a whole tar"),
         (tar_gz({"data_batch_1.bin": files["data_batch_1.bin"]}), "holds no data_batch_2.bin"),
         (tar_gz(files | {"data_batch_3.bin": bytes(99)}), "data_batch_3.bin: holds 99 bytes"),
@@ -476,9 +474,7 @@ def test_folder_with_classes_in_sorted_order(tmp_path: Path) -> None:
     data = open_data(tmp_path)
     assert data.labels is not None and data.labels.tolist() == [0, 1, 1, 2] and data.num_classes == 3
     for row, seed in ((1, 0), (2, 1), (3, 3)):  # all but the jpeg, which is lossy
-        np.testing.assert_array_equal(
-            data.images[row].transpose(1, 2, 0), np.asarray(picture(8, "RGB", seed))
-        )
+        np.testing.assert_array_equal(data.images[row].transpose(1, 2, 0), np.asarray(picture(8, "RGB", seed)))
     refuse(tmp_path, "no test subfolder", split="test")
 
 
@@ -542,8 +538,7 @@ def png_claiming(width: int, height: int) -> bytes:
     """A PNG whose header declares that size, and nothing behind it."""
     chunks = ((b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")))
     pack = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
     return b"\x89PNG\r\n\x1a\n" + b"".join(pack)
 
@@ -581,9 +576,7 @@ def test_folder_refuses(tmp_path: Path) -> None:
     only("two lines.png", lambda file: file.write_text("hello"), "not a readable image")
     glass.putalpha(255)
     glass.save(tmp_path / "0.png")
-    np.testing.assert_array_equal(
-        open_data(tmp_path).images[0], np.asarray(glass)[..., :3].transpose(2, 0, 1)
-    )
+    np.testing.assert_array_equal(open_data(tmp_path).images[0], np.asarray(glass)[..., :3].transpose(2, 0, 1))
     (tmp_path / "sub").mkdir()
     refuse(tmp_path, "0.png", "sub", "beside")
     (tmp_path / "0.png").unlink()
@@ -634,9 +627,7 @@ def test_known_files_are_those_published() -> None:
     for files in DATA_SETS.values():
         for name, remote in files.items():
             assert len(bytes.fromhex(remote.sha256)) == 32 and remote.size > 4000
-            assert remote.urls and all(
-                url.startswith("http") and url.endswith("/" + name) for url in remote.urls
-            )
+            assert remote.urls and all(url.startswith("http") and url.endswith("/" + name) for url in remote.urls)
     everything = [remote.sha256 for files in DATA_SETS.values() for remote in files.values()]
     assert len(everything) == len(set(everything)) == 9
 
@@ -698,9 +689,7 @@ def published(content: bytes, *urls: str) -> RemoteFile:
     return RemoteFile(hashlib.sha256(content).hexdigest(), len(content), urls)
 
 
-def serve_data_set(
-    monkeypatch: pytest.MonkeyPatch, server: Server, name: str, files: dict[str, bytes]
-) -> None:
+def serve_data_set(monkeypatch: pytest.MonkeyPatch, server: Server, name: str, files: dict[str, bytes]) -> None:
     """Publish ``files`` as the data set ``name`` on the server, as its mirror."""
     for file, content in files.items():
         server.serve(f"/mirror/{name}/{file}", content)
@@ -719,9 +708,7 @@ def test_download_by_name(
     assert len(data) == 512 and data.num_classes == 10 and data.name == "fashion-mnist"
     folder = tmp_path / "data" / "fashion-mnist"
     assert {file.name for file in folder.iterdir()} == {name for name in files if name.startswith("train")}
-    assert sorted(server.requests) == sorted(
-        f"/mirror/fashion-mnist/{file.name}" for file in folder.iterdir()
-    )
+    assert sorted(server.requests) == sorted(f"/mirror/fashion-mnist/{file.name}" for file in folder.iterdir())
     server.requests.clear()
     np.testing.assert_array_equal(open_data("fashion-mnist").images, data.images)
     assert server.requests == []  # the cache, and nothing else

@@ -1,0 +1,85 @@
+"""What several test modules share: a reference Philox, small configs, manifests, and networks that are not silent."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+def philox4x32(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
+    """Philox4x32-10 as its paper writes it (Salmon et al. 2011, section 3.3), in Python integers."""
+    word = 0xFFFFFFFF
+    (a, b, c, d), (k, m) = counter, key
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * a, 1 << 32)
+        high1, low1 = divmod(0xCD9E8D57 * c, 1 << 32)
+        a, b, c, d = high1 ^ b ^ k, low1, high0 ^ d ^ m, low0
+        k, m = (k + 0x9E3779B9) & word, (m + 0xBB67AE85) & word
+    return a, b, c, d
+
+
+def addressed_words(seed: int, sample: int, draw: int, block: int) -> tuple[int, ...]:
+    """The four words of the design's layout: counter (block, draw, sample low, high), key (seed low, high)."""
+    low = 0xFFFFFFFF
+    return philox4x32((block, draw, sample & low, sample >> 32), (seed & low, seed >> 32))
+
+
+@pytest.fixture(scope="session")
+def reference_philox() -> Callable[..., tuple[int, ...]]:
+    return philox4x32
+
+
+@pytest.fixture(scope="session")
+def reference_words() -> Callable[..., tuple[int, ...]]:
+    return addressed_words
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20230303)
+
+
+@pytest.fixture(scope="session")
+def make_manifest() -> Callable[..., Any]:
+    """A boundary-form manifest for small images, with changes."""
+    from cm_runtime.artifact import Manifest
+
+    def make(**changes: Any) -> Manifest:
+        plain = {"graph": "denoiser", "image_shape": (1, 3, 7), "num_classes": 0, "precond": "boundary"}
+        return Manifest(**{**plain, "sigma_boundary": 0.002, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Any]:
+    """The config of a tiny network; changes go to the network, those of f itself in ``f``."""
+    from cm_runtime.model import ModelConfig
+
+    def make(f: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+        network = {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "head_channels": 32}
+        images = {"image_size": 8, "image_channels": 3}
+        form = {"precond": "boundary", "sigma_boundary": 0.002, **(f or {})}
+        return ModelConfig(network={**network, **images, **changes}, **form)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def randomised() -> Callable[..., Any]:
+    """Fills every weight of a torch module, the silent ones included, from a seed."""
+    import torch
+
+    def fill(module: Any, seed: int = 0) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                fan_in = weight[0].numel() if weight.dim() > 1 else 1
+                values = torch.randn(weight.shape, generator=generator) / fan_in**0.5
+                if weight.dim() == 1:  # biases, and the norms' scales
+                    values = 0.1 * values + (1 if "norm" in name or name.endswith("s.0.weight") else 0)
+                weight.copy_(values)
+        return module.eval()
+
+    return fill

@@ -1,0 +1,166 @@
+"""Tiny checkpoints with weights that matter, and their exports, made once a session.
+
+A fresh network ends in zeros; here every weight is random, so that a wrong node or a lost label changes the outputs.
+The weights are float16-representable, so that a checkpoint and its float16 copy hold the same numbers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from cm_runtime import export
+from cm_runtime.artifact import TrainingSummary
+from cm_runtime.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cm_runtime.export import denoiser
+from cm_runtime.model import ConsistencyModel, ModelConfig, build
+from cm_runtime.unet import UNetConfig
+
+ROOT = Path(__file__).parents[1]
+CLASSES = 5
+KINDS = ("boundary", "edm", "piecewise")
+
+
+def checkpoint(kind: str, method: str = "ect") -> Checkpoint:
+    """boundary: 3 channels, classes. edm: grey, patch 2, resampled by blocks. piecewise: classes, patch 2."""
+    choices: dict[str, dict[str, Any]] = {
+        "boundary": {"image_channels": 3, "num_classes": CLASSES},
+        "edm": {"image_channels": 1, "patch": 2, "resample": "resblock", "scale_shift": False, "attention": (2,)},
+        "piecewise": {"image_channels": 3, "num_classes": CLASSES, "patch": 2},
+    }
+    network = UNetConfig(
+        image_size=8, channels=32, channel_mult=(1, 2), res_blocks=1, head_channels=32, **choices[kind]
+    )
+    config = ModelConfig(network=network, precond=kind, sigma_boundary=0 if kind == "edm" else 0.002)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, tensor in build(config, "meta").state_dict().items():
+        fan_in = max(tensor[0].numel(), 1)
+        scale = 0.1 if tensor.ndim == 1 else fan_in**-0.5
+        random = torch.randn(tensor.shape, generator=generator) * scale
+        is_norm = tensor.ndim == 1 and name.endswith("weight")
+        weights[name] = (random + 1 if is_norm else random).half().float()
+    training = TrainingSummary(method=method, data="none", steps=3, images=24, seconds=1.5, config={"seed": 0})
+    return Checkpoint(config, "0.999", {"0.999": weights}, training)
+
+
+def halved(full: Checkpoint) -> Checkpoint:
+    """The same numbers, stored as float16."""
+    return replace(full, ema={rate: {k: v.half() for k, v in w.items()} for rate, w in full.ema.items()})
+
+
+_graphs: dict[str, bytes] = {}
+
+
+def build_graph_once(model: ConsistencyModel) -> onnx.ModelProto:
+    """`denoiser.build_graph`, remembered by config and weights: torch's exporter takes seconds."""
+    digest = [f"{float(tensor.double().sum()):.17g}" for tensor in model.state_dict().values()]
+    key = model.config.model_dump_json() + ",".join(digest)
+    if key not in _graphs:
+        _graphs[key] = _real_build_graph(model).SerializeToString()
+    return onnx.ModelProto.FromString(_graphs[key])
+
+
+_real_build_graph = denoiser.build_graph
+
+
+@dataclass(frozen=True)
+class Files:
+    """One kind's files, each made through the public functions when it is first asked for. Tests must not change them.
+
+    ckpt.pt and half.pt hold the same numbers in float32 and float16; model.onnx, inline.onnx and half.onnx are exports.
+    """
+
+    kind: str
+    factory: pytest.TempPathFactory
+
+    @property
+    def checkpoint(self) -> Path:
+        return self._made("ckpt.pt", lambda path: save_checkpoint(checkpoint(self.kind), path))
+
+    @property
+    def half_checkpoint(self) -> Path:
+        return self._made("half.pt", lambda path: save_checkpoint(halved(checkpoint(self.kind)), path))
+
+    @property
+    def onnx(self) -> Path:
+        return self._made("model.onnx", lambda path: _export(self.checkpoint, path))
+
+    @property
+    def inline(self) -> Path:
+        return self._made("inline.onnx", lambda path: _export(self.checkpoint, path, inline=True))
+
+    @property
+    def half(self) -> Path:
+        return self._made("half.onnx", lambda path: _export(self.half_checkpoint, path))
+
+    def model(self) -> ConsistencyModel:
+        return load_checkpoint(self.checkpoint).model()
+
+    def _made(self, name: str, write: Callable[[Path], object]) -> Path:
+        """The file, made by the first of pytest's workers that wants it."""
+        session = self.factory.getbasetemp()
+        folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / f"exported-{self.kind}"
+        folder.mkdir(exist_ok=True)
+        path = folder / name
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                write(path)
+        return path
+
+
+def _export(source: Path, target: Path, inline: bool = False) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser, "build_graph", build_graph_once)
+        export.onnx(load_checkpoint(source), target, inline=inline)
+
+
+def environment() -> dict[str, str]:
+    """For subprocesses: this checkout is importable and nothing is a terminal."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def hiding(*packages: str) -> list[str]:
+    """The start of a command line that runs cm-runtime where ``packages`` are not installed."""
+    code = (
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {packages!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        "from cm_runtime.cli import main\n"
+        "main()\n"
+    )
+    return [sys.executable, "-c", code]
+
+
+def command(*arguments: object, cwd: Path, start: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m cm_runtime`` in a process of its own."""
+    words = [*(start or [sys.executable, "-m", "cm_runtime"]), *map(str, arguments)]
+    return subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def with_metadata(source: Path, target: Path, manifest: str) -> Path:
+    """A copy of an exported file that tells another story about itself."""
+    graph = onnx.load(source)
+    onnx.helper.set_model_props(graph, {"cm_runtime": manifest})
+    onnx.save(graph, target)
+    return target
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copy(source, folder / source.name))

@@ -1,0 +1,338 @@
+"""cm_runtime/artifact.py on files that the onnx package wrote, and on everything such a file can become."""
+
+import json
+import os
+import tracemalloc
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from pydantic import ValidationError
+
+from cm_runtime.artifact import Manifest, Parity, TrainingSummary, parse_manifest, read_manifest
+from cm_runtime.errors import ArtifactError, CmRuntimeError
+
+# What an exported file says of itself, as a reader of the format would write it down.
+PLAIN = {
+    "format_version": 1,
+    "graph": "denoiser",
+    "image_shape": [1, 28, 28],
+    "num_classes": 10,
+    "precond": "boundary",
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "sigma_boundary": 0.002,
+    "rho": 7.0,
+    "sigmas": {"1": [80.0], "2": [80.0, 1.382368]},
+    "precision": "fp32",
+    "parity": {"engine": "onnxruntime 1.22", "max_abs": 3e-6, "sigmas": [80.0, 1.0, 0.002], "batches": [1, 3]},
+    "source_sha256": "ab" * 32,
+    "training": {"method": "cd", "data": "fashion-mnist", "steps": 500, "images": 64000, "seconds": 1080.5},
+}
+
+
+def model(metadata: dict[str, str], functions: bool = False) -> onnx.ModelProto:
+    """An identity graph, as onnx.helper makes it."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 1, 28, 28]) for name in ("x", "denoised")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["denoised"])], "f", ends[:1], ends[1:])
+    made = helper.make_model(graph, producer_name="a test", opset_imports=[helper.make_opsetid("", 20)])
+    if functions:
+        identity = helper.make_node("Identity", ["a"], ["b"])
+        made.functions.append(
+            helper.make_function("cm", "Same", ["a"], ["b"], [identity], [helper.make_opsetid("", 20)])
+        )
+    helper.set_model_props(made, metadata)
+    onnx.checker.check_model(made)
+    return made
+
+
+SMALLEST = {"graph": "denoiser", "image_shape": [1, 28, 28], "num_classes": 10, "precond": "edm", "sigma_boundary": 0}
+
+
+@pytest.fixture
+def content() -> bytes:
+    """A small file whose last entry is the manifest."""
+    return model({"cm_runtime": json.dumps(PLAIN)}).SerializeToString()
+
+
+def refusal(path: os.PathLike[str], content: bytes | None = None) -> str:
+    if content is not None:
+        with open(path, "wb") as file:
+            file.write(content)
+    with pytest.raises(ArtifactError) as caught:
+        read_manifest(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def varint(number: int) -> bytes:
+    """Protobuf's base-128 number, least significant group first."""
+    groups = []
+    while number >= 128:
+        groups.append(number % 128 + 128)
+        number //= 128
+    return bytes([*groups, number])
+
+
+def field(number: int, payload: bytes, length: int | None = None) -> bytes:
+    return varint(number << 3 | 2) + varint(len(payload) if length is None else length) + payload
+
+
+# --- real files -------------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_of_a_real_file_is_read(tmp_path, content):
+    (tmp_path / "m.onnx").write_bytes(content)
+    manifest = read_manifest(tmp_path / "m.onnx")
+    assert manifest.image_shape == (1, 28, 28) and manifest.num_classes == 10
+    assert manifest.sigmas == {1: (80.0,), 2: (80.0, 1.382368)}
+    assert manifest.parity == Parity(engine="onnxruntime 1.22", max_abs=3e-6, sigmas=(80, 1, 0.002), batches=(1, 3))
+    assert manifest.training is not None and manifest.training.images == 64000
+    expected = {**PLAIN, "training": {**PLAIN["training"], "config": {}}}
+    assert json.loads(manifest.model_dump_json()) == expected
+
+
+@pytest.mark.parametrize("functions", [False, True])
+def test_other_entries_and_functions_do_not_get_in_the_way(tmp_path, functions):
+    others = {"author": "someone", "cm_runtime": json.dumps(PLAIN), "empty": "", "notes": "x" * 255}
+    onnx.save(model(others, functions), tmp_path / "m.onnx")
+    assert read_manifest(str(tmp_path / "m.onnx")).num_classes == 10
+
+
+def test_weights_beside_or_inside_do_not_get_in_the_way(tmp_path, content):
+    made = onnx.load_from_string(content)
+    made.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((255, 7), np.float32), "w"))
+    onnx.save(made, tmp_path / "m.onnx")
+    assert read_manifest(tmp_path / "m.onnx").num_classes == 10
+
+
+@pytest.mark.parametrize("metadata", [{}, {"author": "someone"}, {"cm_runtime2": "{}", "CM_RUNTIME": "{}"}])
+def test_another_programs_file_is_named_as_such(tmp_path, metadata):
+    assert "was not exported by cm-runtime" in refusal(tmp_path / "m.onnx", model(metadata).SerializeToString())
+
+
+def test_a_huge_file_takes_no_memory(tmp_path, content):
+    """A graph of 3 GB, as a file with a hole in it, before the manifest."""
+    path = tmp_path / "m.onnx"
+    with path.open("wb") as file:
+        file.write(varint(7 << 3 | 2) + varint(3 << 30))
+        file.seek(3 << 30, os.SEEK_CUR)
+        file.write(content)
+    tracemalloc.start()
+    try:
+        assert read_manifest(path).num_classes == 10
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.timeout(20)
+def test_a_file_of_zeros_is_refused_at_once(tmp_path):
+    """What a download that was interrupted after its space was reserved looks like."""
+    with (tmp_path / "m.onnx").open("wb") as file:
+        file.truncate(1 << 33)
+    assert "not an ONNX file" in refusal(tmp_path / "m.onnx")
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------------
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model({"cm_runtime": json.dumps(SMALLEST)}).SerializeToString())
+    assert read_manifest(path).num_classes == 10
+    for length in reversed(range(path.stat().st_size)):
+        os.truncate(path, length)
+        refusal(path)
+
+
+def test_every_truncation_of_a_file_with_functions_is_refused_or_a_model(tmp_path):
+    """The functions follow the manifest: only a cut exactly between the two cannot be seen from the outside."""
+    whole = model({"cm_runtime": json.dumps(SMALLEST)}, functions=True).SerializeToString()
+    path = tmp_path / "m.onnx"
+    path.write_bytes(whole)
+    read = []
+    for length in reversed(range(len(whole))):
+        os.truncate(path, length)
+        try:
+            read_manifest(path)
+            read.append(length)
+        except ArtifactError:
+            pass
+    assert len(read) <= 1
+    for length in read:
+        assert onnx.load_from_string(whole[:length]).graph.node
+
+
+def test_random_bytes_are_refused(tmp_path, rng):
+    for size in (1, 3, 7, 255, 1023, 4096):
+        for _ in range(10):
+            refusal(tmp_path / "m.onnx", rng.bytes(size))
+
+
+def test_random_damage_raises_nothing_but_the_refusal(tmp_path, rng, content):
+    path = tmp_path / "m.onnx"
+    for _ in range(120):
+        damaged = bytearray(content)
+        for place in rng.integers(0, len(content), rng.integers(1, 8)):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            assert isinstance(read_manifest(path), Manifest)
+        except ArtifactError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        b"\x80" * 20,
+        b"\xff" * 20,
+        b"\x00" * 20,
+        b"\x3a",
+        b"\x3a\x80",
+        b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+        varint(7 << 3 | 3) + bytes(20),
+        varint(7 << 3 | 6) + bytes(20),
+        varint(7 << 3 | 1) + bytes(7),
+        varint(7 << 3 | 5) + bytes(3),
+        b"PK\x03\x04" + bytes(255),
+        b"\x89PNG\r\n\x1a\n" + bytes(255),
+        b"{}",
+    ],
+)
+def test_what_is_not_a_model_is_refused(tmp_path, damaged):
+    assert "is not an ONNX file, or is truncated" in refusal(tmp_path / "m.onnx", damaged)
+
+
+@pytest.mark.parametrize("claimed", [1 << 20, 1 << 31, 1 << 40, 1 << 63, (1 << 70) - 1])
+def test_a_length_past_the_end_takes_no_memory(tmp_path, content, claimed):
+    entry = field(1, b"cm_runtime") + field(2, b"{}")
+    inner = field(1, b"cm_runtime") + field(2, b"{}", claimed)
+    tracemalloc.start()
+    try:
+        refusal(tmp_path / "m.onnx", field(7, b"") + field(14, entry, claimed))
+        refusal(tmp_path / "m.onnx", field(7, b"") + field(14, inner))
+        refusal(tmp_path / "m.onnx", field(7, b"", claimed) + field(14, entry))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_manifest_beyond_its_limit_takes_no_memory(tmp_path):
+    path = tmp_path / "m.onnx"
+    head = field(1, b"cm_runtime") + varint(2 << 3 | 2) + varint(1 << 30)
+    with path.open("wb") as file:
+        file.write(field(7, b"") + varint(14 << 3 | 2) + varint(len(head) + (1 << 30)) + head)
+        file.truncate(file.tell() + (1 << 30))
+    tracemalloc.start()
+    try:
+        refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_manifest_without_a_graph_is_refused(tmp_path):
+    entry = field(1, b"cm_runtime") + field(2, json.dumps(PLAIN).encode())
+    assert "no graph" in refusal(tmp_path / "m.onnx", field(14, entry))
+    (tmp_path / "m.onnx").write_bytes(field(7, b"") + field(14, entry))
+    assert read_manifest(tmp_path / "m.onnx").num_classes == 10  # the same entry, written by hand, does serve
+
+
+def test_paths_that_hold_no_file_are_refused(tmp_path):
+    assert "no such file" in refusal(tmp_path / "none.onnx")
+    assert "Is a directory" in refusal(tmp_path)
+    assert "cannot be read" in refusal(tmp_path / ("x" * 300))
+    (tmp_path / "file").touch()
+    assert "cannot be read" in refusal(tmp_path / "file" / "m.onnx")
+
+
+# --- manifests --------------------------------------------------------------------------------------------------------
+
+
+def change(**changes: object) -> str:
+    return json.dumps({key: value for key, value in {**PLAIN, **changes}.items() if value != "left out"})
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (change(surprise=1), "surprise: Extra inputs"),
+        (change(format_version=2), "format_version"),
+        (change(graph="sampler"), "graph"),
+        (change(graph="left out"), "graph: Field required"),
+        (change(image_shape="left out"), "image_shape"),
+        (change(image_shape=[28, 28]), "image_shape"),
+        (change(image_shape=[1, 28, 28.5]), "image_shape.2"),
+        (change(image_shape=[1, 0, 28]), "image_shape.1"),
+        (change(image_shape=[1, 28, -28]), "image_shape.2"),
+        (change(image_shape=[1 << 40, 1 << 40, 1 << 40]), "image_shape.0"),
+        (change(num_classes=-1), "num_classes"),
+        (change(num_classes="ten"), "num_classes"),
+        (change(num_classes=1 << 70), "num_classes"),
+        (change(precond="vp"), "precond"),
+        (change(sigma_min=0), "sigma_min"),
+        (change(sigma_min=float("nan")), "sigma_min"),
+        (change(sigma_max=-80), "sigma_max"),
+        (change(sigma_max=float("inf")), "sigma_max"),
+        (change(sigma_min=81), "sigma_min"),
+        (change(sigma_data=0), "sigma_data"),
+        (change(sigma_boundary=-0.002), "sigma_boundary"),
+        (change(sigma_boundary=0), "sigma_boundary"),
+        (change(precond="edm"), "boundary at sigma 0"),
+        (change(rho=0), "rho"),
+        (change(rho=1e-3), "rho"),
+        (change(rho=float("inf")), "rho"),
+        (change(sigmas={"2": [1.0, 80.0]}), "sigma"),
+        (change(sigmas={"2": [80.0]}), "sigma"),
+        (change(sigmas={"2": [80.0, float("nan")]}), "sigma"),
+        (change(sigmas={"2": [80.0, 0.001]}), "sigma"),
+        (change(sigmas={"1": []}), "sigma"),
+        (change(sigmas={"two": [80.0, 1.0]}), "sigmas"),
+        (change(precision="fp64"), "precision"),
+        (change(parity={"engine": "x", "max_abs": -1, "sigmas": [], "batches": []}), "parity.max_abs"),
+        (change(training={**PLAIN["training"], "steps": -1}), "training.steps"),
+        (change(training={**PLAIN["training"], "epochs": 3}), "training.epochs"),
+        (change(**{"two\nlines": 1}), "Extra inputs"),
+        ("", "JSON"),
+        ("[]", "manifest"),
+        ("null", "manifest"),
+        ("{", "JSON"),
+        ("[" * 100_000, "JSON"),
+        (b"\xff\xfe{}", "JSON"),
+        (change()[:-1], "JSON"),
+        (change() + "}", "JSON"),
+    ],
+    ids=lambda value: repr(value)[:40] if isinstance(value, bytes) or len(value) < 60 else "manifest",
+)
+def test_manifests_that_cannot_serve_are_refused_naming_file_and_field(text, complaint):
+    with pytest.raises(ArtifactError, match=f"m.onnx: its cm_runtime manifest is not valid: .*{complaint}") as caught:
+        parse_manifest(text, "m.onnx")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_the_smallest_manifest_has_the_papers_defaults():
+    manifest = parse_manifest(json.dumps(SMALLEST), "m.onnx")
+    assert (manifest.sigma_min, manifest.sigma_max, manifest.sigma_data, manifest.rho) == (0.002, 80.0, 0.5, 7.0)
+    assert manifest.sigmas == {} and manifest.training is None and not manifest.is_teacher
+
+
+@pytest.mark.parametrize(("method", "teacher"), [("edm", True), ("cd", False), ("ct", False), ("ect", False)])
+def test_only_edm_makes_a_teacher(make_manifest, method, teacher):
+    training = TrainingSummary(method=method, data="x", steps=0, images=0, seconds=0)
+    assert make_manifest(training=training).is_teacher is teacher
+
+
+def test_a_manifest_does_not_change(make_manifest):
+    with pytest.raises(ValidationError, match="frozen"):
+        make_manifest().sigma_max = 1.0
+
+
+def test_a_refusal_can_be_caught_as_any_of_its_bases(tmp_path):
+    with pytest.raises(CmRuntimeError):
+        read_manifest(tmp_path / "none.onnx")

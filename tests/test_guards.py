@@ -1,0 +1,282 @@
+"""What no single module can promise: the import order, no torch on the sampling path, a light --help, public names."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pytest
+
+import cm_runtime as cm
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cm_runtime"
+
+# A file imports only from its left. Nothing imports the face (__init__.py, __main__.py), which may import everything.
+ORDER = """
+    errors < files, extras < schedule, precond, noise, artifact < images, steps < sampling < editing < unet < model
+    < checkpoint < importers < kernels < cuda < backends < evaluate < training < export < bench < cli
+"""
+PLACES = ORDER.replace("<", " ").replace(",", " ").split()
+FACE = {"", "__main__"}
+# These need torch, so the others import them inside functions only, where the missing extra has been reported.
+TORCH = {"unet", "model", "checkpoint", "importers", "training", "export", "backends.torch"}
+# Third-party packages at module level: what a bare install brings, what the [train] extra adds, and the command line,
+# which imports our modules as well as others' inside functions only, errors apart: --help is to be quick.
+BASE = {"numpy", "PIL", "pydantic", "rich", "typer"}
+WITH_TORCH = BASE | {"torch", "onnx"}
+COMMAND_LINE = {"typer"}
+
+PUBLIC = ["errors", "export", "load", "load_checkpoint", "noise", "sample"]
+
+
+# The import order
+
+
+class Import(NamedTuple):
+    """A dotted name that a file imports: when it is loaded, when a function runs, or for type checkers only."""
+
+    name: str
+    line: int
+    when: Literal["load", "call", "types"]
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """The file of every module, named from inside the package ("backends.ort"; "" is the package itself)."""
+    found = {}
+    for folder, _, names in os.walk(package, followlinks=True):
+        for file in (Path(folder, name) for name in names if name.endswith(".py")):
+            parts = file.relative_to(package).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imports(node: ast.AST, parent: list[str], when: Literal["load", "call", "types"] = "load") -> Iterator[Import]:
+    """All imports under ``node``, absolute; ``parent``: the package of the file, for relative ones."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, child.lineno, when) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            base = parent[: len(parent) + 1 - child.level] if child.level else []
+            path = [*base, *([child.module] if child.module else [])]
+            yield from (Import(".".join([*path, alias.name]), child.lineno, when) for alias in child.names)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imports(child, parent, "call")
+        elif isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            yield from imports(ast.Module(child.body, []), parent, "types")
+            yield from imports(ast.Module(child.orelse, []), parent, when)
+        else:
+            yield from imports(child, parent, when)
+
+
+def violations(package: Path) -> list[str]:
+    """One line for each import under ``package`` that the rules above forbid."""
+    files = modules(package)
+    lines = []
+    for module, file in files.items():
+        if module in FACE:
+            continue
+        top = module.split(".")[0]
+        if top not in PLACES:
+            lines.append(f"{module}: has no place in the import order")
+            continue
+        parent = [package.name, *module.split(".")][: None if file.name == "__init__.py" else -1]
+        for found in imports(ast.parse(file.read_text()), parent):
+            root, _, rest = found.name.partition(".")
+            wrong = (
+                _forbidden(module, top, found, rest, files) if root == package.name else _foreign(top, module, found)
+            )
+            if wrong:
+                lines.append(f"{module}:{found.line}: {wrong}")
+    return lines
+
+
+def _forbidden(module: str, top: str, found: Import, rest: str, files: dict[str, Path]) -> str | None:
+    """Why ``module`` may not import ``rest`` of our own package, or None."""
+    if rest == "__version__":
+        return None
+    parts = rest.split(".")
+    target = next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in files), "")
+    place = target.split(".")[0]
+    if target in FACE:
+        return f"imports {rest or 'the package'} from the face, not from its home"
+    if place not in PLACES:
+        return f"imports {target}, which has no place in the import order"
+    if place != top and PLACES.index(place) > PLACES.index(top):
+        return f"imports {target}, which stands to its right"
+    if found.when == "load" and _needs_torch(target) and not _needs_torch(module) and top != "cli":
+        return f"imports {target}, which needs torch, outside a function"
+    if found.when == "load" and top == "cli" and place not in ("errors", "cli"):
+        return f"imports {target} outside a function"
+    return None
+
+
+def _foreign(top: str, module: str, found: Import) -> str | None:
+    """Why ``module`` may not import somebody else's package there, or None."""
+    name = found.name.split(".")[0]
+    allowed = COMMAND_LINE if top == "cli" else WITH_TORCH if _needs_torch(module) else BASE
+    if found.when != "load" or name in sys.stdlib_module_names or name in allowed:
+        return None
+    return f"imports {name} outside a function"
+
+
+def _needs_torch(module: str) -> bool:
+    return module in TORCH or module.split(".")[0] in TORCH
+
+
+def test_files_import_only_from_their_left() -> None:
+    """No import in the package breaks the order, or brings torch where none is needed."""
+    assert violations(PACKAGE) == []
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A package with an empty module at every place of the order."""
+    package = tmp_path / "cm_runtime"
+    for name in [".", *PLACES]:
+        (package / name).mkdir(parents=True)
+        (package / name / "__init__.py").touch()
+    for name in ("backends/ort", "backends/torch", "cli/sample", "export/parity", "training/loop"):
+        (package / f"{name}.py").touch()
+    return package
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "complaint"),
+    [
+        ("noise/__init__.py", "from cm_runtime.sampling import run", "imports sampling, which stands to its right"),
+        ("noise/__init__.py", "from ..sampling import run", "imports sampling, which stands to its right"),
+        ("noise/__init__.py", "from .. import sampling", "imports sampling, which stands to its right"),
+        ("noise/__init__.py", "def f():\n import cm_runtime.cli.sample", "imports cli.sample, which stands to its"),
+        ("schedule/__init__.py", "from cm_runtime import precond", "imports precond, which stands to its right"),
+        ("errors/__init__.py", "if TYPE_CHECKING:\n from cm_runtime.files import f", "imports files, which stands"),
+        ("sampling/__init__.py", "try:\n import cm_runtime.bench\nfinally: pass", "imports bench, which stands"),
+        ("backends/ort.py", "from cm_runtime.checkpoint import load", "imports checkpoint, which needs torch, out"),
+        ("backends/ort.py", "from . import torch", "imports backends.torch, which needs torch, outside a function"),
+        ("bench/__init__.py", "class A:\n from cm_runtime.training import loop", "imports training.loop, which needs"),
+        ("cli/sample.py", "from cm_runtime import sampling", "imports sampling outside a function"),
+        ("cli/sample.py", "import numpy as np", "imports numpy outside a function"),
+        ("cli/sample.py", "if TYPE_CHECKING: pass\nelse:\n import rich.progress", "imports rich outside a function"),
+        ("backends/ort.py", "import onnxruntime", "imports onnxruntime outside a function"),
+        ("steps/__init__.py", "if SPEED:\n from torch import nn", "imports torch outside a function"),
+        ("training/loop.py", "import pooch", "imports pooch outside a function"),
+        ("sampling/__init__.py", "from cm_runtime import load", "imports load from the face"),
+        ("sampling/__init__.py", "import cm_runtime", "imports the package from the face"),
+        ("utils.py", "", "has no place in the import order"),
+    ],
+)
+def test_a_planted_import_is_found(planted: Path, file: str, source: str, complaint: str) -> None:
+    """Each rule has an import that breaks it."""
+    (planted / file).write_text(source)
+    (line,) = violations(planted)
+    assert complaint in line
+    assert line.startswith(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("__init__.py", "from cm_runtime.cli import main"),
+        ("artifact/__init__.py", "import json, numpy.typing\nfrom cm_runtime.precond import Form"),
+        ("backends/__init__.py", "def f():\n from cm_runtime.backends.torch import g\n import torch"),
+        ("backends/__init__.py", "if TYPE_CHECKING:\n from cm_runtime.checkpoint import Checkpoint"),
+        ("backends/torch.py", "import torch\nfrom cm_runtime.model import ConsistencyModel"),
+        ("export/parity.py", "import onnx\nfrom cm_runtime.training.loop import train\nfrom . import onnx"),
+        ("cli/sample.py", "import typer\nfrom cm_runtime.cli import app\nfrom cm_runtime.errors import RequestError"),
+        ("cli/sample.py", "async def f():\n import torch\n from cm_runtime import __version__, training"),
+    ],
+)
+def test_other_imports_are_left_alone(planted: Path, file: str, source: str) -> None:
+    """What the order allows."""
+    (planted / file).write_text(source)
+    assert violations(planted) == []
+
+
+# No torch
+
+
+# A bare install with the [cpu] extra: what else a development environment holds cannot be imported.
+WITHOUT_TRAIN = """
+import importlib, sys
+
+class Missing:
+    asked = []
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "onnx", "onnxscript", "openvino", "pooch", "scipy", "tomli_w"}:
+            self.asked.append(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that finds this checkout; its output is part of a failure's message."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_without_torch_every_other_module_loads() -> None:
+    """All but the torch modules, the sampling path and the command line among them."""
+    names = [name for name in modules(PACKAGE) if not _needs_torch(name) and name != "__main__"]
+    assert {"", "sampling", "images", "backends", "backends.ort", "cli", "cli.sample"} <= set(names)
+    loads = [f"importlib.import_module({f'cm_runtime.{name}'.rstrip('.')!r})" for name in names]
+    python("-c", "\n".join([WITHOUT_TRAIN, *loads, "assert Missing.asked == [], Missing.asked"]))
+
+
+def test_torch_is_really_missing() -> None:
+    """The test above would fail: a torch module does not load there."""
+    refused = (
+        "from cm_runtime.errors import CmRuntimeError\ntry: import cm_runtime.unet\nexcept ModuleNotFoundError: pass"
+    )
+    python("-c", "\n".join([WITHOUT_TRAIN, refused, "assert Missing.asked == ['torch'], Missing.asked"]))
+
+
+def test_sampling_asks_for_no_torch(tmp_path: Path) -> None:
+    """From Python and from the command line, with the bundled model; nor is torch tried and done without."""
+    draw = """
+import cm_runtime as cm
+from cm_runtime.cli import app
+model = cm.load()
+images = cm.sample(model, count=3, steps=2)
+channels, height, width = model.manifest.image_shape
+assert images.shape == (3, height, width, channels) and images.dtype == "uint8"
+for command in ["sample --batch 3 --steps 1", "sample --batch 3 -o s.npz", "info", "doctor"]:
+    app(command.split(), standalone_mode=False)
+assert Missing.asked == [], Missing.asked
+"""
+    python("-c", WITHOUT_TRAIN + draw, cwd=tmp_path)
+    assert (tmp_path / "samples.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["sample", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(words: list[str]) -> None:
+    """Help appears at once. (pydantic may be there: typer reads a command's options with it.)"""
+    log = python("-X", "importtime", "-m", "cm_runtime", *words).stderr
+    loaded = {
+        line.rpartition("|")[2].strip().split(".")[0] for line in log.splitlines() if line.startswith("import time:")
+    }
+    assert "typer" in loaded
+    assert loaded & {"numpy", "onnx", "onnxruntime", "PIL", "torch"} == set()
+
+
+# Public names
+
+
+def test_public_names() -> None:
+    """What ``import cm_runtime as cm`` offers: the list above, at run time and to type checkers."""
+    assert cm.__all__ == PUBLIC
+    assert set(PUBLIC) < set(dir(cm))
+    assert all(getattr(cm, name).__name__.split(".")[-1] == name for name in PUBLIC)
+    typed = imports(ast.parse((PACKAGE / "__init__.py").read_text()), ["cm_runtime"])
+    assert sorted(found.name.split(".")[-1] for found in typed if found.when == "types") == PUBLIC
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = cm.nothing

@@ -1,0 +1,138 @@
+"""cm_runtime/schedule.py against the papers' formulas in decimal and integer arithmetic, and published values."""
+
+import math
+from decimal import Decimal, localcontext
+
+import numpy as np
+import pytest
+
+from cm_runtime.errors import RequestError
+from cm_runtime.schedule import N_of_k, checked_sigmas, karras_sigmas, mu_of_k, sampler_sigmas
+
+INFINITE = float("inf")
+NAN = float("nan")
+
+
+def decimal_grid(N: int, low: str, high: str, rho: int) -> list[float]:
+    """arXiv 2206.00364 eq. 5 with 50 digits."""
+    with localcontext() as context:
+        context.prec = 50
+        bottom, top = (Decimal(end) ** (Decimal(1) / rho) for end in (low, high))
+        return [float((top + Decimal(i) / (N - 1) * (bottom - top)) ** rho) for i in range(N)]
+
+
+@pytest.mark.parametrize("N", [2, 3, 7, 18, 40, 255])
+def test_grid_is_the_papers_formula(N):
+    sigmas = karras_sigmas(N)
+    assert sigmas.shape == (N,) and sigmas.dtype == np.float64
+    np.testing.assert_allclose(sigmas, decimal_grid(N, "0.002", "80", 7), rtol=1e-13)
+
+
+@pytest.mark.parametrize(("low", "high", "rho"), [("0.01", "50", 3), ("0.5", "1", 1), ("0.002", "0.003", 7)])
+def test_grid_of_other_ends_and_exponents(low, high, rho):
+    np.testing.assert_allclose(karras_sigmas(7, float(low), float(high), rho), decimal_grid(7, low, high, rho), 1e-13)
+
+
+def test_grid_holds_the_published_level_and_its_exact_ends():
+    sigmas = karras_sigmas(40)
+    assert sigmas[22] == pytest.approx(1.382368, abs=5e-7)
+    assert (sigmas[0], sigmas[-1]) == (80.0, 0.002)
+    assert (np.diff(sigmas) < 0).all()
+
+
+@pytest.mark.parametrize("N", [1, 0, -3])
+def test_grid_refuses_fewer_than_two_points(N):
+    with pytest.raises(RequestError, match=f"at least 2 points, not {N}"):
+        karras_sigmas(N)
+
+
+@pytest.mark.parametrize("ends", [(0, 80), (-1, 80), (80, 80), (81, 80), (NAN, 80), (0.002, NAN), (0.002, INFINITE)])
+def test_grid_refuses_impossible_ends(ends):
+    with pytest.raises(RequestError, match="0 < sigma_min < sigma_max"):
+        karras_sigmas(7, *ends)
+
+
+def test_steps_without_tuning_are_a_grid_less_its_last_point():
+    assert sampler_sigmas(1) == (80.0,)
+    assert sampler_sigmas(2) == pytest.approx((80.0, 2.5152), abs=5e-5)
+    assert sampler_sigmas(7) == pytest.approx(decimal_grid(8, "0.002", "80", 7)[:-1])
+    assert len(sampler_sigmas(1000)) == 1000
+
+
+def test_steps_take_the_tuned_levels_of_their_number_only():
+    tuned = {2: (80.0, 1.382368)}
+    assert sampler_sigmas(2, tuned) == (80.0, 1.382368)
+    assert sampler_sigmas(3, tuned) == sampler_sigmas(3)
+
+
+def test_steps_follow_the_models_range():
+    assert sampler_sigmas(3, None, 0.01, 50.0, 3) == pytest.approx(decimal_grid(4, "0.01", "50", 3)[:-1])
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_out_of_range_are_refused(steps):
+    with pytest.raises(RequestError, match=f"from 1 to 1000, not {steps}"):
+        sampler_sigmas(steps)
+
+
+def test_good_sigmas_come_back_as_floats():
+    assert checked_sigmas([80, 3, 1]) == (80.0, 3.0, 1.0)
+    assert checked_sigmas(np.array([80, 0.821], np.float32)) == pytest.approx((80, 0.821), rel=1e-6)
+    assert checked_sigmas([1.0], 0.5, 1.0) == (1.0,)
+
+
+def test_a_first_sigma_equal_but_for_rounding_becomes_sigma_max():
+    assert checked_sigmas([80.00001, 1]) == (80.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "complaint"),
+    [
+        ([], "empty"),
+        ([79.9, 1], "first sigma must be .* 80, not 79.9"),
+        ([1, 80], "first sigma"),
+        ([NAN], "first sigma"),
+        ([INFINITE, 1], "first sigma"),
+        ([80, 80], "descend strictly; 80 follows 80"),
+        ([80, 1, 2], "descend strictly; 2 follows 1"),
+        ([80, NAN, 1], "descend strictly; nan follows 80"),
+        ([80, 1, NAN], "descend strictly; nan follows 1"),
+        ([80, 0.002], "above the model's sigma_min 0.002, not 0.002"),
+        ([80, 0], "above the model's sigma_min"),
+        ([80, -1], "above the model's sigma_min"),
+        ([80, -INFINITE], "above the model's sigma_min"),
+    ],
+)
+def test_bad_sigmas_are_refused_in_one_line(sigmas, complaint):
+    with pytest.raises(RequestError, match=complaint) as caught:
+        checked_sigmas(sigmas)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("k", "N", "mu"), [(0, 2, 0.9025), (1, 3, 0.95), (400_000, 143, 0.999278), (800_000, 201, 0.999487)]
+)
+def test_imagenet_training_schedule_has_its_published_values(k, N, mu):
+    K, s0, s1 = 800_000, 2, 200
+    assert N_of_k(k, K, s0, s1) == N
+    assert mu_of_k(k, K, s0, s1, 0.95) == pytest.approx(mu, abs=5e-7)
+
+
+@pytest.mark.parametrize(("K", "s0", "s1"), [(800_000, 2, 150), (7, 2, 3), (255, 1, 20), (400_000, 10, 1280)])
+def test_grid_growth_is_the_smallest_square_that_reaches_the_target(K, s0, s1):
+    """ceil(sqrt(q) - 1) + 1 is the least n with n^2 >= q, which integers decide exactly."""
+    for k in {*range(0, K, max(K // 300, 1)), K}:
+        target = k * ((s1 + 1) ** 2 - s0**2) + s0**2 * K  # K q
+        n = max(math.isqrt(target // K) - 1, 0)
+        while n * n * K < target:
+            n += 1
+        found = N_of_k(k, K, s0, s1)
+        on_a_square = n * n * K == target and k not in (0, K)  # there floating point may fall on either side
+        assert found in ({max(n, 2), n + 1} if on_a_square else {max(n, 2)})
+
+
+def test_grid_growth_never_shrinks_and_mu_grows_with_it():
+    N = [N_of_k(k, 1000, 2, 150) for k in range(1001)]
+    assert sorted(N) == N and (N[0], N[-1]) == (2, 151)
+    mu = [mu_of_k(k, 1000, 2, 150, 0.9) for k in range(1001)]
+    assert sorted(mu) == mu and mu[-1] == pytest.approx(0.9 ** (2 / 150))
