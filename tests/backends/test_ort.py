@@ -1,0 +1,196 @@
+"""ONNX Runtime behind the Denoiser protocol: what goes in is checked, and what comes out is the caller's."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import exported
+import numpy as np
+import onnxruntime
+import pytest
+
+from cm_runtime.backends.ort import OrtBackend
+from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
+
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def backend(boundary: exported.Files) -> OrtBackend:
+    return OrtBackend(boundary.onnx)
+
+
+@pytest.fixture(scope="module")
+def unlabelled(edm: exported.Files) -> OrtBackend:
+    return OrtBackend(edm.onnx)
+
+
+def image(n: int = 2, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [1, 3, 7])
+def test_it_computes_what_onnx_runtime_computes(backend: OrtBackend, boundary: exported.Files, n: int) -> None:
+    session = onnxruntime.InferenceSession(str(boundary.onnx))
+    sigma, label = np.geomspace(80, 0.01, n).astype(np.float32), np.arange(n) % exported.CLASSES
+    (expected,) = session.run(None, {"x": image(n), "sigma": sigma, "label": label})
+    assert np.allclose(backend.denoise(image(n), sigma, label), expected, rtol=0, atol=1e-6)
+
+
+def test_outputs_are_not_clamped_and_belong_to_the_caller(backend: OrtBackend) -> None:
+    far = image() * 50
+    x0 = backend.denoise(far, 0.01, 0)
+    assert x0.dtype == np.float32
+    assert x0.flags.writeable
+    assert np.abs(x0).max() > 10
+    kept = x0.copy()
+    backend.denoise(image(), 1.0, 1)
+    assert np.array_equal(x0, kept)
+
+
+def test_inputs_are_left_as_they_were(backend: OrtBackend) -> None:
+    x, sigma, label = image(), np.array([1, 2], np.float32), np.array([0, 1])
+    for array in (x, sigma, label):
+        array.setflags(write=False)
+    backend.denoise(x, sigma, label)
+    assert np.array_equal(x, image())
+
+
+@pytest.mark.parametrize(
+    ("sigma", "label"),
+    [
+        (2.0, 3),
+        (np.float64(2), np.int32(3)),
+        (np.array(2.0), np.array(3, np.uint8)),
+        ([2.0], [3]),
+        (np.full(4, 2), (3, 3, 3, 3)),
+    ],
+)
+def test_one_sigma_or_label_serves_every_image(backend: OrtBackend, sigma: Any, label: Any) -> None:
+    each = backend.denoise(image(4), np.full(4, 2, np.float32), np.full(4, 3, np.int64))
+    assert np.array_equal(backend.denoise(image(4), sigma, label), each)
+
+
+def test_images_of_other_types_and_layouts_in_memory_are_taken(backend: OrtBackend) -> None:
+    x = np.round(image(4) * 4)
+    expected = backend.denoise(x, 2.0, 3)
+    for same in (x.astype(np.float64), x.astype(np.int16), x.tolist(), np.asfortranarray(x), np.repeat(x, 2, 0)[::2]):
+        assert np.array_equal(backend.denoise(same, 2.0, 3), expected)
+
+
+BAD_INPUTS: dict[str, tuple[Callable[[], tuple[Any, ...]], str]] = {
+    "x of other channels": (lambda: (image(shape=(1, 8, 8)), 1.0, 0), r"x must be \(N, 3, 8, 8\)"),
+    "x of another size": (lambda: (image(shape=(3, 8, 9)), 1.0, 0), r"x must be .*not \(2, 3, 8, 9\)"),
+    "x without a batch": (lambda: (image()[0], 1.0, 0), "x must be"),
+    "x in another layout": (lambda: (np.moveaxis(image(), 1, -1), 1.0, 0), "x must be"),
+    "no image": (lambda: (image(0), 1.0, 0), "x must be"),
+    "x None": (lambda: (None, 1.0, 0), "x must be"),
+    "x words": (lambda: ("image", 1.0, 0), "x must be"),
+    "x ragged": (lambda: ([[1.0], [1.0, 2.0]], 1.0, 0), "x must be"),
+    "x complex": (lambda: (image() * 1j, 1.0, 0), "x must be"),
+    "x NaN": (lambda: (image() * np.nan, 1.0, 0), "x must be finite"),
+    "sigma zero": (lambda: (image(), 0.0, 0), "sigma must be finite and above 0"),
+    "sigma negative": (lambda: (image(), -1.0, 0), "sigma must be finite and above 0"),
+    "one sigma negative": (lambda: (image(), [1.0, -1.0], 0), "sigma must be finite and above 0"),
+    "sigma NaN": (lambda: (image(), float("nan"), 0), "sigma must be finite and above 0"),
+    "sigma infinite": (lambda: (image(), float("inf"), 0), "sigma must be finite and above 0"),
+    "sigma above float32": (lambda: (image(), 1e39, 0), "sigma must be finite and above 0"),
+    "sigma below float32": (lambda: (image(), 1e-50, 0), "sigma must be finite and above 0"),
+    "sigmas of another count": (lambda: (image(), [1.0, 1.0, 1.0], 0), r"sigma must be a scalar or \(2,\)"),
+    "sigma a column": (lambda: (image(), np.ones((2, 1)), 0), "sigma must be a scalar"),
+    "no sigmas": (lambda: (image(), [], 0), "sigma must be a scalar"),
+    "sigma a word": (lambda: (image(), "loud", 0), "sigma must be"),
+    "sigma None": (lambda: (image(), None, 0), "sigma must be"),
+    "label missing": (lambda: (image(), 1.0, None), "5 classes; give a label"),
+    "label too large": (lambda: (image(), 1.0, 5), "labels must be from 0 to 4"),
+    "label negative": (lambda: (image(), 1.0, [-1, 0]), "labels must be from 0 to 4"),
+    "label enormous": (lambda: (image(), 1.0, np.uint64(2**64 - 1)), "labels must be from 0 to 4"),
+    "label beyond 64 bits": (lambda: (image(), 1.0, 2**70), "label"),
+    "label a float": (lambda: (image(), 1.0, 1.0), "label must be an integer"),
+    "label a truth value": (lambda: (image(), 1.0, True), "label must be an integer"),
+    "label a word": (lambda: (image(), 1.0, "coat"), "label must be an integer"),
+    "labels of another count": (lambda: (image(), 1.0, [0, 1, 2]), "label must be an integer or"),
+    "labels ragged": (lambda: (image(), 1.0, [[0], [0, 1]]), "label must be an integer"),
+    "no labels": (lambda: (image(), 1.0, np.zeros(0, np.int64)), "label must be an integer or"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_inputs_that_do_not_fit_are_one_line_that_says_why(backend: OrtBackend, name: str) -> None:
+    given, message = BAD_INPUTS[name]
+    with pytest.raises(RequestError, match=message) as caught:
+        backend.denoise(*given())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_label_for_a_model_without_classes_is_refused(unlabelled: OrtBackend) -> None:
+    assert unlabelled.denoise(image(3, (1, 8, 8)), 1.0).shape == (3, 1, 8, 8)
+    with pytest.raises(RequestError, match="no classes"):
+        unlabelled.denoise(image(3, (1, 8, 8)), 1.0, 0)
+
+
+# Threads and devices
+
+COUNT_THREADS = """
+import os, sys
+import onnxruntime
+from cm_runtime.backends.ort import OrtBackend
+before = len(os.listdir("/proc/self/task"))
+backend = OrtBackend(sys.argv[1], threads=int(sys.argv[2]))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_engine_of_n_threads_starts_one_less_beside_the_callers(boundary: exported.Files, threads: int) -> None:
+    words = [sys.executable, "-c", COUNT_THREADS, str(boundary.onnx), str(threads)]
+    environment = exported.environment()
+    found = subprocess.run(words, capture_output=True, text=True, check=True, env=environment, timeout=120)
+    assert int(found.stdout) == threads - 1
+
+
+@pytest.mark.parametrize("threads", [-1, 1 << 40])
+def test_a_number_of_threads_no_engine_takes_is_one_error(boundary: exported.Files, threads: int) -> None:
+    with pytest.raises(CmRuntimeError, match="thread"):
+        OrtBackend(boundary.onnx, threads=threads)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
+)
+def test_cuda_without_its_provider_is_an_error_and_not_the_cpu(boundary: exported.Files) -> None:
+    with pytest.raises(EngineError, match=r"cuda:0: pip install 'cm-runtime\[gpu\]'") as caught:
+        OrtBackend(boundary.onnx, device="cuda:0")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "CPU", "", "cpu:0", "tpu:0"])
+def test_a_device_that_is_no_device_is_one_error(boundary: exported.Files, device: str) -> None:
+    with pytest.raises(EngineError, match=r"device|CUDA"):
+        OrtBackend(boundary.onnx, device=device)
+
+
+def test_the_micro_batch_follows_the_size_of_the_images(boundary: exported.Files) -> None:
+    """64 images of 32x32 at once on a CPU, as many pixels of other sizes, at most 256 images and at least one."""
+    backend = OrtBackend(boundary.onnx)
+    sizes = {8: 256, 16: 256, 28: 83, 32: 64, 64: 16, 256: 1, 1024: 1}
+    for size, expected in sizes.items():
+        backend.manifest = backend.manifest.model_copy(update={"image_shape": (3, size, size)})
+        assert backend.micro_batch == expected
+
+
+# Graphs that are not what their manifest says
+
+
+def test_bytes_are_taken_with_a_manifest(boundary: exported.Files, backend: OrtBackend) -> None:
+    from_bytes = OrtBackend(boundary.onnx.read_bytes(), backend.manifest)
+    assert np.array_equal(from_bytes.denoise(image(), 1.0, 0), backend.denoise(image(), 1.0, 0))
+
+
+@pytest.mark.parametrize("content", [b"", b"not onnx", b"\x00" * 100])
+def test_bytes_that_are_no_graph_are_an_artifact_error(backend: OrtBackend, content: bytes) -> None:
+    with pytest.raises(ArtifactError, match="exported graph"):
+        OrtBackend(content, backend.manifest)

@@ -1,0 +1,110 @@
+"""Eager torch behind the Denoiser protocol."""
+
+import warnings
+
+import exported
+import numpy as np
+import pytest
+import torch
+
+from cm_runtime.backends.torch import TorchBackend
+from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.errors import EngineError, RequestError
+
+
+@pytest.fixture
+def backend(boundary: exported.Files) -> TorchBackend:
+    ours = load_checkpoint(boundary.checkpoint)
+    return TorchBackend(ours.model(), ours.manifest())
+
+
+def image(n: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n, 3, 8, 8)).astype(np.float32)
+
+
+def test_it_computes_c_skip_x_plus_c_out_F_in_float64(backend: TorchBackend, boundary: exported.Files) -> None:
+    """The network itself in float64, and arXiv 2303.01469's coefficients written out."""
+    sigma, label = np.array([80.0, 1.5, 0.01]), np.array([4, 0, 2])
+    F = boundary.model().F.double()
+    s = sigma.reshape(-1, 1, 1, 1)
+    c_in, c_noise = 1 / np.sqrt(s**2 + 0.25), 250 * np.log(sigma)
+    # the embedding of c_noise is float32 in the network
+    answer = F.time_embed.register_forward_pre_hook(lambda _, given: (given[0].double(),))
+    with torch.inference_mode():
+        F_x = F(torch.from_numpy(c_in * image()), torch.from_numpy(c_noise), torch.from_numpy(label)).numpy()
+    answer.remove()
+    c_skip = 0.25 / ((s - 0.002) ** 2 + 0.25)
+    c_out = 0.5 * (s - 0.002) / np.sqrt(s**2 + 0.25)
+    x0 = backend.denoise(image(), sigma, label)
+    assert x0.dtype == np.float32
+    assert np.abs(x0 - (c_skip * image() + c_out * F_x)).max() < 5e-4
+
+
+def test_one_sigma_and_one_label_serve_every_image(backend: TorchBackend) -> None:
+    each = backend.denoise(image(), [2.0, 2.0, 2.0], [1, 1, 1])
+    assert np.array_equal(backend.denoise(image(), 2.0, 1), each)
+
+
+def test_dropout_is_off_while_it_is_asked_and_the_module_stays_as_it_was(boundary: exported.Files) -> None:
+    """Training draws its sample grids through this backend, from a module in training mode."""
+    ours = load_checkpoint(boundary.checkpoint)
+    model = ours.model().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    asked = TorchBackend(model, ours.manifest())
+    assert np.array_equal(asked.denoise(image(), 2.0, 1), asked.denoise(image(), 2.0, 1))
+    assert model.training
+    assert all(module.training for module in model.modules())
+
+
+def test_a_refused_input_leaves_the_module_as_it_was(boundary: exported.Files) -> None:
+    ours = load_checkpoint(boundary.checkpoint)
+    model = ours.model().train()
+    with pytest.raises(RequestError, match="sigma"):
+        TorchBackend(model, ours.manifest()).denoise(image(), -1.0, 1)
+    assert model.training
+
+
+def test_the_answer_belongs_to_the_caller_and_inputs_may_be_read_only(backend: TorchBackend) -> None:
+    x = image()
+    x.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x0 = backend.denoise(x, 2.0, 1)
+    assert x0.flags.writeable
+    x0[:] = 0
+    assert np.abs(backend.denoise(x, 2.0, 1)).max() > 0.1
+
+
+def test_no_gradient_is_kept(boundary: exported.Files) -> None:
+    ours = load_checkpoint(boundary.checkpoint)
+    model = ours.model().requires_grad_(True)
+    x0 = TorchBackend(model, ours.manifest()).denoise(image(), 2.0, 1)
+    assert isinstance(x0, np.ndarray)
+    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("device", ["cuda:0", "cuda", "cuda:99"])
+def test_cuda_without_a_gpu_is_one_error_and_not_the_cpu(boundary: exported.Files, device: str) -> None:
+    ours = load_checkpoint(boundary.checkpoint)
+    with pytest.raises(EngineError, match=f"torch cannot use device {device}") as caught:
+        TorchBackend(ours.model(), ours.manifest(), device)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cpu:x", "0", "tpu", "xla", "meta", "mps", "xpu"])
+def test_a_device_that_is_no_device_is_one_error(boundary: exported.Files, device: str) -> None:
+    ours = load_checkpoint(boundary.checkpoint)
+    with pytest.raises(EngineError, match="device") as caught:
+        TorchBackend(ours.model(), ours.manifest(), device)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_network_of_another_shape_than_the_manifest_says_is_an_engine_error(boundary: exported.Files) -> None:
+    ours = load_checkpoint(boundary.checkpoint)
+    lying = ours.manifest().model_copy(update={"image_shape": (4, 8, 8)})
+    with pytest.raises(EngineError, match="torch: ") as caught:
+        TorchBackend(ours.model(), lying).denoise(np.zeros((1, 4, 8, 8), np.float32), 1.0, 0)
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,404 @@
+"""Everything that can go wrong on the command line is one clear line and exit 1, with nothing half-written."""
+
+import gzip
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import exported
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from PIL import Image
+
+from cm_runtime.cli import main
+from cm_runtime.errors import ArtifactError
+
+Cli = Callable[..., Any]
+Words = list[object]
+
+
+@pytest.fixture
+def place(boundary: exported.Files, tmp_path: Path) -> Path:
+    """The folder that `cli` works in, with a model and a checkpoint of somebody's."""
+    exported.copied(boundary.onnx, tmp_path)
+    exported.copied(boundary.checkpoint, tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Files that are wrong
+
+
+class Malice:
+    """Pickled, it makes a folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("pwned",)
+
+
+def truncated(folder: Path) -> None:
+    content = (folder / "model.onnx").read_bytes()
+    (folder / "cut.onnx").write_bytes(content[: len(content) // 2])
+
+
+def foreign(folder: Path) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    onnx.save(helper.make_model(graph), folder / "foreign.onnx")
+
+
+def plain_pickle(folder: Path) -> None:
+    (folder / "evil.pt").write_bytes(pickle.dumps(Malice()))
+
+
+def pickle_in_zip(folder: Path) -> None:
+    torch.save({"format": "cm-runtime checkpoint 1", "config": Malice()}, folder / "evil.pt")
+
+
+def corrupt_idx(folder: Path) -> None:
+    (folder / "data").mkdir()
+    images = struct.pack(">4I", 0x803, 60, 8, 8) + bytes(60 * 64 - 1)
+    with gzip.open(folder / "data" / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(images)
+    (folder / "data" / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 60) + bytes(60))
+
+
+def broken_gzip(folder: Path) -> None:
+    corrupt_idx(folder)
+    path = folder / "data" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def unreadable_picture(folder: Path) -> None:
+    (folder / "data").mkdir()
+    for name in "ab":
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(folder / "data" / f"{name}.png")
+    (folder / "data" / "c.png").write_bytes(b"\x89PNG\r\n\x1a\nand then nothing")
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+TRAIN: Words = ["train", "fashion-mnist", "--data", "data", "--out", "run"]
+# name: (what is made beforehand, the command, what the line must say)
+WRONG_FILES: dict[str, tuple[Callable[[Path], None], Words, str]] = {
+    "no such model": (nothing, ["sample", "no.onnx"], "no.onnx: no such model"),
+    "no such checkpoint": (nothing, ["sample", "no.pt"], "no.pt: no such model"),
+    "info of no such file": (nothing, ["info", "no.onnx"], "no.onnx: no such file"),
+    "info of no such checkpoint": (nothing, ["info", "no.pt"], "no.pt: no such file"),
+    "export of no such checkpoint": (nothing, ["export", "no.pt"], "no.pt: no such file"),
+    "truncated onnx": (truncated, ["sample", "cut.onnx"], "cut.onnx is not an ONNX file, or is truncated"),
+    "info of truncated onnx": (truncated, ["info", "cut.onnx"], "cut.onnx is not an ONNX file, or is truncated"),
+    "foreign onnx": (foreign, ["sample", "foreign.onnx"], "foreign.onnx was not exported by cm-runtime"),
+    "info of foreign onnx": (foreign, ["info", "foreign.onnx"], "cm-runtime export CHECKPOINT"),
+    "pickle": (plain_pickle, ["sample", "evil.pt"], "evil.pt is a pickle"),
+    "pickle in a checkpoint": (pickle_in_zip, ["sample", "evil.pt"], "evil.pt is a pickle"),
+    "export of a pickle": (pickle_in_zip, ["export", "evil.pt"], "evil.pt is a pickle"),
+    "info of a pickle": (pickle_in_zip, ["info", "evil.pt"], "evil.pt is a pickle"),
+    "corrupt IDX": (corrupt_idx, TRAIN, "train-images-idx3-ubyte.gz"),
+    "broken gzip": (broken_gzip, TRAIN, "train-images-idx3-ubyte.gz"),
+    "unreadable picture": (unreadable_picture, TRAIN, "c.png"),
+    "no such data": (nothing, TRAIN, "data"),
+    "no such preset": (nothing, ["train", "celebrities"], "fashion-mnist"),
+    "no such config": (nothing, ["train", "no.toml"], "no.toml"),
+    "an unknown key": (nothing, [*TRAIN, "--set", "colour=1"], "colour"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_wrong_file_is_one_line_and_nothing_is_written(cli: Cli, place: Path, name: str) -> None:
+    make, words, message = WRONG_FILES[name]
+    make(place)
+    before = contents(place)
+    outcome = cli(*words)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert contents(place) == before
+    assert not (place / "pwned").exists()
+    assert not (place / "run").exists()
+
+
+# Requests that are wrong
+
+WRONG_REQUESTS: dict[str, tuple[Words, str]] = {
+    "no steps": (["--steps", 0], "steps must be from 1 to 1000, not 0"),
+    "negative steps": (["--steps", -1], "steps must be from 1 to 1000, not -1"),
+    "endless steps": (["--steps", 1001], "steps must be from 1 to 1000, not 1001"),
+    "steps and sigmas": (["--steps", 2, "--sigmas", "80,1"], "steps or sigmas, not both"),
+    "sigmas ascending": (["--sigmas", "80,1,2"], "descend"),
+    "sigmas equal": (["--sigmas", "80,1,1"], "descend"),
+    "sigmas from below": (["--sigmas", "70,1"], "sigma_max 80"),
+    "sigmas from above": (["--sigmas", "81,1"], "sigma_max 80"),
+    "sigma at the bottom": (["--sigmas", "80,0.002"], "above the model's sigma_min 0.002"),
+    "sigma zero": (["--sigmas", "80,0"], "above the model's sigma_min"),
+    "sigma negative": (["--sigmas", "80,-1"], "above the model's sigma_min"),
+    "sigma NaN": (["--sigmas", "80,nan"], "descend"),
+    "first sigma NaN": (["--sigmas", "nan"], "sigma_max"),
+    "sigma infinite": (["--sigmas", "inf,1"], "sigma_max"),
+    "sigmas words": (["--sigmas", "a,b"], "numbers separated by commas, not 'a,b'"),
+    "sigmas empty": (["--sigmas", ""], "numbers separated by commas"),
+    "sigmas with a gap": (["--sigmas", "80,,1"], "numbers separated by commas"),
+    "label too large": (["--labels", 5], "from 0 to 4, not 5"),
+    "label in a list": (["--labels", "0,1,9"], "from 0 to 4, not 9"),
+    "label negative": (["--labels=-1"], "from 0 to 4, not -1"),
+    "label enormous": (["--labels", 10**30], "from 0 to 4"),
+    "labels words": (["--labels", "x"], "not 'x'"),
+    "labels empty": (["--labels", ""], "not ''"),
+    "labels fraction": (["--labels", "1.5"], "not '1.5'"),
+    "no batch": (["--batch", 0], "--batch must be at least 1, not 0"),
+    "negative batch": (["--batch", -3], "--batch must be at least 1, not -3"),
+    "no images": (["--count", 0], "count must be at least 1, not 0"),
+    "fewer than no images": (["--count", -1], "count must be at least 1, not -1"),
+    "no micro-batch": (["--micro-batch", 0], "micro-batch must be from 1 to 65536, not 0"),
+    "negative micro-batch": (["--micro-batch", -1], "micro-batch must be from 1 to 65536, not -1"),
+    "micro-batch a word": (["--micro-batch", "x"], "not 'x'"),
+    "no threads": (["--threads", 0], "--threads must be at least 1, not 0"),
+    "negative threads": (["--threads", -1], "--threads must be at least 1, not -1"),
+    "endless threads": (["--threads", 1 << 40], "threads"),
+    "negative seed": (["--seed", -1], "seed must be from 0 to 2^64-1, not -1"),
+    "seed too large": (["--seed", 2**64], "seed must be from 0 to 2^64-1"),
+    "negative start": (["--start", -1], "from 0 to 2^64-1"),
+    "start overflows": (["--start", 2**64 - 255], "from 0 to 2^64-1"),
+    "unknown backend": (["--backend", "magic"], "auto, ort or torch, not 'magic'"),
+    "backend of checkpoints": (["--backend", "torch"], "checkpoints"),
+    "unknown device": (["--device", "gpu"], "auto, cpu or cuda:N, not gpu"),
+    "a picture too large": (["--count", 10**9], "write more with -o NAME.npz"),
+    "float picture": (["--float"], "give -o NAME.npz"),
+    "no memory": (["--count", 10**18, "--batch", 10**18, "--micro-batch", 10**18, "-o", "x.npz"], "micro-batch"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_REQUESTS)
+def test_a_wrong_request_is_one_line_and_nothing_is_written(cli: Cli, place: Path, name: str) -> None:
+    words, message = WRONG_REQUESTS[name]
+    before = contents(place)
+    outcome = cli("sample", "model.onnx", "-o", "x.png", *words)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert contents(place) == before
+
+
+def test_labels_for_a_model_without_classes_are_refused(cli: Cli, grey: exported.Files) -> None:
+    for labels in ("all", "0", "random"):
+        outcome = cli("sample", grey.onnx, "--labels", labels)
+        assert (outcome.code, outcome.err) == (1, "error: this model has no classes; leave the labels out\n")
+
+
+def test_a_teacher_is_refused(cli: Cli, place: Path) -> None:
+    manifest = json.loads(onnx.load(place / "model.onnx").metadata_props[0].value)
+    manifest["training"]["method"] = "edm"
+    exported.with_metadata(place / "model.onnx", place / "teacher.onnx", json.dumps(manifest))
+    outcome = cli("sample", "teacher.onnx")
+    assert outcome.code == 1
+    assert "EDM teacher" in outcome.err
+    assert not (place / "samples.png").exists()
+
+
+def test_weights_that_make_nonsense_write_no_picture(cli: Cli, place: Path) -> None:
+    graph = onnx.load(place / "model.onnx")
+    (bias,) = [weight for weight in graph.graph.initializer if weight.name.endswith("out.2.bias")]
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(tuple(bias.dims), np.nan, np.float32), bias.name))
+    onnx.save(graph, place / "nan.onnx")
+    before = contents(place)
+    for name in ("x.png", "x.npz"):
+        outcome = cli("sample", "nan.onnx", "--count", 3, "-o", name)
+        assert outcome.code == 1
+        assert "not finite" in outcome.err
+        assert outcome.err.count("\n") == 1
+    assert contents(place) == before
+
+
+# Outputs that cannot be written
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("x.jpg", "ends in .png (a grid) or .npz (arrays)"),
+        ("x", "ends in .png (a grid) or .npz (arrays)"),
+        (".npz", "ends in .png (a grid) or .npz (arrays)"),
+        ("missing/x.png", "there is no folder missing"),
+        ("missing/x.npz", "there is no folder missing"),
+        ("model.onnx/x.png", "cannot be written"),
+        ("folder.png", "folder.png is a folder"),
+        ("/proc/x.png", "/proc/x.png cannot be written"),
+        ("/proc/x.npz", "/proc/x.npz cannot be written"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line(cli: Cli, place: Path, output: str, message: str) -> None:
+    (place / "folder.png").mkdir()
+    before = contents(place)
+    outcome = cli("sample", "model.onnx", "--count", 2, "-o", output)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert contents(place) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_one_line(cli: Cli, place: Path) -> None:
+    (place / "sealed").mkdir(mode=0o500)
+    outcome = cli("sample", "model.onnx", "--count", 2, "-o", "sealed/x.png")
+    assert (outcome.code, outcome.err.count("\n")) == (1, 1)
+    assert "no permission" in outcome.err
+
+
+def test_an_unwritable_output_is_refused_before_the_model_is_read(cli: Cli) -> None:
+    assert "missing/x.png" in cli("sample", "no.onnx", "-o", "missing/x.png").err
+
+
+FILL_THE_DISK = """
+import contextlib, io, json, os, resource, sys
+from cm_runtime.cli import main
+model, name, whole = sys.argv[1], sys.argv[2], int(sys.argv[3])
+outcomes = []
+for limit in [0, 1, 100, whole // 2, whole - 2000, *range(whole - 1200, whole, 37), whole - 1, whole]:
+    if limit < 0:
+        continue
+    open(name, "wb").close()
+    os.unlink(name)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            main(["sample", model, "--count", "7", "-o", name])
+        code = "no exit"
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    except BaseException as error:
+        code = repr(error)
+    outcomes.append([limit, code, said.getvalue(), os.listdir(".")])
+    if os.path.exists(name):
+        os.unlink(name)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.png"])
+def test_a_disk_that_fills_up_at_any_byte_leaves_no_file(boundary: exported.Files, tmp_path: Path, name: str) -> None:
+    assert exported.command("sample", boundary.onnx, "--count", 7, "-o", name, cwd=tmp_path).returncode == 0
+    whole = (tmp_path / name).stat().st_size
+    (tmp_path / name).unlink()
+    words = [sys.executable, "-c", FILL_THE_DISK, str(boundary.onnx), name, str(whole)]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=exported.environment(), capture_output=True, text=True, timeout=240, check=True
+    )
+    *full, enough = json.loads(done.stdout)
+    assert enough == [whole, 0, "", [name]]
+    assert len(full) > 20
+    for limit, code, error, files in full:
+        assert (code, files) == (1, []), (limit, code, error)
+        assert error == f"error: {name} cannot be written: File too large\n"
+
+
+# Usage, and --debug
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "--nonsense"],
+        ["sample", "a.onnx", "b.onnx"],
+        ["sample", "--steps"],
+        ["sample", "--steps", "two"],
+        ["sample", "--batch", "1.5"],
+        ["sample", "--seed", "x"],
+        ["export"],
+        ["train"],
+        ["info", "--yaml"],
+        ["draw"],
+        ["--nonsense"],
+    ],
+)
+def test_a_wrong_use_is_exit_2_with_a_usage_message(cli: Cli, tmp_path: Path, words: Words) -> None:
+    outcome = cli(*words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "Error" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 4])
+def test_debug_shows_where_an_error_comes_from_in_any_position(cli: Cli, position: int) -> None:
+    words = ["sample", "no.onnx", "--steps", "2"]
+    assert cli(*words).err.startswith("error: no.onnx")
+    words.insert(position, "--debug")
+    with pytest.raises(ArtifactError, match=r"no\.onnx"):
+        main(words)
+
+
+def test_debug_prints_a_traceback_in_a_process_and_the_exit_status_stays_1(tmp_path: Path) -> None:
+    done = exported.command("info", "no.onnx", "--debug", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "ArtifactError: no.onnx: no such file" in done.stderr
+    plain = exported.command("info", "no.onnx", cwd=tmp_path)
+    assert (plain.returncode, plain.stdout, plain.stderr) == (1, "", "error: no.onnx: no such file\n")
+
+
+def test_a_reader_that_stops_listening_is_no_traceback(boundary: exported.Files, tmp_path: Path) -> None:
+    """As in ``cm-runtime info model.onnx --json | head -0``."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "cm_runtime", "info", str(boundary.onnx), "--json"]
+    environment = exported.environment()
+    done = subprocess.run(words, cwd=tmp_path, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+# Extras that are not installed
+
+
+@pytest.mark.parametrize(
+    ("hidden", "words", "message"),
+    [
+        ("onnxruntime", ["sample", "model.onnx"], "onnxruntime: pip install 'cm-runtime[cpu]'"),
+        ("torch", ["sample", "ckpt.pt"], "torch: pip install 'cm-runtime[train]'"),
+        ("torch", ["info", "ckpt.pt"], "torch: pip install 'cm-runtime[train]'"),
+        ("torch", ["export", "ckpt.pt"], "torch: pip install 'cm-runtime[train]'"),
+        ("torch", ["train", "fashion-mnist", "--out", "run"], "torch: pip install 'cm-runtime[train]'"),
+        ("onnx", ["export", "ckpt.pt"], "onnx: pip install 'cm-runtime[train]'"),
+        ("onnxscript", ["export", "ckpt.pt"], "onnxscript: pip install 'cm-runtime[train]'"),
+        ("tomli_w", ["train", "fashion-mnist", "--out", "run"], "tomli_w: pip install 'cm-runtime[train]'"),
+    ],
+)
+def test_a_missing_extra_is_one_line_with_the_pip_command(
+    place: Path, hidden: str, words: list[str], message: str
+) -> None:
+    before = contents(place)
+    done = exported.command(*words, cwd=place, start=exported.hiding(hidden))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert contents(place) == before
+    assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize("use", ["cm.load_checkpoint('ckpt.pt')", "cm.export.onnx(None, 'm.onnx')"])
+def test_python_names_that_need_torch_say_so_too(place: Path, use: str) -> None:
+    hide = exported.hiding("torch")[2].rpartition("from cm_runtime.cli")[0]
+    script = f"{hide}\nimport cm_runtime as cm\ntry:\n    {use}\nexcept cm.errors.MissingExtraError as e:\n    print(e)"
+    done = exported.command(cwd=place, start=[sys.executable, "-c", script])
+    assert "needs torch: pip install 'cm-runtime[train]'" in done.stdout, done.stderr

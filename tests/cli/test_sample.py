@@ -1,0 +1,294 @@
+"""``cm-runtime sample``: which images it draws, and what it writes about them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import exported
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from cm_runtime import noise
+from cm_runtime.backends import DEFAULT_MODEL
+
+Cli = Callable[..., Any]
+
+
+def drawn(cli: Cli, model: Path, *options: object) -> dict[str, NDArray[Any]]:
+    outcome = cli("sample", model, *options, "-o", "x.npz")
+    assert (outcome.code, outcome.err) == (0, "")
+    with np.load("x.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def said(path: str | Path) -> dict[str, Any]:
+    """What a picture says of itself, read by Pillow."""
+    with Image.open(path) as picture:
+        text: dict[str, Any] = json.loads(picture.text["cm_runtime"])  # type: ignore[attr-defined]
+    return text
+
+
+def sha256(path: Path) -> str:
+    return subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+# What is drawn
+
+
+def test_the_images_are_those_of_algorithm_1_written_out(cli: Cli, boundary: exported.Files) -> None:
+    """arXiv 2303.01469, algorithm 1, on a session of our own: seed 9, images 4 to 10, three levels."""
+    session = onnxruntime.InferenceSession(str(boundary.onnx))
+    index = np.arange(4, 11)
+    x0: NDArray[np.float32] = np.zeros((7, 3, 8, 8), np.float32)
+    for k, sigma in enumerate([80.0, 3.0, 0.7]):
+        spread = np.float32(np.sqrt(sigma**2 - 0.002**2) if k else sigma)
+        x = x0 + spread * noise.normal(9, index, k, (3, 8, 8))
+        (x0,) = session.run(None, {"x": x, "sigma": np.full(7, sigma, np.float32), "label": index % exported.CLASSES})
+        x0 = np.clip(x0, -1, 1)
+    options = ("--seed", 9, "--start", 4, "--count", 7, "--sigmas", "80,3,0.7")
+    floats = drawn(cli, boundary.onnx, *options, "--float")["arr_0"]
+    assert floats.std() > 0.1
+    assert np.abs(floats - x0.transpose(0, 2, 3, 1)).max() < 1e-4
+    whole = drawn(cli, boundary.onnx, *options)["arr_0"]
+    assert np.abs(whole.astype(int) - (x0.transpose(0, 2, 3, 1) + 1) * 127.5).max() < 0.51
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--batch", 1),
+        ("--batch", 7),
+        ("--batch", 256),
+        ("--micro-batch", 1),
+        ("--micro-batch", 5),
+        ("--batch", 7, "--micro-batch", 3),
+        ("--threads", 1),
+    ],
+)
+def test_no_way_of_batching_changes_an_image_or_its_label(
+    cli: Cli, boundary: exported.Files, options: tuple[object, ...]
+) -> None:
+    whole = drawn(cli, boundary.onnx, "--count", 20, "--labels", "random")
+    other = drawn(cli, boundary.onnx, "--count", 20, "--labels", "random", *options)
+    assert np.abs(whole["arr_0"].astype(int) - other["arr_0"]).max() <= 1
+    assert np.array_equal(whole["arr_1"], other["arr_1"])
+
+
+def test_start_continues_where_another_run_stopped(cli: Cli, boundary: exported.Files) -> None:
+    whole = drawn(cli, boundary.onnx, "--count", 20, "--labels", "0,4,2")
+    later = drawn(cli, boundary.onnx, "--start", 13, "--count", 3, "--labels", "0,4,2")
+    assert np.abs(whole["arr_0"][13:16].astype(int) - later["arr_0"]).max() <= 1
+    assert later["arr_1"].tolist() == [4, 2, 0]
+
+
+def test_the_last_indices_there_are_can_be_drawn(cli: Cli, boundary: exported.Files) -> None:
+    last = drawn(cli, boundary.onnx, "--seed", 2**64 - 1, "--start", 2**64 - 2, "--count", 2)
+    assert last["arr_1"].tolist() == [(2**64 - 2) % exported.CLASSES, (2**64 - 1) % exported.CLASSES]
+    assert last["arr_0"].std() > 10
+
+
+@pytest.mark.parametrize("option", [("--seed", 1), ("--start", 20), ("--steps", 3), ("--sigmas", "80,1")])
+def test_every_option_that_chooses_images_changes_them(
+    cli: Cli, boundary: exported.Files, option: tuple[object, ...]
+) -> None:
+    usual = drawn(cli, boundary.onnx, "--count", 3, "--labels", 0)["arr_0"]
+    other = drawn(cli, boundary.onnx, "--count", 3, "--labels", 0, *option)["arr_0"]
+    assert (np.abs(usual.astype(int) - other).max(axis=(1, 2, 3)) > 5).all()
+
+
+def test_labels_choose_classes(cli: Cli, boundary: exported.Files) -> None:
+    def labels(*options: object) -> list[int]:
+        found = drawn(cli, boundary.onnx, "--count", 7, *options)["arr_1"]
+        assert found.dtype == np.int64
+        return list(found.tolist())
+
+    assert labels() == labels("--labels", "all") == [0, 1, 2, 3, 4, 0, 1]
+    assert labels("--labels", "3") == [3] * 7
+    assert labels("--labels", "4,0,1") == [4, 0, 1, 4, 0, 1, 4]
+    assert labels("--labels", "all", "--start", 3) == [3, 4, 0, 1, 2, 3, 4]
+    random = drawn(cli, boundary.onnx, "--count", 40, "--labels", "random", "--steps", 1)["arr_1"].tolist()
+    assert set(random) == set(range(exported.CLASSES))
+    assert (
+        random
+        != drawn(cli, boundary.onnx, "--count", 40, "--labels", "random", "--steps", 1, "--seed", 1)["arr_1"].tolist()
+    )
+
+
+def test_a_label_changes_its_image(cli: Cli, boundary: exported.Files) -> None:
+    one, other = (drawn(cli, boundary.onnx, "--count", 3, "--labels", label, "--float")["arr_0"] for label in (1, 2))
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_torch_draws_what_onnx_runtime_draws(cli: Cli, boundary: exported.Files) -> None:
+    """A grey level apart at most, from the checkpoint itself."""
+    by_ort = drawn(cli, boundary.onnx, "--count", 7)
+    by_torch = drawn(cli, boundary.checkpoint, "--count", 7, "--backend", "torch", "--device", "cpu")
+    assert np.abs(by_ort["arr_0"].astype(int) - by_torch["arr_0"]).max() <= 1
+    assert json.loads(str(by_ort["cm_runtime"])) == json.loads(str(by_torch["cm_runtime"])) | {"micro_batch": 7}
+
+
+# What is written
+
+
+def test_an_npz_holds_images_labels_and_what_made_them(cli: Cli, boundary: exported.Files) -> None:
+    arrays = drawn(cli, boundary.onnx, "--count", 7, "--seed", 5, "--start", 2, "--micro-batch", 3)
+    assert set(arrays) == {"arr_0", "arr_1", "cm_runtime"}
+    assert (arrays["arr_0"].dtype, arrays["arr_0"].shape) == (np.uint8, (7, 8, 8, 3))
+    text = json.loads(str(arrays["cm_runtime"]))
+    middle = (80 ** (1 / 7) / 2 + 0.002 ** (1 / 7) / 2) ** 7  # two steps: the grid of three points, without its last
+    assert text.pop("sigmas") == pytest.approx([80, middle])
+    assert text == {
+        "seed": 5,
+        "start": 2,
+        "count": 7,
+        "labels": "all",
+        "micro_batch": 3,
+        "model_sha256": sha256(boundary.checkpoint),
+    }
+
+
+def test_a_model_without_classes_writes_no_labels(cli: Cli, grey: exported.Files) -> None:
+    arrays = drawn(cli, grey.onnx, "--count", 3)
+    assert set(arrays) == {"arr_0", "cm_runtime"}
+    assert arrays["arr_0"].shape == (3, 8, 8, 1)
+    assert json.loads(str(arrays["cm_runtime"]))["labels"] is None
+
+
+def test_float_writes_what_the_bytes_are_rounded_from(cli: Cli, boundary: exported.Files) -> None:
+    floats = drawn(cli, boundary.onnx, "--count", 7, "--float")["arr_0"]
+    assert floats.dtype == np.float32
+    assert np.abs(floats).max() <= 1
+    whole = drawn(cli, boundary.onnx, "--count", 7)["arr_0"]
+    assert np.array_equal(whole, np.rint((floats.astype(np.float64) + 1) * 127.5))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("boundary", "RGB"), ("grey", "L")])
+def test_a_png_is_a_grid_of_the_same_images_row_by_row(
+    cli: Cli, kind: str, mode: str, request: pytest.FixtureRequest
+) -> None:
+    files: exported.Files = request.getfixturevalue(kind)
+    images = drawn(cli, files.onnx, "--count", 7)["arr_0"]
+    assert cli("sample", files.onnx, "--count", 7, "-o", "x.png").code == 0
+    with Image.open("x.png") as picture:
+        assert (picture.format, picture.mode, picture.size) == ("PNG", mode, (24, 24))
+        pixels = np.asarray(picture).reshape(24, 24, -1)
+    for i in range(9):
+        row, column = divmod(i, 3)
+        cell = pixels[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
+        assert np.array_equal(cell, images[i] if i < 7 else np.zeros_like(cell))
+
+
+@pytest.mark.parametrize("labels", ["all", "random", "3", "4,0"])
+def test_a_picture_can_be_drawn_again_from_what_it_says(cli: Cli, boundary: exported.Files, labels: str) -> None:
+    cli(
+        "sample",
+        boundary.onnx,
+        "--count",
+        7,
+        "--seed",
+        3,
+        "--start",
+        5,
+        "--steps",
+        3,
+        "--labels",
+        labels,
+        "-o",
+        "a.png",
+    )
+    text = said("a.png")
+    assert text["model_sha256"] == sha256(boundary.checkpoint)
+    again = text["labels"] if isinstance(text["labels"], str) else ",".join(map(str, text["labels"]))
+    options = [word for key in ("seed", "start", "count") for word in (f"--{key}", text[key])]
+    levels = ",".join(map(repr, text["sigmas"]))
+    cli("sample", boundary.onnx, *options, "--sigmas", levels, "--labels", again, "-o", "b.png")
+    with Image.open("a.png") as first, Image.open("b.png") as second:
+        assert np.asarray(first).std() > 10
+        assert np.array_equal(np.asarray(first), np.asarray(second))
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.npz"])
+def test_the_same_command_writes_the_same_bytes(cli: Cli, boundary: exported.Files, tmp_path: Path, name: str) -> None:
+    written = []
+    for _ in range(2):
+        cli("sample", boundary.onnx, "--count", 7, "--micro-batch", 3, "-o", name)  # and replaces the picture, unasked
+        written.append((tmp_path / name).read_bytes())
+        time.sleep(2.1 if name == "x.npz" and len(written) == 1 else 0)  # zip counts time in steps of two seconds
+    assert written[0] == written[1]
+
+
+def test_without_options_256_images_go_to_samples_png(cli: Cli, grey: exported.Files, tmp_path: Path) -> None:
+    outcome = cli("sample", grey.onnx)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == "samples.png: 256 images, 2 steps, seed 0\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+    with Image.open("samples.png") as picture:
+        assert picture.size == (128, 128)
+
+
+def test_without_a_model_the_bundled_one_draws(cli: Cli) -> None:
+    assert DEFAULT_MODEL.exists(), "the bundled model is missing"
+    outcome = cli("sample", "--count", 4, "-o", "x.png")
+    assert (outcome.code, outcome.err) == (0, "")
+    with Image.open("x.png") as picture:
+        assert np.asarray(picture).std() > 10
+
+
+# As a process
+
+
+def test_a_process_draws_what_this_process_draws(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+    cli("sample", boundary.onnx, "--count", 7, "-o", "here.npz")
+    done = exported.command("sample", boundary.onnx, "--count", 7, "-o", "there.npz", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "there.npz: 7 images, 2 steps, seed 0\n", "")
+    assert (tmp_path / "here.npz").read_bytes() == (tmp_path / "there.npz").read_bytes()
+
+
+@pytest.mark.parametrize("hidden", [("torch", "onnx", "onnxscript", "openvino", "scipy")])
+def test_sampling_an_exported_file_needs_no_torch(
+    boundary: exported.Files, tmp_path: Path, hidden: tuple[str, ...]
+) -> None:
+    start = exported.hiding(*hidden)
+    done = exported.command("sample", boundary.onnx, "--count", 3, "-o", "x.png", cwd=tmp_path, start=start)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said(tmp_path / "x.png")["count"] == 3
+
+
+@pytest.mark.parametrize(("name", "options"), [("x.npz", ("--count", "1000000")), ("x.png", ("--steps", "1000"))])
+def test_an_interrupt_leaves_no_file_and_says_one_line(
+    grey: exported.Files, tmp_path: Path, name: str, options: tuple[str, ...]
+) -> None:
+    words = [sys.executable, "-m", "cm_runtime", "sample", str(grey.onnx), *options, "-o", name]
+    running = subprocess.Popen(
+        words, cwd=tmp_path, env=exported.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not _is_drawing(running.pid, tmp_path, name):
+            assert running.poll() is None, running.communicate()
+            assert time.monotonic() < deadline, "it never began to draw"
+            time.sleep(0.05)
+        time.sleep(0.3)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+        running.wait()
+    assert os.listdir(tmp_path) == []
+    assert (running.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def _is_drawing(pid: int, folder: Path, name: str) -> bool:
+    """An npz grows under another name; a picture is drawn before anything is written, so the engine is looked for."""
+    if name.endswith(".npz"):
+        return any(path.stat().st_size > 10_000 for path in folder.iterdir())
+    return "onnxruntime" in Path(f"/proc/{pid}/maps").read_text()

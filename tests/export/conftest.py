@@ -1,0 +1,25 @@
+"""The exported files that these tests share; see tests/exported.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import exported
+
+
+@pytest.fixture(scope="session")
+def boundary(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
+    return exported.Files("boundary", tmp_path_factory)
+
+
+@pytest.fixture(scope="session", params=exported.KINDS)
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
+    return exported.Files(request.param, tmp_path_factory)
+
+
+@pytest.fixture
+def quick_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's exporter runs once a session for each network."""
+    monkeypatch.setattr("cm_runtime.export.denoiser.build_graph", exported.build_graph_once)

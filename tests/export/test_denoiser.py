@@ -1,0 +1,385 @@
+"""The exported file: what a stock engine that knows nothing of cm-runtime computes from it, and how it is written."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import exported
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from cm_runtime import export
+from cm_runtime.artifact import read_manifest
+from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.errors import OutputError, RequestError
+from cm_runtime.export import denoiser
+
+TOLERANCE = 1e-4
+BATCHES = (1, 3, 7)
+LEVELS = (80.0, 0.002, 1.382368, 0.3, 0.02, 17.5, 4.4)
+SMALLEST, LARGEST = np.float32(2.0**-24), np.float32(65504)  # of float16
+
+STOCK_ENGINE = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("cm_runtime", "torch", "onnx"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import numpy, onnxruntime
+
+given, model, answer = sys.argv[1:]
+session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+with numpy.load(given) as arrays:
+    feeds = {}
+    for key in arrays.files:
+        batch, _, name = key.partition(".")
+        feeds.setdefault(batch, {})[name] = arrays[key]
+numpy.savez(answer, **{batch: session.run(["denoised"], feed)[0] for batch, feed in feeds.items()})
+"""
+
+Inputs = dict[str, NDArray[np.generic]]
+
+
+def inputs(files: exported.Files, n: int) -> Inputs:
+    """A batch whose noise levels all differ, and whose labels differ too."""
+    config = exported.checkpoint(files.kind).config
+    sigma = np.resize(np.array(LEVELS, np.float32), n)
+    x = np.random.default_rng(n).standard_normal((n, *config.image_shape)) * np.hypot(sigma, 0.5)[:, None, None, None]
+    given: Inputs = {"x": x.astype(np.float32), "sigma": sigma}
+    if config.network.num_classes:
+        given["label"] = (np.arange(n) * 2 + 1) % exported.CLASSES
+    return given
+
+
+def expected(files: exported.Files, given: Inputs) -> NDArray[np.float32]:
+    """The float32 torch model's own answer."""
+    with torch.inference_mode():
+        answer: NDArray[np.float32] = files.model()(*map(torch.from_numpy, given.values())).numpy()
+    return answer
+
+
+def largest_difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    assert found.dtype == np.float32
+    assert found.shape == wanted.shape
+    assert np.isfinite(wanted).all()
+    return float(np.abs(found - wanted).max())
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def without_metadata(path: Path) -> bytes:
+    """The graph, whose bytes are the same each time; the parity beside it is a measurement."""
+    graph = onnx.load(path)
+    del graph.metadata_props[:]
+    return graph.SerializeToString(deterministic=True)
+
+
+# What the file computes
+
+
+@pytest.mark.parametrize("form", ["onnx", "inline", "half"])
+def test_a_stock_onnx_runtime_without_our_code_computes_what_the_torch_model_computes(
+    each: exported.Files, form: str, tmp_path: Path
+) -> None:
+    batches = {str(n): inputs(each, n) for n in BATCHES}
+    flat = {f"{batch}.{name}": array for batch, given in batches.items() for name, array in given.items()}
+    np.savez(tmp_path / "given.npz", **flat)
+    words = [str(tmp_path / "given.npz"), str(getattr(each, form)), str(tmp_path / "answer.npz")]
+    subprocess.run([sys.executable, "-I", "-c", STOCK_ENGINE, *words], check=True, cwd=tmp_path, timeout=120)
+    with np.load(tmp_path / "answer.npz") as answer:
+        for batch, given in batches.items():
+            assert largest_difference(answer[batch], expected(each, given)) < TOLERANCE
+
+
+def test_every_input_matters(each: exported.Files) -> None:
+    """Without this, agreement with the torch model could be that of two constants."""
+    given = inputs(each, 7)
+    run = session(each.onnx).run
+    (before,) = run(None, given)
+    assert before.std() > 0.1
+    other = {"x": given["x"][:, ::-1, ::-1], "sigma": given["sigma"] * np.float32(1.1)}
+    if "label" in given:
+        other["label"] = (given["label"] + 1) % exported.CLASSES
+    for name, value in other.items():
+        (after,) = run(None, {**given, name: np.ascontiguousarray(value)})
+        changed = np.abs(after - before).max(axis=(1, 2, 3))
+        assert (changed[np.array(LEVELS) > 0.01] > 1e-3).all(), name
+
+
+@pytest.mark.parametrize("form", ["inline", "half"])
+def test_openvino_runs_the_inlined_file(each: exported.Files, form: str, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    path = each.inline
+    if form == "half":
+        path = tmp_path / "half-inline.onnx"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(denoiser, "build_graph", exported.build_graph_once)
+            export.onnx(load_checkpoint(each.half_checkpoint), path, inline=True)
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for n in BATCHES:
+        given = inputs(each, n)
+        assert largest_difference(compiled(given)["denoised"], expected(each, given)) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["onnx", "inline", "half"])
+def test_tensorrt_parses_the_file(each: exported.Files, form: str) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse_from_file(str(getattr(each, form)))
+    assert parsed, [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    assert [network.get_output(i).name for i in range(network.num_outputs)] == ["denoised"]
+    assert tuple(network.get_output(0).shape)[1:] == exported.checkpoint(each.kind).config.image_shape
+
+
+# What the file says
+
+
+def test_inputs_and_output_have_the_contracts_names_types_and_one_dynamic_dimension(each: exported.Files) -> None:
+    for path in (each.onnx, each.inline, each.half):
+        graph = onnx.load(path).graph
+        stated = {
+            value.name: (
+                value.type.tensor_type.elem_type,
+                [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
+            )
+            for value in (*graph.input, *graph.output)
+        }
+        config = exported.checkpoint(each.kind).config
+        image = (TensorProto.FLOAT, ["N", *config.image_shape])
+        labels = {"label": (TensorProto.INT64, ["N"])} if config.network.num_classes else {}
+        assert stated == {"x": image, "sigma": (TensorProto.FLOAT, ["N"]), **labels, "denoised": image}
+        assert [value.name for value in graph.input] == ["x", "sigma", *labels]
+
+
+def test_the_checker_and_strict_shape_inference_accept_it(each: exported.Files) -> None:
+    for path in (each.onnx, each.inline, each.half):
+        graph = onnx.load(path)
+        onnx.checker.check_model(graph, full_check=True)
+        onnx.shape_inference.infer_shapes(graph, check_type=True, strict_mode=True, data_prop=True)
+
+
+def test_only_the_plain_file_has_a_function_and_only_the_half_file_has_casts_of_weights(
+    boundary: exported.Files,
+) -> None:
+    graphs = [onnx.load(path) for path in (boundary.onnx, boundary.inline, boundary.half)]
+    assert [len(graph.functions) for graph in graphs] == [1, 0, 1]
+    halves = [sum(w.data_type == TensorProto.FLOAT16 for w in graph.graph.initializer) for graph in graphs]
+    assert halves[:2] == [0, 0]
+    assert halves[2] > 20
+
+
+def test_the_manifest_is_json_that_any_onnx_reader_finds(each: exported.Files) -> None:
+    (entry,) = onnx.load(each.onnx).metadata_props
+    assert entry.key == "cm_runtime"
+    said = json.loads(entry.value)
+    assert onnxruntime.InferenceSession(str(each.onnx)).get_modelmeta().custom_metadata_map["cm_runtime"] == entry.value
+    classes = 0 if each.kind == "edm" else exported.CLASSES
+    facts = {
+        "format_version": 1,
+        "graph": "denoiser",
+        "image_shape": [1 if each.kind == "edm" else 3, 8, 8],
+        "num_classes": classes,
+        "precond": each.kind,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "sigma_data": 0.5,
+        "sigma_boundary": 0.0 if each.kind == "edm" else 0.002,
+        "rho": 7.0,
+        "sigmas": {},
+        "precision": "fp32",
+    }
+    assert {key: said[key] for key in facts} == facts
+    assert set(said) == {*facts, "parity", "source_sha256", "training"}
+    summary = {"method": "ect", "data": "none", "steps": 3, "images": 24, "seconds": 1.5, "config": {"seed": 0}}
+    assert said["training"] == summary
+    checksum = subprocess.run(["sha256sum", each.checkpoint], capture_output=True, text=True, check=True).stdout
+    assert said["source_sha256"] == checksum.split()[0]
+    assert json.loads(read_manifest(each.onnx).model_dump_json()) == said
+
+
+def test_export_returns_the_manifest_it_wrote(boundary: exported.Files, tmp_path: Path, quick_build: None) -> None:
+    manifest = export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+    assert manifest == read_manifest(tmp_path / "m.onnx")
+
+
+def test_the_file_names_no_folder_of_the_machine_that_made_it(boundary: exported.Files) -> None:
+    content = boundary.onnx.read_bytes()
+    for trace in (str(exported.ROOT), "site-packages", "torch.nn.modules"):
+        assert trace.encode() not in content
+
+
+def test_exporting_twice_gives_the_same_bytes(boundary: exported.Files, tmp_path: Path) -> None:
+    """With torch's exporter run anew; also when nothing of it is remembered."""
+    export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / "again.onnx")
+    first, again = onnx.load(boundary.onnx), onnx.load(tmp_path / "again.onnx")
+    said = [json.loads(graph.metadata_props[0].value) for graph in (first, again)]
+    for manifest in said:
+        manifest["parity"].pop("max_abs")  # a measurement
+    assert said[0] == said[1]
+    assert without_metadata(boundary.onnx) == without_metadata(tmp_path / "again.onnx")
+
+
+# Float16 storage
+
+
+def test_a_float16_checkpoint_makes_a_file_of_half_the_weights(each: exported.Files) -> None:
+    weights = sum(tensor.numel() for tensor in exported.checkpoint(each.kind).ema["0.999"].values())
+    saved = each.onnx.stat().st_size - each.half.stat().st_size
+    assert saved == pytest.approx(2 * weights, rel=0.03)
+
+
+def test_the_float16_file_computes_in_float32_to_the_last_bit(each: exported.Files) -> None:
+    """The numbers are the same, so stored halves must give what stored floats give."""
+    given = inputs(each, 7)
+    (full,), (half,) = (session(path).run(None, given) for path in (each.onnx, each.half))
+    assert np.array_equal(full, half)
+
+
+def stored(*arrays: NDArray[np.generic]) -> onnx.ModelProto:
+    """A graph that adds nothing to its weights: each w_i is an initializer and y_i a copy of it."""
+    weights = [numpy_helper.from_array(array, f"w{i}") for i, array in enumerate(arrays)]
+    nodes = [helper.make_node("Identity", [f"w{i}"], [f"y{i}"]) for i in range(len(arrays))]
+    outputs = [helper.make_tensor_value_info(f"y{i}", w.data_type, list(w.dims)) for i, w in enumerate(weights)]
+    graph = helper.make_graph(nodes, "g", [], outputs, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+WEIGHTS = {
+    "exact": (np.array([1, -0.5, 2.0**-14, 0], np.float32), True),
+    "largest": (np.array([LARGEST, -LARGEST], np.float32), True),
+    "subnormal in float16": (np.array([SMALLEST, 3 * SMALLEST], np.float32), True),
+    "one value not exact": (np.array([1, 0.1], np.float32), False),
+    "one bit too many": (np.array([1 + 2.0**-11], np.float32), False),
+    "overflow": (np.array([65520, 1], np.float32), False),
+    "underflow": (np.array([SMALLEST / 2, 1], np.float32), False),
+    "scalar": (np.array(0.5, np.float32), False),
+    "integers": (np.array([1, 2], np.int64), False),
+    "doubles": (np.array([1.0, 2.0], np.float64), False),
+    "matrix": (np.full((3, 5), 0.25, np.float32), True),
+    "infinity": (np.array([np.inf, 1], np.float32), None),
+    "nan": (np.array([np.nan, 1], np.float32), None),
+    "empty": (np.zeros((0, 4), np.float32), None),
+    "negative zero": (np.array([-0.0], np.float32), True),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_is_stored_in_float16_only_where_that_loses_nothing(name: str) -> None:
+    array, is_half = WEIGHTS[name]
+    neighbour = np.array([0.75, 3.0], np.float32)
+    graph = stored(array, neighbour)
+    denoiser.store_halves(graph)
+    onnx.checker.check_model(graph, full_check=True)
+    types = {weight.name.partition(".")[0]: weight.data_type for weight in graph.graph.initializer}
+    assert types["w1"] == TensorProto.FLOAT16
+    if is_half is not None:
+        assert (types["w0"] == TensorProto.FLOAT16) is is_half
+    found = onnxruntime.InferenceSession(graph.SerializeToString()).run(None, {})
+    for before, after in zip((array, neighbour), found, strict=True):
+        assert after.dtype == before.dtype
+        assert after.shape == before.shape
+        assert after.tobytes() == before.tobytes()
+
+
+# How the file is written
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model", "model.onnx.bak"])
+def test_another_ending_is_refused_before_any_work(
+    boundary: exported.Files, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser, "build_graph", pytest.fail)
+    with pytest.raises(RequestError, match=r"ends in \.onnx"):
+        export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_precision_that_is_not_there_yet_is_refused(boundary: exported.Files, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="fp16"):
+        export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / "m.onnx", precision="fp16")  # type: ignore[arg-type]
+
+
+def test_an_existing_file_is_replaced_only_with_force(
+    boundary: exported.Files, tmp_path: Path, quick_build: None
+) -> None:
+    target = tmp_path / "m.onnx"
+    target.write_bytes(b"somebody's work")
+    ours = load_checkpoint(boundary.checkpoint)
+    with pytest.raises(OutputError, match=r"exists.*--force"):
+        export.onnx(ours, target)
+    assert target.read_bytes() == b"somebody's work"
+    export.onnx(ours, target, force=True)
+    assert without_metadata(target) == without_metadata(boundary.onnx)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("folder", ["missing", "file", "/proc"])
+def test_a_folder_that_cannot_be_written_is_one_error(
+    boundary: exported.Files, tmp_path: Path, folder: str, quick_build: None
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    target = tmp_path / folder / "m.onnx"
+    with pytest.raises(OutputError, match=r"m\.onnx cannot be written"):
+        export.onnx(load_checkpoint(boundary.checkpoint), target)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_fills_up_leaves_nothing(boundary: exported.Files, tmp_path: Path, quick_build: None) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ours = load_checkpoint(boundary.checkpoint)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (boundary.onnx.stat().st_size // 2, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"m\.onnx cannot be written"):
+            export.onnx(ours, tmp_path / "m.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are past the check that nothing is there when either writes."""
+    both = threading.Barrier(2, timeout=60)
+
+    def build(model: object) -> onnx.ModelProto:
+        both.wait()
+        return exported.build_graph_once(model)  # type: ignore[arg-type]
+
+    exported.build_graph_once(boundary.model())
+    monkeypatch.setattr(denoiser, "build_graph", build)
+    outcomes: list[object] = []
+
+    def run() -> None:
+        try:
+            outcomes.append(export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / "m.onnx"))
+        except Exception as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (lost,) = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    assert isinstance(lost, OutputError)
+    assert "exists" in str(lost)
+    assert os.listdir(tmp_path) == ["m.onnx"]
+    assert without_metadata(tmp_path / "m.onnx") == without_metadata(boundary.onnx)

@@ -1,0 +1,133 @@
+"""Parity: what an export says of its own accuracy, checked with graphs that are wrong by a known amount."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import exported
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from cm_runtime import export
+from cm_runtime.artifact import Manifest, read_manifest
+from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.errors import ParityError
+from cm_runtime.export import denoiser
+from cm_runtime.model import ConsistencyModel
+
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+
+
+def shifted(name: str, by: float, row: int | None = None) -> Callable[[ConsistencyModel], onnx.ModelProto]:
+    """A graph builder that adds ``by`` to one weight (to one row of it)."""
+
+    def build(model: ConsistencyModel) -> onnx.ModelProto:
+        graph = exported.build_graph_once(model)
+        (weight,) = [tensor for tensor in graph.graph.initializer if tensor.name.endswith(name)]
+        values = numpy_helper.to_array(weight).copy()
+        values[slice(None) if row is None else row] += np.float32(by)
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+        return graph
+
+    return build
+
+
+def exporting(
+    files: exported.Files,
+    target: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build: Callable[[ConsistencyModel], onnx.ModelProto],
+    force: bool = False,
+) -> Manifest:
+    monkeypatch.setattr(denoiser, "build_graph", build)
+    return export.onnx(load_checkpoint(files.checkpoint), target, force=force)
+
+
+def test_the_recorded_parity_covers_the_whole_range_of_noise_and_two_batch_sizes(each: exported.Files) -> None:
+    parity = read_manifest(each.onnx).parity
+    assert parity is not None
+    assert parity.sigmas[0] == pytest.approx(SIGMA_MIN)
+    assert parity.sigmas[-1] == pytest.approx(SIGMA_MAX)
+    assert len(parity.sigmas) == 7
+    assert parity.batches == (1, 7)
+    assert parity.engine.startswith("onnxruntime ")
+    assert 0 < parity.max_abs < 1e-5  # float32 against float32, outputs of order 1
+
+
+def test_an_error_of_known_size_is_recorded_as_that_size(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bias moves F by b, and so f by c_out b: at sigma 80 by 0.49998 b."""
+    build = shifted("F.out.2.bias", 1e-4)
+    parity = exporting(boundary, tmp_path / "m.onnx", monkeypatch, build).parity
+    assert parity is not None
+    assert parity.max_abs == pytest.approx(0.49998e-4, rel=0.1)
+
+
+def test_an_error_above_the_tolerance_is_refused_by_its_size_and_nothing_is_written(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ParityError, match=r"differs from its checkpoint by 0\.000\d+ .*nothing was written"):
+        exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("F.out.2.bias", 3e-4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_misses_leaves_the_file_it_was_to_replace(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "m.onnx"
+    target.write_bytes(b"what was there")
+    with pytest.raises(ParityError):
+        exporting(boundary, target, monkeypatch, shifted("F.out.2.bias", 1.0), force=True)
+    assert target.read_bytes() == b"what was there"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("by", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_refused(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: float
+) -> None:
+    with pytest.raises(ParityError):
+        exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("F.out.2.bias", by))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("label", range(exported.CLASSES))
+def test_a_wrong_embedding_of_any_one_class_is_noticed(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: int
+) -> None:
+    with pytest.raises(ParityError):
+        exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("label_emb.weight", 1.0, row=label))
+
+
+def test_a_graph_that_mixes_the_noise_levels_of_a_batch_is_noticed(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right for every batch of one: the skip-scale takes the batch's largest sigma for all."""
+
+    def mixing(model: ConsistencyModel) -> onnx.ModelProto:
+        graph = exported.build_graph_once(model)
+        (node,) = [node for node in graph.graph.node if node.op_type == "SkipScale"]
+        node.input[2] = "largest"
+        graph.graph.node.insert(0, helper.make_node("ReduceMax", ["sigma"], ["largest"], keepdims=1))
+        return graph
+
+    with pytest.raises(ParityError):
+        exporting(boundary, tmp_path / "m.onnx", monkeypatch, mixing)
+
+
+def test_a_graph_of_another_boundary_is_noticed(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EDM's form in place of the consistency model's: the two differ by 0.4% of F at sigma 0.002."""
+
+    def edm(model: ConsistencyModel) -> onnx.ModelProto:
+        graph = exported.build_graph_once(model)
+        (node,) = [node for node in graph.graph.node if node.op_type == "SkipScale"]
+        (attribute,) = [a for a in node.attribute if a.name == "sigma_boundary"]
+        attribute.f = 0.0
+        return graph
+
+    with pytest.raises(ParityError):
+        exporting(boundary, tmp_path / "m.onnx", monkeypatch, edm)
