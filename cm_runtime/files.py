@@ -11,6 +11,8 @@ from pathlib import Path
 
 from cm_runtime.errors import OutputError
 
+TEMPORARY = ".cm-"  # how the names of files begin that are still being written, or that a kill left behind
+
 
 @contextmanager
 def written(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
@@ -21,7 +23,7 @@ def written(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Pat
     """
     target = Path(path)
     check_writable(target, force=force)
-    temporary = target.with_name(f".cm-{secrets.token_hex(4)}{target.suffix}")
+    temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}{target.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:

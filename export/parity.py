@@ -27,8 +27,7 @@ def measure(graph: bytes, model: ConsistencyModel, manifest: Manifest) -> Parity
     sigmas = np.exp(np.linspace(low, high, max(BATCHES))).astype(np.float32)
     index = np.arange(len(sigmas))
     x = noise.normal(0, index, 0, manifest.image_shape) * np.hypot(sigmas, manifest.sigma_data)[:, None, None, None]
-    spread = np.linspace(0, manifest.num_classes - 1, len(sigmas)).round().astype(np.int64)  # first to last class
-    label = spread if manifest.num_classes else None
+    label = index % manifest.num_classes if manifest.num_classes else None
     worst = 0.0
     for batch in BATCHES:
         for first in range(0, len(sigmas), batch):

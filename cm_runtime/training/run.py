@@ -59,6 +59,8 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise OutputError(f"another run is training in {self.path}") from error
+            for left in self.path.rglob(f"{files.TEMPORARY}*"):  # a killed run's half files
+                left.unlink()
             if resume:
                 yield self._resumed(config)
                 return

@@ -1,0 +1,449 @@
+"""The configuration of a run: what it refuses, what --set does, and that every key reaches the training."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import BaseModel, ValidationError
+
+from cm_runtime import cli, sampling
+from cm_runtime.errors import CmRuntimeError, ConfigError
+from cm_runtime.model import build
+from cm_runtime.training import loop
+from cm_runtime.training.config import (
+    PRESETS,
+    EctPhase,
+    EdmPhase,
+    TrainConfig,
+    load_config,
+    parse_config,
+    preset_names,
+)
+from cm_runtime.training.data import ImageSet
+from cm_runtime.training.loop import model_config_of
+from cm_runtime.training.run import RunFolder
+
+BASE = """
+[data]
+source = "SOURCE"
+
+[network]
+channels = 32
+channel_mult = [1, 2]
+res_blocks = 1
+head_channels = 32
+
+[[phase]]
+method = "edm"
+steps = 3
+batch = 4
+learning_rate = 1e-3
+ema = [0.5]
+
+[[phase]]
+method = "ect"
+steps = 3
+batch = 4
+learning_rate = 1e-3
+ema = [0.5]
+"""
+
+
+def place(folder: Path) -> Path:
+    """A TOML file of both phases in ``folder``, beside two folders of 8x8 pictures in two classes."""
+    rng = np.random.default_rng(0)
+    for name in ("pictures", "others"):
+        for label in "ab":
+            (folder / name / label).mkdir(parents=True)
+            for i in range(5):
+                picture = Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8))
+                picture.save(folder / name / label / f"{i}.png")
+    path = folder / "base.toml"
+    path.write_text(BASE.replace("SOURCE", str(folder / "pictures")))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return place(tmp_path)
+
+
+def refused(path: Path, *settings: str) -> str:
+    """The one line with which load_config refuses."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, settings)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# every key arrives
+
+# key -> settings that change it; OTHERS stands for the second folder of pictures
+ALTERNATIVES = {
+    "data.source": ["data.source=OTHERS"],
+    "data.image_size": ["data.image_size=4"],
+    "data.classes": ["data.classes=false"],
+    "data.flip": ["data.flip=true"],
+    "network.channels": ["network.channels=64"],
+    "network.channel_mult": ["network.channel_mult=[1, 1]"],
+    "network.res_blocks": ["network.res_blocks=2"],
+    "network.attention": ["network.attention=[4]"],
+    "network.head_channels": ["network.head_channels=64"],
+    "network.scale_shift": ["network.scale_shift=false"],
+    "network.resample": ["network.resample=resblock"],
+    "network.dropout": ["network.dropout=0.5"],
+    "network.patch": ["network.patch=2"],
+    **{
+        f"phase.{index}.{key}": [f"phase.{index}.{key}={value}"]
+        for index in (0, 1)
+        for key, value in {
+            "steps": 4,
+            "batch": 5,
+            "learning_rate": 2e-3,
+            "warmup": 2,
+            "decay": 1.0,
+            "clip": 1e-3,
+            "ema": [0.05],
+            "precision": "bf16",
+            "P_mean": 0.5,
+            "P_std": 0.5,
+        }.items()
+    },
+    "phase.1.method": ["phase.1.method=edm"],
+    "phase.1.q": ["phase.1.q=3.0"],
+    "phase.1.k": ["phase.1.k=2.0"],
+    "phase.1.b": ["phase.1.b=3.0"],
+    "phase.1.stages": ["phase.1.stages=2"],
+    "phase.1.huber_c": ["phase.1.huber_c=0.5"],
+    "precond": ["precond=boundary"],
+    "sigma_data": ["sigma_data=0.7"],
+    "seed": ["seed=1"],
+    "save_every": ["save_every=1"],
+    "sample_every": ["sample_every=1"],
+    "weights": ["weights=float16"],
+}
+# keys whose other values cannot run here, and the words of the refusal
+REFUSED = {
+    "device": (["device=cuda:99"], "cuda:99"),
+    "phase.0.method": (["phase.0.method=ect"], "denoiser"),
+}
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> set[str]:
+    """Every key of the configuration, phases written out for the two phases of BASE."""
+    found = set()
+    for name, field in model.model_fields.items():
+        if name == "phase":
+            found |= keys_of(EdmPhase, "phase.0.") | keys_of(EctPhase, "phase.1.")
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= keys_of(field.annotation, f"{prefix}{name}.")
+        else:
+            found.add(prefix + name)
+    return found
+
+
+def train_in_process(*words: str) -> int:
+    """The exit status of ``cm-runtime train``."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *words])
+    return int(ended.value.code or 0)
+
+
+Trained = Callable[[list[str]], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    """What a run of BASE with settings leaves behind, apart from the configuration that it writes down itself."""
+    folder = tmp_path_factory.mktemp("walk")
+    base = place(folder)
+    saves: list[int] = []
+    save, heun, threads = RunFolder.save, sampling.heun, torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(settings: list[str]) -> dict[str, Any]:
+        saves.clear()
+        words = [word for setting in settings for word in ("--set", setting.replace("OTHERS", str(folder / "others")))]
+        assert train_in_process(str(base), "--out", str(folder / "run"), "--force", *words) == 0
+        weights = hashlib.sha256()
+        for path in sorted((folder / "run").glob("phase-*.pt")):
+            for state in torch.load(path, weights_only=True)["ema"].values():
+                for key, tensor in state.items():
+                    weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    weights.update(tensor.numpy().tobytes())
+        grids = sorted(path.name for path in (folder / "run" / "samples").iterdir())
+        return {"saves": len(saves), "weights": weights.hexdigest(), "grids": grids}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "save", lambda self, *content: (saves.append(1), save(self, *content))[1])
+        patch.setattr(loop, "GRID_IMAGES", 4)
+        patch.setattr(sampling, "heun", lambda denoiser, x, label: heun(denoiser, x, label, steps=2))
+        yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unchanged(trained: Trained) -> dict[str, Any]:
+    """The outcome of BASE as it is."""
+    return trained([])
+
+
+def test_the_same_configuration_gives_the_same_run(trained: Trained, unchanged: dict[str, Any]) -> None:
+    assert trained([]) == unchanged
+
+
+@pytest.mark.parametrize("key", ALTERNATIVES)
+def test_every_key_changes_what_a_run_leaves_behind(trained: Trained, unchanged: dict[str, Any], key: str) -> None:
+    changed = trained(ALTERNATIVES[key])
+    what = {"save_every": "saves", "sample_every": "grids"}.get(key, "weights")
+    assert changed[what] != unchanged[what]
+    if what != "weights":
+        assert changed["weights"] == unchanged["weights"]
+
+
+def test_no_key_is_left_out_above() -> None:
+    assert set(ALTERNATIVES) | set(REFUSED) == keys_of(TrainConfig)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_keys_whose_other_values_cannot_run_here_are_refused_by_name(
+    key: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, word = REFUSED[key]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert train_in_process(str(base), "--out", str(tmp_path / "run"), *words) == 1
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "key", ["epochs", "data.path", "network.depth", "phase.0.lr", "phase.1.c", "phase.0.huber_c", "data.classes_"]
+)
+def test_unknown_keys_are_refused_by_name(base: Path, key: str) -> None:
+    line = refused(base, f"{key}=1")
+    assert f"{key}: unknown key" in line and base.name in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "-1"),
+        ("seed", str(1 << 63)),
+        ("seed", "'one'"),
+        ("precond", "'vp'"),
+        ("weights", "'int8'"),
+        ("sigma_data", "0"),
+        ("save_every", "0"),
+        ("sample_every", "0"),
+        ("device", "3"),
+        ("data", "3"),
+        ("data.source", "3"),
+        ("data.flip", "3"),
+        ("data.classes", "'perhaps'"),
+        ("data.image_size", "0"),
+        ("network", "[]"),
+        ("network.channels", "0"),
+        ("network.channels", "1e9"),
+        ("network.channel_mult", "[]"),
+        ("network.res_blocks", "'two'"),
+        ("network.dropout", "1"),
+        ("network.patch", "3"),
+        ("network.resample", "'nearest'"),
+        ("phase", "[]"),
+        ("phase", "{}"),
+        ("phase.0", "3"),
+        ("phase.0.steps", "0"),
+        ("phase.0.steps", "2.5"),
+        ("phase.0.batch", "-4"),
+        ("phase.0.learning_rate", "0"),
+        ("phase.0.learning_rate", "'fast'"),
+        ("phase.0.learning_rate", "nan"),
+        ("phase.0.warmup", "-1"),
+        ("phase.0.decay", "1.1"),
+        ("phase.0.clip", "0"),
+        ("phase.0.precision", "'fp8'"),
+        ("phase.0.P_std", "0"),
+        ("phase.1.q", "1"),
+        ("phase.1.stages", "0"),
+        ("phase.1.huber_c", "-1"),
+    ],
+)
+def test_values_of_the_wrong_type_or_range_are_refused_by_name(base: Path, key: str, value: str) -> None:
+    assert f"{base}: {key}: " in refused(base, f"{key}={value}")
+
+
+@pytest.mark.parametrize("value", ["[]", "[1.0]", "[-0.1]", "0.9", "['high']"])
+def test_averaging_rates_out_of_range_are_refused(base: Path, value: str) -> None:
+    assert "phase.1.ema" in refused(base, f"phase.1.ema={value}")
+
+
+@pytest.mark.parametrize("key", ["phase.0.P_mean", "phase.1.b", "sigma_data", "phase.0.learning_rate", "phase.1.P_std"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_that_are_not_finite_are_refused_by_name(base: Path, key: str, value: str) -> None:
+    assert f"{key}: " in refused(base, f"{key}={value}")
+
+
+def test_so_many_stages_that_r_rounds_to_t_are_refused(base: Path) -> None:
+    # 1 / (t - r) would be 1 / 0 in float32
+    assert "stages" in refused(base, "phase.1.stages=64")
+
+
+@pytest.mark.parametrize("method", ["cd", "", "EDM"])
+def test_an_unknown_method_is_refused_and_the_known_ones_are_named(base: Path, method: str) -> None:
+    line = refused(base, f"phase.0.method='{method}'")
+    assert "phase.0" in line and "'edm'" in line and "'ect'" in line
+
+
+def test_a_phase_without_method_is_refused(base: Path) -> None:
+    assert "phase.0" in refused(base, "phase.0={steps = 1, batch = 1, learning_rate = 1.0}")
+
+
+@pytest.mark.parametrize("key", ["data", "network", "phase"])
+def test_what_has_no_default_must_be_given(base: Path, key: str) -> None:
+    tree = tomllib.loads(base.read_text())
+    del tree[key]
+    with pytest.raises(ConfigError, match=f"base: {key}: "):
+        parse_config(tree, "base")
+
+
+def test_ect_cannot_come_first(base: Path) -> None:
+    tree = tomllib.loads(base.read_text())
+    tree["phase"] = tree["phase"][1:]
+    with pytest.raises(ConfigError, match="denoiser"):
+        parse_config(tree, "base")
+    tree["phase"] = [*tomllib.loads(base.read_text())["phase"], tree["phase"][0]]
+    assert [phase.method for phase in parse_config(tree, "base").phase] == ["edm", "ect", "ect"]
+
+
+def test_a_config_cannot_be_changed_afterwards(base: Path) -> None:
+    config = load_config(base)
+    for frozen, key in (
+        (config, "seed"),
+        (config.data, "flip"),
+        (config.network, "channels"),
+        (config.phase[0], "steps"),
+    ):
+        with pytest.raises(ValidationError):
+            setattr(frozen, key, 1)
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("setting", "read"),
+    [
+        ("seed=7", lambda c: c.seed == 7),
+        ("seed = 7".replace(" ", ""), lambda c: c.seed == 7),
+        ("precond=boundary", lambda c: c.precond == "boundary"),
+        ('precond="boundary"', lambda c: c.precond == "boundary"),
+        ("data.source=/a/b=c.npz", lambda c: c.data.source == "/a/b=c.npz"),
+        ("data.flip=true", lambda c: c.data.flip is True),
+        ("network.attention=[4, 8]", lambda c: c.network.attention == (4, 8)),
+        ("phase.0.steps=10", lambda c: (c.phase[0].steps, c.phase[1].steps) == (10, 3)),
+        ("phase.1.steps=10", lambda c: (c.phase[0].steps, c.phase[1].steps) == (3, 10)),
+        ("phase.1.ema=[0.9, 0.99]", lambda c: c.phase[1].ema == (0.9, 0.99)),
+        ("phase.1.ema.0=0.25", lambda c: c.phase[1].ema == (0.25,)),
+        ("network.channel_mult.1=3", lambda c: c.network.channel_mult == (1, 3)),
+        ("phase.0.learning_rate=1e-5", lambda c: c.phase[0].learning_rate == 1e-5),
+    ],
+)
+def test_set_changes_one_key(base: Path, setting: str, read: Callable[[TrainConfig], bool]) -> None:
+    before = base.read_text()
+    assert not read(load_config(base))
+    assert read(load_config(base, [setting]))
+    assert base.read_text() == before
+
+
+def test_later_settings_win_and_tables_can_be_made(base: Path) -> None:
+    assert load_config(base, ["seed=1", "seed=2"]).seed == 2
+    tree = tomllib.loads(base.read_text())
+    del tree["data"]
+    base.write_text(
+        "\n".join(line for line in base.read_text().splitlines() if "source" not in line and line != "[data]")
+    )
+    assert load_config(base, ["data.source=x", "data.flip=true"]).data.flip is True
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("garbage", "--set takes key=value, not 'garbage'"),
+        ("", "--set takes key=value, not ''"),
+        ("=3", "--set takes key=value, not '=3'"),
+        ("phase.2.steps=1", "phase.2.steps"),
+        ("phase.x.steps=1", "phase.x.steps"),
+        ("phase.0.ema.3=0.5", "phase.0.ema.3"),
+        ("data.source.deep=1", "data.source.deep"),
+        ("data.source.deep.er=1", "data.source.deep.er"),
+        ("seed.0=1", "seed"),
+        ("phase=3", "phase"),
+        ("phase..steps=1", "phase..steps"),
+        (".=1", "unknown key"),
+        ("seed=", "seed"),
+        ("data={", "data"),
+    ],
+)
+def test_settings_that_lead_nowhere_are_refused_by_name(base: Path, setting: str, named: str) -> None:
+    assert named in refused(base, setting)
+
+
+# files and presets
+
+
+def test_a_file_that_is_not_there_is_answered_with_the_presets(tmp_path: Path) -> None:
+    for name in ("fashion-minst", tmp_path / "none.toml"):
+        with pytest.raises(ConfigError, match="fashion-mnist"):
+            load_config(name)
+
+
+@pytest.mark.parametrize("content", [b"[data", b"a = 1\na = 2", b"\xff\xfe", b"= 3", b"seed = 01"])
+def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    assert "bad.toml" in refused(path)
+
+
+def test_a_folder_and_an_empty_file_are_refused(tmp_path: Path) -> None:
+    assert str(tmp_path) in refused(tmp_path)
+    (tmp_path / "empty.toml").touch()
+    assert "empty.toml: data: " in refused(tmp_path / "empty.toml")
+
+
+def test_a_file_of_endless_nesting_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text("a = " + "[" * 100_000)
+    assert "deep.toml" in refused(path)
+
+
+def test_every_preset_is_listed_parses_and_makes_a_model() -> None:
+    assert "fashion-mnist" in preset_names()
+    assert {f"{name}.toml" for name in preset_names()} == {path.name for path in PRESETS.iterdir()}
+    shapes = {"fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar-10": (3, 32, 32)}
+    for name in preset_names():
+        config = load_config(name)
+        shape = shapes.get(config.data.source)
+        assert shape, f"say here what images {name} trains on"
+        data = ImageSet(np.zeros((10, *shape), np.uint8), np.arange(10), 10, name)
+        model = build(model_config_of(config, data), "meta")
+        assert model.config.image_shape == shape
+        assert model.config.network.num_classes == 10
+        assert sum(weight.numel() for weight in model.parameters()) > 500_000
+        assert load_config(PRESETS / f"{name}.toml") == config
+
+
+def test_config_errors_are_ours() -> None:
+    assert issubclass(ConfigError, CmRuntimeError)

@@ -1,0 +1,338 @@
+"""The run folder: who may write in it, what it refuses, and that it takes nothing that is not its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cm_runtime import files
+from cm_runtime.artifact import TrainingSummary
+from cm_runtime.checkpoint import Checkpoint, load_checkpoint, load_plain
+from cm_runtime.errors import CheckpointError, CmRuntimeError, OutputError, TrainingError
+from cm_runtime.model import ModelConfig, build
+from cm_runtime.training import loop
+from cm_runtime.training.config import TrainConfig, load_config
+from cm_runtime.training.data import ImageSet
+from cm_runtime.training.run import RunFolder
+from cm_runtime.unet import UNetConfig
+
+Config = Callable[..., TrainConfig]
+
+NETWORK = UNetConfig(channels=32, channel_mult=(1,), res_blocks=1, head_channels=32, image_size=4, image_channels=1)
+
+
+def checkpoint(method: str = "edm", steps: int = 1) -> Checkpoint:
+    config = ModelConfig(network=NETWORK, precond="edm", sigma_boundary=0.0)
+    summary = TrainingSummary(method=method, data="toy", steps=steps, images=1, seconds=1.0)
+    return Checkpoint(config, "0.5", {"0.5": build(config).state_dict()}, summary)
+
+
+Finished = Callable[[Path], RunFolder]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config, toy_images: ImageSet) -> Iterator[Finished]:
+    """Makes a folder hold what a run of tiny_config() leaves."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "GRID_IMAGES", 4)
+        loop.train(tiny_config(), toy_images, run)
+
+    def copied(path: Path) -> RunFolder:
+        shutil.copytree(run, path, dirs_exist_ok=True)
+        return RunFolder(path)
+
+    yield copied
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def opened(path: Path, config: TrainConfig, *, resume: bool = False, force: bool = False) -> dict[str, Any] | None:
+    with RunFolder(path).open(config, resume=resume, force=force) as state:
+        return state
+
+
+# fresh folders
+
+
+def test_a_fresh_folder_is_made_with_its_parents_and_holds_the_whole_configuration(
+    tmp_path: Path, tiny_config: Config
+) -> None:
+    config = tiny_config(
+        edm={"learning_rate": 1.2345678901234567e-5, "ema": [0.9, 0.99]},
+        network={"attention": [4]},
+        data={"image_size": 8, "source": 'a "quoted" \\ päth'},
+        seed=(1 << 63) - 1,
+    )
+    assert opened(tmp_path / "a" / "b", config) is None
+    assert load_config(tmp_path / "a" / "b" / "config.toml") == config
+
+
+def test_what_a_run_writes_can_be_read_back(tmp_path: Path, tiny_config: Config, finished: Finished) -> None:
+    folder = finished(tmp_path / "run")
+    folder.save({"phase": 1, "step": 9}, checkpoint(steps=9))
+    folder.log({"step": 9})
+    folder.keep(7, "edm")
+    folder.grid("9", np.zeros((4, 8, 8, 1), np.uint8), {"seed": 9})
+    assert load_checkpoint(folder.checkpoint).training.steps == 9
+    assert load_plain(tmp_path / "run" / "state.pt")["step"] == 9
+    assert (tmp_path / "run" / "phase-7-edm.pt").read_bytes() == folder.checkpoint.read_bytes()
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1]) == {"step": 9}
+    with Image.open(tmp_path / "run" / "samples" / "9.png") as picture:
+        assert (picture.size, picture.mode, picture.format) == ((16, 16), "L", "PNG")
+        assert json.loads(picture.text["cm_runtime"]) == {"seed": 9}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/run", "/dev/null"])
+def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path: Path, tiny_config: Config, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        opened(tmp_path / place, tiny_config())
+    assert str(tmp_path / place) in str(caught.value) and "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# what lies there already
+
+
+def test_a_run_is_neither_overwritten_nor_touched_without_resume_or_force(
+    tmp_path: Path, tiny_config: Config, finished: Finished
+) -> None:
+    finished(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(OutputError, match=r"--resume.*--force"):
+        opened(tmp_path / "run", tiny_config())
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "name", ["ckpt.pt", "state.pt", "phase-0-edm.pt", "samples/mine.png", "log.jsonl", "config.toml"]
+)
+def test_files_of_somebody_else_are_not_taken_without_force(tmp_path: Path, tiny_config: Config, name: str) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with suppress(OutputError):
+        opened(tmp_path, tiny_config())
+    assert mine.read_text() == "mine"
+
+
+def test_force_starts_over_and_leaves_other_files_alone(
+    tmp_path: Path, tiny_config: Config, finished: Finished
+) -> None:
+    finished(tmp_path / "run")
+    for name in ("notes.txt", "model.onnx", "phase.txt"):
+        (tmp_path / "run" / name).write_text("mine")
+    assert opened(tmp_path / "run", tiny_config(seed=5), force=True) is None
+    assert set(contents(tmp_path / "run")) == {".lock", "config.toml", "notes.txt", "model.onnx", "phase.txt"}
+    assert load_config(tmp_path / "run" / "config.toml").seed == 5
+
+
+def test_force_on_an_empty_folder_is_a_fresh_start(tmp_path: Path, tiny_config: Config) -> None:
+    assert opened(tmp_path, tiny_config(), force=True) is None
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"force": True}])
+def test_what_a_killed_run_was_writing_is_swept_up(
+    tmp_path: Path, tiny_config: Config, finished: Finished, how: dict[str, bool]
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    finished(tmp_path)
+    names: list[Path] = []
+    for target in ("state.pt", "ckpt.pt"):
+        with pytest.raises(Killed), files.written(tmp_path / target) as temporary:
+            names.append(temporary)
+            raise Killed
+    for temporary in names:  # SIGKILL lets nothing be removed
+        temporary.write_bytes(b"half")
+    opened(tmp_path, tiny_config(), **how)
+    assert not any(temporary.exists() for temporary in names)
+
+
+# resume
+
+
+def test_resume_gives_the_state_back(tmp_path: Path, tiny_config: Config, finished: Finished) -> None:
+    finished(tmp_path)
+    before = contents(tmp_path)
+    state = opened(tmp_path, tiny_config(), resume=True)
+    assert state is not None and (state["phase"], state["step"]) == (1, 3)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path: Path, tiny_config: Config, exists: bool) -> None:
+    path = tmp_path / "run"
+    if exists:
+        path.mkdir()
+    with pytest.raises(TrainingError, match="nothing to resume") as caught:
+        opened(path, tiny_config(), resume=True)
+    assert str(path) in str(caught.value)
+
+
+def test_resume_of_a_mistyped_folder_makes_none(tmp_path: Path, tiny_config: Config) -> None:
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        opened(tmp_path / "mistyped", tiny_config(), resume=True)
+    assert not (tmp_path / "mistyped").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "changed"),
+    [
+        ("seed", {"seed": 1}),
+        ("precond", {"precond": "boundary"}),
+        ("sigma_data", {"sigma_data": 0.6}),
+        ("weights", {"weights": "float16"}),
+        ("data.flip", {"data": {"flip": True}}),
+        ("data.classes", {"data": {"classes": False, "source": "elsewhere"}}),
+        ("network.dropout", {"network": {"dropout": 0.1}}),
+        ("network.channel_mult", {"network": {"channel_mult": [1, 3]}}),
+        ("network.attention", {"network": {"attention": [4]}}),
+        ("phase.0.learning_rate", {"edm": {"learning_rate": 2e-3}}),
+        ("phase.0.ema", {"edm": {"ema": [0.5, 0.9]}}),
+        ("phase.1.stages", {"ect": {"stages": 4}}),
+        ("phase", {"phases": 1}),
+    ],
+)
+def test_resume_with_another_configuration_names_the_key(
+    tmp_path: Path, tiny_config: Config, finished: Finished, key: str, changed: dict[str, Any]
+) -> None:
+    finished(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(TrainingError) as caught:
+        opened(tmp_path, tiny_config(**changed), resume=True)
+    named = str(caught.value).removeprefix(f"{tmp_path} was started with another ").partition(";")[0]
+    assert named.startswith(key) and named.removeprefix(key) in ("", ".0", ".1")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"data": {"source": "/moved/elsewhere"}}, {"device": "cpu"}, {"save_every": 7}, {"sample_every": 7}],
+)
+def test_where_the_data_lies_and_how_often_to_save_may_change(
+    tmp_path: Path, tiny_config: Config, finished: Finished, changed: dict[str, Any]
+) -> None:
+    finished(tmp_path)
+    assert opened(tmp_path, tiny_config(**changed), resume=True) is not None
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"garbage"),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: torch.save({"format": "another"}, path),
+        lambda path: torch.save([1, 2], path),
+        lambda path: torch.save({"format": torch.load(path, weights_only=True)["format"]}, path),
+        lambda path: torch.save({"format": torch.load(path, weights_only=True)["format"], "config": 3}, path),
+    ],
+    ids=["empty", "garbage", "truncated", "another format", "a list", "without config", "with a bad config"],
+)
+def test_a_state_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, tiny_config: Config, finished: Finished, spoil: Callable[[Path], Any]
+) -> None:
+    finished(tmp_path)
+    spoil(tmp_path / "state.pt")
+    with pytest.raises(CmRuntimeError) as caught:
+        opened(tmp_path, tiny_config(), resume=True)
+    assert "state.pt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# one at a time
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"force": True}])
+def test_only_one_run_is_in_a_folder_at_a_time(
+    tmp_path: Path, tiny_config: Config, finished: Finished, how: dict[str, bool]
+) -> None:
+    finished(tmp_path)
+    before = contents(tmp_path)
+    with RunFolder(tmp_path).open(tiny_config(), resume=True, force=False):
+        with pytest.raises(OutputError, match="another run"):
+            opened(tmp_path, tiny_config(), **how)
+        assert contents(tmp_path) == before
+    assert opened(tmp_path, tiny_config(), resume=True) is not None
+
+
+def test_a_run_that_failed_gives_the_folder_back(tmp_path: Path, tiny_config: Config) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        RunFolder(tmp_path).open(tiny_config(), resume=False, force=False),
+    ):
+        raise ZeroDivisionError
+    assert opened(tmp_path, tiny_config(), force=True) is None
+
+
+# writing
+
+
+def test_save_writes_the_checkpoint_before_the_state(
+    tmp_path: Path, tiny_config: Config, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished(tmp_path)
+    old = (tmp_path / "state.pt").read_bytes()
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr("cm_runtime.training.run.save_plain", killed)
+    with pytest.raises(Killed):
+        folder.save({"step": 2}, checkpoint(steps=2))
+    assert load_checkpoint(folder.checkpoint).training.steps == 2
+    assert (tmp_path / "state.pt").read_bytes() == old
+
+
+def spoilt(path: Path) -> None:
+    """Makes whatever a run writes impossible to write: /dev/full is a disk without room, folders lie in the way."""
+    (path / "log.jsonl").unlink()
+    (path / "log.jsonl").symlink_to("/dev/full")
+    shutil.rmtree(path / "samples")
+    (path / "samples").write_text("in the way")
+    (path / "state.pt").unlink()
+    (path / "state.pt").mkdir()
+    (path / "phase-2-ect.pt").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("write", "named"),
+    [
+        (lambda folder: folder.log({"step": 2}), "log.jsonl"),
+        (lambda folder: folder.grid("1", np.zeros((4, 8, 8, 1), np.uint8), {}), "samples"),
+        (lambda folder: folder.save({"step": 2}, checkpoint(steps=2)), "state.pt"),
+        (lambda folder: folder.keep(2, "ect"), "phase-2-ect.pt"),
+    ],
+    ids=["log", "grid", "save", "keep"],
+)
+def test_what_cannot_be_written_is_one_line_that_names_the_file(
+    tmp_path: Path, tiny_config: Config, finished: Finished, write: Callable[[RunFolder], None], named: str
+) -> None:
+    folder = finished(tmp_path)
+    spoilt(tmp_path)
+    with pytest.raises(OutputError) as caught:
+        write(folder)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_errors_of_a_state_are_checkpoint_errors(tmp_path: Path, tiny_config: Config, finished: Finished) -> None:
+    finished(tmp_path)
+    (tmp_path / "state.pt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(CheckpointError):
+        opened(tmp_path, tiny_config(), resume=True)
