@@ -145,18 +145,22 @@ def start(out, how):
         sys.stdout.flush()
         os._exit(code)
 
+killed_in_time = 0
 for life in range(lives):
     before, left, child = saved(), chance.randint(1, 3), start(killed, "--resume" if saved() else "--force")
-    while left:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            sys.exit("a run ended before it was killed")
+    ended = 0
+    while left and not ended:
+        ended = os.waitpid(child, os.WNOHANG)[0]
         left, before = left - (saved() != before), saved()
         time.sleep(0.001)
+    if ended:  # a fast machine was done
+        break
     time.sleep(chance.uniform(0, 0.03))
     os.kill(child, signal.SIGKILL)
-    if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
-        sys.exit("a run ended before it was killed")
+    killed_in_time += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     load_checkpoint(f"{killed}/ckpt.pt")
+if killed_in_time < 4:
+    sys.exit(f"only {killed_in_time} runs were killed before they ended")
 for child in start(killed, "--resume"), start(whole, "--force"):
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
         sys.exit("a run failed")
