@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cm_runtime import noise, sampling, schedule
+from cm_runtime import schedule
 from cm_runtime.artifact import TrainingSummary
-from cm_runtime.backends.torch import TorchBackend, chosen_device
+from cm_runtime.backends.torch import chosen_device
 from cm_runtime.checkpoint import Checkpoint
 from cm_runtime.errors import Interrupted, TrainingError
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
-from cm_runtime.steps import to_uint8
+from cm_runtime.training import grids
 from cm_runtime.training.config import EctPhase, EdmPhase, TrainConfig
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.ema import Averages
 from cm_runtime.training.losses import loss_of
 from cm_runtime.training.run import RunFolder
+from cm_runtime.training.stopping import stop_signals
 from cm_runtime.training.stream import Stream
 from cm_runtime.unet import UNetConfig
 
@@ -69,7 +66,7 @@ def train(
         data, seed=config.seed, classes=bool(model_config.network.num_classes), flip=config.data.flip, device=device
     )
     folder = RunFolder(out)
-    with folder.open(config, resume=resume, force=force) as state, _stop_signals() as stopping:
+    with folder.open(config, resume=resume, force=force) as state, stop_signals() as stopping:
         run = _Run(config, model, stream, data.name, folder, report, stopping)
         first, step = run.restore(state) if state else (0, 0)
         for index in range(first, len(config.phase)):
@@ -246,26 +243,12 @@ class _Run:
         )
 
     def _grid(self, phase: EdmPhase | EctPhase, name: str, averages: Averages) -> None:
-        """Samples of the averaged weights: two steps, or Heun's ODE for a teacher."""
         config = self.model.config
         if config.image_shape[0] not in (1, 3):  # no picture can show these
             return
         averaged = build(config).to(next(self.model.parameters()).device)
         averaged.load_state_dict(averages.state()[f"{phase.ema[0]:g}"])
-        checkpoint = Checkpoint(
-            config=config,
-            default_ema="",
-            ema={},
-            training=TrainingSummary(method=phase.method, data=self.data_name, steps=0, images=0, seconds=0),
-        )
-        denoiser = TorchBackend(averaged, checkpoint.manifest(), str(next(self.model.parameters()).device))
-        if phase.method == "edm":
-            index = np.arange(GRID_IMAGES)
-            z = noise.normal(self.config.seed, index, 0, config.image_shape)
-            label = index % config.network.num_classes if config.network.num_classes else None
-            pictures = to_uint8(sampling.heun(denoiser, z * np.float32(config.sigma_max), label))
-        else:
-            pictures = sampling.sample(denoiser, GRID_IMAGES, seed=self.config.seed)
+        pictures = grids.draw(averaged, phase.method, GRID_IMAGES, self.config.seed)
         self.folder.grid(name, pictures, {"seed": self.config.seed, "images": self.images})
 
 
@@ -284,27 +267,3 @@ def _finite(stored: dict[str, dict[str, Tensor]]) -> bool:
 def _step_seed(seed: int, phase: int, step: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{phase}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a question: was a stop asked for? The first signal asks, a second one ends the process as usual."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            before[kind] = signal.signal(kind, ask)
-    except ValueError:  # not the main thread: signals are somebody else's
-        pass
-    try:
-        yield lambda: asked
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
