@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,7 +134,9 @@ def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
             claimed = sum(entry.file_size for entry in archive.infolist())
         if claimed > where.stat().st_size:  # torch stores without compression: anything else is a bomb
             raise CheckpointError(f"{where} is not a torch checkpoint: it claims {claimed} bytes of content")
-        content = torch.load(where, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on pickles of other versions; the error says enough
+            content = torch.load(where, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
         with where.open("rb") as file:
             pickled = isinstance(error, pickle.UnpicklingError) or file.read(1) == pickle.PROTO

@@ -7,7 +7,9 @@ import pickle
 import resource
 import struct
 import tracemalloc
+import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -501,3 +503,14 @@ def test_a_claimed_view_larger_than_its_storage_is_refused(tmp_path, content, we
     assert instructions.count(size) >= 1
     claimed = b"J" + struct.pack("<i", 1 << 20)
     refusal(repacked(tmp_path / "good.pt", tmp_path / "x.pt", {"data.pkl": instructions.replace(size, claimed)}))
+
+
+def test_a_pickle_of_another_protocol_is_refused_without_warnings(tmp_path: Path) -> None:
+    where = tmp_path / "ckpt.pt"
+    with zipfile.ZipFile(where, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(print, protocol=4))
+        archive.writestr("archive/version", "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match="pickle that could run code"):
+            load_checkpoint(where)

@@ -47,6 +47,12 @@ class Phase(_Strict):
     ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.999,), min_length=1, description="first: default")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the network under autocast; weights are fp32")
 
+    @model_validator(mode="after")
+    def _rates_have_names(self) -> Phase:
+        if len({f"{rate:g}" for rate in self.ema}) < len(self.ema):
+            raise ValueError("ema rates must differ within six digits: a checkpoint names them so")
+        return self
+
 
 class EdmPhase(Phase):
     """Denoising score matching (arXiv 2206.00364, table 1): makes a teacher, or the start of ECT."""

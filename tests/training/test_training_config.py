@@ -447,3 +447,10 @@ def test_every_preset_is_listed_parses_and_makes_a_model() -> None:
 
 def test_config_errors_are_ours() -> None:
     assert issubclass(ConfigError, CmRuntimeError)
+
+
+def test_ema_rates_of_one_name_are_refused() -> None:
+    rates = "phase.0.ema=[0.9999991, 0.9999992]"
+    with pytest.raises(ConfigError, match=r"phase\.0: ema rates must differ"):
+        load_config("fashion-mnist", [rates])
+    assert load_config("fashion-mnist", ["phase.0.ema=[0.99, 0.999]"]).phase[0].ema == (0.99, 0.999)
