@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except MemoryError:
+        if "--debug" in arguments:
+            raise
         typer.echo("error: not enough memory for this; lower the micro-batch or the batch", err=True)
         sys.exit(1)
     except SystemExit as leaving:

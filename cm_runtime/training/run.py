@@ -59,14 +59,15 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise OutputError(f"another run is training in {self.path}") from error
-            for left in self.path.rglob(f"{files.TEMPORARY}*"):  # a killed run's half files
-                left.unlink()
             if resume:
-                yield self._resumed(config)
+                state = self._resumed(config)
+                self._sweep()
+                yield state
                 return
             if not force and (found := [path.name for path in self._own() if path.exists()]):
                 raise OutputError(f"{self.path} holds {found[0]}; go on with --resume, or start over with --force")
             self._clear()
+            self._sweep()
             with files.written(self.path / "config.toml") as temporary:
                 temporary.write_text(_toml(config), encoding="utf-8")
             yield None
@@ -129,6 +130,13 @@ class RunFolder:
         """All that a run writes."""
         named = [self.path / name for name in ("ckpt.pt", "log.jsonl", "config.toml", "samples")]
         return [self._state, *named, *self.path.glob("phase-*.pt")]
+
+    def _sweep(self) -> None:
+        """Removes what a killed run had half written: only of its own kinds, for others may write here meanwhile."""
+        for folder, suffixes in ((self.path, (".pt", ".toml", ".jsonl")), (self.path / "samples", (".png",))):
+            for left in folder.glob(f"{files.TEMPORARY}*"):
+                if left.suffix in suffixes:
+                    left.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         for path in self._own():
