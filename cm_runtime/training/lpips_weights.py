@@ -1,0 +1,146 @@
+"""The weights of LPIPS, from the files that others publish. Read without unpickling anything but tensors.
+
+- VGG16: torchvision's state dict of IMAGENET1K_V1 (vgg16-397923af.pth). Its ``classifier.*`` is not used. The weights
+  that torchvision calls IMAGENET1K_FEATURES have the same names and expect other colours: distances would be wrong.
+- The heads, one non-negative weight a channel (not enforced): the lpips package's weights/v0.1/vgg.pth, a state dict,
+  or piq's lpips_weights.pt, a list of five tensors.
+- Or one file with both state dicts' tensors, as .pt or, where the safetensors package is installed, .safetensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm_runtime.checkpoint import STORED
+from cm_runtime.errors import CheckpointError
+
+CHANNELS = (64, 128, 256, 512, 512)  # of the five stages
+CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers of their layers
+HINT = "name torchvision's vgg16-397923af.pth and lpips' vgg.pth or piq's lpips_weights.pt, or one file with both"
+
+
+def weight(layer: int) -> str:
+    """The published name of a convolution's kernel (C_out, C_in, 3, 3)."""
+    return f"features.{layer}.weight"
+
+
+def bias(layer: int) -> str:
+    """The published name of a convolution's bias (C_out,)."""
+    return f"features.{layer}.bias"
+
+
+def head(stage: int) -> str:
+    """The published name of a stage's head: stored as (1, C, 1, 1), read as (C,)."""
+    return f"lin{stage}.model.1.weight"
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """The shape of each of the 31 tensors, by name."""
+    expected: dict[str, tuple[int, ...]] = {}
+    inputs = 3
+    for stage, (channels, layers) in enumerate(zip(CHANNELS, CONVOLUTIONS, strict=True)):
+        for layer in layers:
+            expected |= {weight(layer): (channels, inputs, 3, 3), bias(layer): (channels,)}
+            inputs = channels
+        expected[head(stage)] = (channels,)
+    return expected
+
+
+def read_weights(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Tensor]:
+    """The tensors of ``shapes()``, float32 on the CPU. torchvision's file passes through memory whole, 0.5 GB.
+
+    Raises CheckpointError, one line: a file missing, truncated, foreign or with code in it; or every tensor (the first
+    five) that is missing, there twice, unexpected, misshapen or not finite.
+    """
+    expected = shapes()
+    found: dict[str, Tensor] = {}
+    wrong = []
+    for path in map(Path, paths):
+        for name, tensor in _named(path).items():
+            if name in found:
+                wrong.append(f"{name} is there twice")
+            elif name not in expected:
+                wrong.append(f"unexpected {name}")
+            elif tensor.dtype not in STORED or tensor.layout != torch.strided or tensor.is_meta:
+                wrong.append(f"{name} is not a dense tensor of floats")
+            elif (tuple(tensor.squeeze().shape) if name.startswith("lin") else tuple(tensor.shape)) != expected[name]:
+                wrong.append(f"{name} is {tuple(tensor.shape)} and should be of {expected[name]}")
+            elif not bool(torch.isfinite(tensor).all()):
+                wrong.append(f"{name} is not finite")
+            found[name] = tensor
+    missing = [f"missing {name}" for name in expected if name not in found]
+    if wrong or missing:
+        wrong += missing
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        where = ", ".join(map(str, paths)) or "no file"
+        raise CheckpointError(f"{where}: not the weights of LPIPS: {'; '.join(wrong[:5])}{more}; {HINT}")
+    # Copies: a stored tensor may be a view of something far larger, which it would keep in memory.
+    return {name: found[name].detach().reshape(shape).to(torch.float32, copy=True) for name, shape in expected.items()}
+
+
+def _named(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file by their published names, without VGG's classifier."""
+    content = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    if isinstance(content, list):
+        content = {head(stage): tensor for stage, tensor in enumerate(content)}
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise CheckpointError(f"{path} holds no tensors by name; {HINT}")
+    return {name: tensor for name, tensor in content.items() if not name.startswith("classifier.")}
+
+
+def _torch(path: Path) -> Any:
+    """What torch saved, of any age but before 2017 (a tar): published files are often older than torch's zip format.
+
+    The older format, three pickles and then the bytes of each tensor, goes through the same restricted unpickler as
+    the zip does (``weights_only``), and gets memory for no more bytes than the file holds. ``checkpoint.load_plain``
+    reads our own files only, which are zips and hold a dict.
+    """
+    start = b""
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start == b"PK":
+            with zipfile.ZipFile(path) as archive:
+                claimed = sum(entry.file_size for entry in archive.infolist())
+            if claimed > path.stat().st_size:  # torch stores without compression: anything else is a bomb
+                raise CheckpointError(f"{path} is not a torch file: it claims {claimed} bytes of content")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on pickles of other versions; the error says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way: IndexError, struct.error, AssertionError, ...
+        if isinstance(error, pickle.UnpicklingError) and (start == b"PK" or start[:1] == pickle.PROTO):
+            raise CheckpointError(
+                f"{path} is a pickle that could run code, which cm-runtime never does; {HINT}"
+            ) from error
+        raise CheckpointError(f"{path} is not a torch file, or is damaged; {HINT}") from error
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        package = importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs the safetensors package: pip install safetensors") from error
+    try:
+        return package.load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except Exception as error:  # the package's own error derives from nothing narrower
+        raise CheckpointError(f"{path} is not a safetensors file, or is damaged") from error
