@@ -49,20 +49,32 @@ class ConsistencyModel(nn.Module):
         self.precond: Precond = precond(config.precond, config.sigma_data, config.sigma_boundary)
         self.F = UNet(config.network)
 
-    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-        """x: (N,C,H,W) float32, sigma: (N,) float32, label: (N,) int64 with classes -> (N,C,H,W) float32."""
-        return self.skip_scale(x, self.network(x, sigma, label), sigma)
+    def forward(
+        self, x: Tensor, sigma: Tensor, label: Tensor | None = None, dropout_key: Tensor | None = None
+    ) -> Tensor:
+        """x: (N,C,H,W) float32, sigma: (N,) float32, label: (N,) int64 with classes -> (N,C,H,W) float32.
 
-    def network(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        A model in float64 takes and gives float64. dropout_key: (N, 2) int64, see `unet.Dropout`; in training only.
+        """
+        return self.skip_scale(x, self.network(x, sigma, label, dropout_key), sigma)
+
+    def network(
+        self, x: Tensor, sigma: Tensor, label: Tensor | None = None, dropout_key: Tensor | None = None
+    ) -> Tensor:
         """F(c_in x, c_noise, label), for the inputs of `forward`."""
-        s = sigma.float().reshape(-1, 1, 1, 1)
-        F: Tensor = self.F(self.precond.c_in(s) * x, self.precond.c_noise(sigma.float()), label)
+        s = _full(sigma).reshape(-1, 1, 1, 1)
+        F: Tensor = self.F(self.precond.c_in(s) * x, self.precond.c_noise(_full(sigma)), label, dropout_key)
         return F
 
     def skip_scale(self, x: Tensor, F: Tensor, sigma: Tensor) -> Tensor:
         """c_skip(sigma) x + c_out(sigma) F in float32; an export has one graph node in its place."""
-        s = sigma.float().reshape(-1, 1, 1, 1)
-        return self.precond.c_skip(s) * x.float() + self.precond.c_out(s) * F.float()
+        s = _full(sigma).reshape(-1, 1, 1, 1)
+        return self.precond.c_skip(s) * _full(x) + self.precond.c_out(s) * _full(F)
+
+
+def _full(value: Tensor) -> Tensor:
+    """In float32 whatever the network's precision, but for float64, which is kept."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def build(config: ModelConfig, device: str | torch.device = "cpu") -> ConsistencyModel:

@@ -23,8 +23,9 @@ from cm_runtime.errors import RequestError
 LABEL_DRAW = 0xFFFFFFFF
 _LIMIT = 1 << 64
 _MASK = np.uint64(0xFFFFFFFF)
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+# Philox4x32-10's constants.
+MULTIPLIERS, WEYL, ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 10
+_M0, _M1 = map(np.uint64, MULTIPLIERS)
 _32 = np.uint64(32)
 # Blocks turned into normals at a time: what they need stays in a core's second-level cache.
 _CHUNK = 1 << 13
@@ -37,11 +38,11 @@ def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     """
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     c0, c1, c2, c3 = counter
-    for _ in range(10):
+    for _ in range(ROUNDS):
         p0, p1 = c0 * _M0, c2 * _M1
         c0, c2 = (p1 >> _32) ^ c1 ^ np.uint64(k0), (p0 >> _32) ^ c3 ^ np.uint64(k1)
         c1, c3 = p1 & _MASK, p0 & _MASK
-        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+        k0, k1 = (k0 + WEYL[0]) & 0xFFFFFFFF, (k1 + WEYL[1]) & 0xFFFFFFFF
     return np.stack((c0, c1, c2, c3))
 
 

@@ -6,6 +6,7 @@ consistency-model checkpoints, so that their weights load by name.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Literal
@@ -88,6 +89,39 @@ def zeroed(module: nn.Conv2d) -> nn.Conv2d:
     return module
 
 
+class Dropout(nn.Module):
+    """Dropout whose masks are addressed: element e of an image in this layer is a hash of (key, layer, e).
+
+    Without a key it is plain dropout. Masks then depend on neither the batch nor the worker an image is in, and two
+    evaluations with one key, a student's and its target's, drop the same elements. In evaluation it does nothing.
+    """
+
+    def __init__(self, p: float, layer: int) -> None:
+        super().__init__()
+        self.p, self.layer = p, layer
+
+    def forward(self, h: Tensor, key: Tensor | None = None) -> Tensor:
+        """h: (N, ...), key: (N, 2) int64, words of 32 bits."""
+        if key is None or not self.training or self.p == 0:
+            return functional.dropout(h, self.p, self.training)
+        bits = torch.arange(h[0].numel(), dtype=torch.int32, device=h.device) * _signed(0x9E3779B1) + self.layer
+        k0, k1 = key.to(torch.int32).unbind(1)  # the low 32 bits, as they are
+        kept = _hash(_hash(bits ^ k0[:, None]) + k1[:, None]) >= _signed(int(self.p * 2**32) + 2**31)
+        return h * (kept.reshape(h.shape) * (1 / (1 - self.p))).to(h.dtype)
+
+
+def _hash(h: Tensor) -> Tensor:
+    """A 32-bit integer hash of full avalanche, in wrapping int32 (C. Wellons' lowbias32)."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def _signed(word: int) -> int:
+    """The int32 of the same 32 bits."""
+    return ((word + 2**31) & 0xFFFFFFFF) - 2**31
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour x2, then a convolution where ``channels`` is given."""
 
@@ -119,7 +153,7 @@ class ResBlock(nn.Module):
         channels: int,
         out: int,
         embedding: int,
-        dropout: float,
+        dropout: Dropout,
         scale_shift: bool,
         resample: type[Upsample] | type[Downsample] | None = None,
     ) -> None:
@@ -128,21 +162,22 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), conv3x3(channels, out))
         self.resample = resample() if resample else None
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * out if scale_shift else out))
-        self.out_layers = nn.Sequential(GroupNorm(out), nn.SiLU(), nn.Dropout(dropout), zeroed(conv3x3(out, out)))
+        self.out_layers = nn.Sequential(GroupNorm(out), nn.SiLU(), dropout, zeroed(conv3x3(out, out)))
         self.skip_connection = nn.Identity() if out == channels else nn.Conv2d(channels, out, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None) -> Tensor:
         h = self.in_layers[:-1](x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.in_layers[-1](h)
         e = self.emb_layers(embedding).type(h.dtype)[:, :, None, None]
+        norm, silu, dropout, conv = self.out_layers
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            h = self.out_layers[1:](h)
+            h = norm(h) * (1 + scale) + shift
         else:
-            h = self.out_layers(h + e)
+            h = norm(h + e)
+        h = conv(dropout(silu(h), key))
         return self.skip_connection(x) + h  # type: ignore[no-any-return]
 
 
@@ -165,25 +200,29 @@ class AttentionBlock(nn.Module):
 
 
 class Block(nn.ModuleList):
-    """Layers in turn; those that take the embedding get it."""
+    """Layers in turn; those that take the embedding, and the key of their dropout, get them."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(layers)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None) -> Tensor:
         for layer in self:
-            x = layer(x, embedding) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, embedding, key) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
 class UNet(nn.Module):
-    """F(x, c_noise, label): x (N,C,H,W), c_noise (N,) float32, label (N,) int64 -> (N,C,H,W)."""
+    """F(x, c_noise, label): x (N,C,H,W), c_noise (N,) float32, label (N,) int64 -> (N,C,H,W).
+
+    dropout_key: (N, 2) int64, in training only; see `Dropout`.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         patched = config.image_channels * config.patch**2
         embedding = 4 * config.channels
+        layers = itertools.count()
         self.time_embed = nn.Sequential(
             nn.Linear(config.channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
@@ -191,7 +230,8 @@ class UNet(nn.Module):
             self.label_emb = nn.Embedding(config.num_classes, embedding)
 
         def res(channels: int, out: int, resample: type[Upsample] | type[Downsample] | None = None) -> ResBlock:
-            return ResBlock(channels, out, embedding, config.dropout, config.scale_shift, resample)
+            dropout = Dropout(config.dropout, next(layers))
+            return ResBlock(channels, out, embedding, dropout, config.scale_shift, resample)
 
         def attention(channels: int, size: int) -> Iterator[AttentionBlock]:
             if size in config.attention:
@@ -226,18 +266,21 @@ class UNet(nn.Module):
                 self.output_blocks.append(block)
         self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), zeroed(conv3x3(channels, patched)))
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, dropout_key: Tensor | None = None
+    ) -> Tensor:
         patch = self.config.patch
-        e = self.time_embed(timestep_embedding(c_noise, self.config.channels))
+        embedding = timestep_embedding(c_noise, self.config.channels)
+        e = self.time_embed(embedding.to(next(self.time_embed.parameters()).dtype))
         if self.config.num_classes:
             e = e + self.label_emb(label)
         h = functional.pixel_unshuffle(x, patch) if patch > 1 else x
         skips = []
         for block in self.input_blocks:
-            h = block(h, e)
+            h = block(h, e, dropout_key)
             skips.append(h)
-        h = self.middle_block(h, e)
+        h = self.middle_block(h, e, dropout_key)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), e)
+            h = block(torch.cat([h, skips.pop()], dim=1), e, dropout_key)
         h = self.out(h)
         return functional.pixel_shuffle(h, patch) if patch > 1 else h

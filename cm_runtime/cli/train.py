@@ -42,19 +42,21 @@ def train(
     from cm_runtime.training.config import load_config
     from cm_runtime.training.data import open_data
     from cm_runtime.training.loop import train as run
+    from cm_runtime.training.workers import is_lead
 
     if resume and force:
         raise RequestError("--resume goes on with a run and --force starts it over; give one of them")
     source = [f"data.source={json.dumps(data, ensure_ascii=False)}"] if data else []
     config = load_config(preset, [*(settings or []), *source])
     folder = out or Path("runs") / Path(preset).stem
-    images = open_data(config.data.source, image_size=config.data.image_size, progress=True)
-    with _bar() as bar:
+    images = open_data(config.data.source, image_size=config.data.image_size, progress=is_lead())
+    with _bar(is_lead()) as bar:
         checkpoint = run(config, images, folder, resume=resume, force=force, report=_reporter(bar))
-    typer.echo(f"{checkpoint}: now cm-runtime export {checkpoint}")
+    if is_lead():
+        typer.echo(f"{checkpoint}: now cm-runtime export {checkpoint}")
 
 
-def _bar() -> Progress:
+def _bar(shown: bool) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -66,7 +68,7 @@ def _bar() -> Progress:
         TextColumn("loss {task.fields[loss]:.4g}  {task.fields[rate]:.0f} images/s"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     )
 
 

@@ -1,7 +1,7 @@
 """What a training run is: a TOML file, checked whole before anything starts. Unknown keys are refused.
 
-A run is a list of phases, each a method with its own budget; every phase starts from the averaged weights of the
-one before. ECT, for one, is an ``edm`` phase followed by an ``ect`` phase.
+A run is a list of phases, each a method with its own budget. A phase starts from the averaged weights of the one
+before, the first from ``init`` where there is one; cd takes that same model for its teacher.
 """
 
 from __future__ import annotations
@@ -35,26 +35,36 @@ class DataConfig(_Strict):
     flip: bool = Field(False, description="mirror half of the images")
 
 
-class Phase(_Strict):
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Phase(_Strict):
     """What every method needs. Rates are per step."""
 
     steps: int = Field(gt=0)
-    batch: int = Field(gt=0)
+    batch: int = Field(gt=0, description="images a step, of all workers together")
+    micro_batch: int | None = Field(
+        None, gt=0, description="images the network sees at once; the rest of a batch is accumulated"
+    )
+    optimizer: Literal["radam", "adam"] = "radam"
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
     learning_rate: float = Field(gt=0)
     warmup: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
     decay: float = Field(0.0, ge=0, le=1, description="share of the steps, at the end, over which it falls to 0")
-    clip: float = Field(10.0, gt=0, description="largest gradient norm")
-    ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.999,), min_length=1, description="first: default")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the network under autocast; weights are fp32")
+    clip: float | None = Field(None, gt=0, description="largest gradient norm; None: any")
+    ema: tuple[Rate, ...] = Field((0.999,), min_length=1, description="first: default")
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        "fp32", description="of the network; bf16: under autocast, weights in fp32; fp64: everything, to verify"
+    )
 
     @model_validator(mode="after")
-    def _rates_have_names(self) -> Phase:
+    def _rates_have_names(self) -> _Phase:
         if len({f"{rate:g}" for rate in self.ema}) < len(self.ema):
             raise ValueError("ema rates must differ within six digits: a checkpoint names them so")
         return self
 
 
-class EdmPhase(Phase):
+class EdmPhase(_Phase):
     """Denoising score matching (arXiv 2206.00364, table 1): makes a teacher, or the start of ECT."""
 
     method: Literal["edm"]
@@ -62,23 +72,93 @@ class EdmPhase(Phase):
     P_std: float = Field(1.2, gt=0)
 
 
-class EctPhase(Phase):
+class _ConsistencyPhase(_Phase):
+    """The parts every consistency loss has: lambda(t, r) d(f(x_t, t), f(x_r, r))."""
+
+    distance: Literal["l1", "l2", "huber", "lpips"] = "l2"
+    huber_c: float | None = Field(
+        None, gt=0, description="pseudo-Huber constant; None: 0.00054 sqrt(C H W) (arXiv 2310.14189)"
+    )
+    lpips: tuple[str, ...] = Field((), description="files of LPIPS weights; see training.lpips")
+    weighting: Literal["one", "gap"] = Field("one", description="lambda: 1, or 1/(t - r)")
+
+    @model_validator(mode="after")
+    def _distance_has_its_parts(self) -> _ConsistencyPhase:
+        if self.huber_c is not None and self.distance != "huber":
+            raise ValueError(f"huber_c belongs to distance huber, not {self.distance}")
+        if bool(self.lpips) != (self.distance == "lpips"):
+            raise ValueError("distance lpips needs the key lpips, the files of its weights, and no other takes it")
+        return self
+
+
+class CdPhase(_ConsistencyPhase):
+    """Consistency distillation (arXiv 2303.01469, algorithm 2): the second point is the teacher's ODE step."""
+
+    method: Literal["cd"]
+    N: int = Field(18, ge=2, description="points of the Karras grid")
+    solver: Literal["euler", "heun"] = "heun"
+    teacher: Literal["before", "gaussian"] = Field(
+        "before", description="the model before this phase; or the exact denoiser of a Gaussian fitted to the data"
+    )
+    mu: Rate = Field(0.95, description="decay of the EMA target; 0: the student itself")
+
+
+class CtPhase(_ConsistencyPhase):
+    """Consistency training (arXiv 2303.01469, algorithm 3): the second point is the data with less of the noise."""
+
+    method: Literal["ct"]
+    s0: int = Field(2, ge=2, description="N at the start")
+    s1: int = Field(150, ge=2, description="N - 1 at the end")
+    mu0: Rate = Field(0.9, description="decay of the EMA target at the start; 0: the student itself")
+
+    @model_validator(mode="after")
+    def _N_grows(self) -> CtPhase:
+        if self.s1 < self.s0:
+            raise ValueError(f"s1 {self.s1} must be at least s0 {self.s0}")
+        return self
+
+
+class IctPhase(_ConsistencyPhase):
+    """Improved consistency training (arXiv 2310.14189): N doubles, lognormal bins, no EMA target."""
+
+    method: Literal["ict"]
+    distance: Literal["l1", "l2", "huber", "lpips"] = "huber"
+    weighting: Literal["one", "gap"] = "gap"
+    s0: int = Field(10, ge=1, description="N - 1 at the start")
+    s1: int = Field(1280, ge=1, description="N - 1 at the end")
+    P_mean: float = -1.1
+    P_std: float = Field(2.0, gt=0)
+
+    @model_validator(mode="after")
+    def _N_grows(self) -> IctPhase:
+        if self.s1 < self.s0:
+            raise ValueError(f"s1 {self.s1} must be at least s0 {self.s0}")
+        return self
+
+
+class EctPhase(_ConsistencyPhase):
     """Easy consistency tuning (arXiv 2406.14548): from a trained denoiser to a consistency function."""
 
     method: Literal["ect"]
+    distance: Literal["l1", "l2", "huber", "lpips"] = "huber"
+    weighting: Literal["one", "gap"] = "gap"
     P_mean: float = -1.1
     P_std: float = Field(2.0, gt=0)
     q: float = Field(2.0, gt=1, description="how fast r approaches t from stage to stage")
     k: float = 8.0
     b: float = 1.0
+    first_stage: int = Field(0, ge=0, description="above 0 to go on from a model that is consistent already")
     stages: int = Field(8, gt=0, description="equal parts of the phase")
-    huber_c: float = Field(0.0, ge=0, description="pseudo-Huber constant; 0: the plain norm")
 
     @model_validator(mode="after")
     def _r_stays_below_t(self) -> EctPhase:
-        if self.stages * math.log2(self.q) > 22:
+        if (self.first_stage + self.stages) * math.log2(self.q) > 22:
             raise ValueError("q^stages is above 2^22, where r rounds to t in float32: take fewer stages")
         return self
+
+
+ConsistencyPhase = CdPhase | CtPhase | IctPhase | EctPhase
+Phase = EdmPhase | ConsistencyPhase
 
 
 class TrainConfig(_Strict):
@@ -86,19 +166,26 @@ class TrainConfig(_Strict):
 
     data: DataConfig
     network: NetworkShape
-    phase: tuple[Annotated[EdmPhase | EctPhase, Field(discriminator="method")], ...] = Field(min_length=1)
-    precond: Form = "edm"
+    phase: tuple[Annotated[Phase, Field(discriminator="method")], ...] = Field(min_length=1)
+    init: str | None = Field(None, description="a checkpoint to start from; None: fresh weights")
+    precond: Form = Field("edm", description="of the consistency function; an edm phase always trains the edm form")
     sigma_data: float = Field(0.5, gt=0)
     seed: int = Field(0, ge=0, lt=1 << 63)
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; under torchrun each worker has its own cuda:N")
+    channels_last: bool = Field(False, description="lay images and weights out so; mostly faster on GPUs")
+    compile: bool = Field(False, description="torch.compile the network: minutes at the start, then faster steps")
     save_every: int = Field(200, gt=0, description="steps between checkpoints")
     sample_every: int = Field(400, gt=0, description="steps between sample grids")
+    tensorboard: bool = Field(True, description="write curves and sample grids for TensorBoard")
     weights: Literal["float32", "float16"] = Field("float32", description="how the checkpoint stores them")
 
     @model_validator(mode="after")
     def _starts_sound(self) -> TrainConfig:
-        if self.phase[0].method == "ect":
-            raise ValueError("an ect phase starts from a trained denoiser: put an edm phase before it")
+        first = self.phase[0]
+        if self.init is None and (first.method == "ect" or (first.method == "cd" and first.teacher == "before")):
+            raise ValueError(
+                f"a {first.method} phase starts from a trained denoiser: give init, or put an edm phase before it"
+            )
         return self
 
 
@@ -133,7 +220,10 @@ def parse_config(tree: Mapping[str, Any], where: str) -> TrainConfig:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if part not in ("edm", "ect")) or "the whole"
+        loc = first["loc"]
+        if len(loc) > 2 and loc[0] == "phase":  # pydantic names the method between the phase's number and its key
+            loc = (*loc[:2], *loc[3:])
+        key = ".".join(map(str, loc)) or "the whole"
         reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {key}: {reason}") from error
 

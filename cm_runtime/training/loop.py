@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from cm_runtime import schedule
 from cm_runtime.artifact import TrainingSummary
-from cm_runtime.backends.torch import chosen_device
-from cm_runtime.checkpoint import Checkpoint
+from cm_runtime.checkpoint import Checkpoint, load_checkpoint
 from cm_runtime.errors import Interrupted, TrainingError
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
-from cm_runtime.training import grids
-from cm_runtime.training.config import EctPhase, EdmPhase, TrainConfig
+from cm_runtime.training import grids, ode, record
+from cm_runtime.training.config import Phase, TrainConfig
 from cm_runtime.training.data import ImageSet
-from cm_runtime.training.ema import Averages
-from cm_runtime.training.losses import loss_of
 from cm_runtime.training.run import RunFolder
+from cm_runtime.training.step import Stepper, dtype_of, finite, learning_rate_factor
 from cm_runtime.training.stopping import stop_signals
 from cm_runtime.training.stream import Stream
+from cm_runtime.training.workers import Workers, joined
 from cm_runtime.unet import UNetConfig
 
 GRID_IMAGES = 64
 _LOG_EVERY = 10
+STORED = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -54,29 +53,36 @@ def train(
     force: bool = False,
     report: Callable[[Report], None] = lambda _: None,
 ) -> Path:
-    """Runs every phase and returns the path of the checkpoint.
+    """Runs every phase and returns the path of the checkpoint. Under torchrun every worker calls it alike.
 
-    Raises TrainingError where the loss is not finite, Interrupted after SIGINT or SIGTERM, and what RunFolder raises.
+    Raises TrainingError where the loss is not finite, CheckpointError where ``init`` cannot be read, Interrupted after
+    SIGINT or SIGTERM, and what RunFolder raises.
     """
-    device = chosen_device(config.device)
-    model_config = model_config_of(config, data)
-    torch.manual_seed(config.seed)
-    model = build(model_config).to(device)
-    stream = Stream(
-        data, seed=config.seed, classes=bool(model_config.network.num_classes), flip=config.data.flip, device=device
-    )
-    folder = RunFolder(out)
-    with folder.open(config, resume=resume, force=force) as state, stop_signals() as stopping:
-        run = _Run(config, model, stream, data.name, folder, report, stopping)
-        first, step = run.restore(state) if state else (0, 0)
-        for index in range(first, len(config.phase)):
-            run.phase(index, step, state if index == first else None)
-            step = 0
+    with joined(config.device) as workers:
+        for index, phase in enumerate(config.phase):
+            if phase.batch < workers.world:
+                raise TrainingError(f"phase.{index}.batch {phase.batch} is less than the {workers.world} workers")
+        start = None if config.init is None else load_checkpoint(config.init)
+        model_config_of(config, data)
+        folder = RunFolder(out)
+        inputs = {"data": record.fingerprint(data), "init": "" if start is None else start.sha256}
+        opened = folder.open(config, inputs, resume=resume, force=force) if workers.lead else nullcontext()
+        with opened as found, stop_signals() as stopping:
+            state = workers.from_lead(found)
+            run = _Run(config, data, inputs, folder, report, stopping, workers)
+            if workers.lead:
+                images = 0 if state is None else state["images"]
+                folder.begin(record.session(data, workers), images, tensorboard=config.tensorboard)
+            run.phases(state, start)
     return folder.checkpoint
 
 
-def model_config_of(config: TrainConfig, data: ImageSet) -> ModelConfig:
-    """The model that ``config`` makes of ``data``. Raises TrainingError for images no UNet of it can take."""
+def model_config_of(config: TrainConfig, data: ImageSet, phase: Phase | None = None) -> ModelConfig:
+    """The model that a phase of ``config`` (default: the last) makes of ``data``.
+
+    A denoiser is always of the edm form, which its loss is weighted for (arXiv 2206.00364, table 1). Raises
+    TrainingError for images no UNet of it can take.
+    """
     channels, height, width = data.image_shape
     if height != width:
         raise TrainingError(f"images must be square, not {height}x{width}; set data.image_size to crop and resize")
@@ -90,11 +96,12 @@ def model_config_of(config: TrainConfig, data: ImageSet) -> ModelConfig:
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise TrainingError(f"the network does not fit {data.name}: {reason}") from error
+    form = "edm" if (phase or config.phase[-1]).method == "edm" else config.precond
     return ModelConfig(
         network=network,
-        precond=config.precond,
+        precond=form,
         sigma_data=config.sigma_data,
-        sigma_boundary=0.0 if config.precond == "edm" else schedule.SIGMA_MIN,
+        sigma_boundary=0.0 if form == "edm" else schedule.SIGMA_MIN,
     )
 
 
@@ -104,87 +111,93 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        model: ConsistencyModel,
-        stream: Stream,
-        data_name: str,
+        data: ImageSet,
+        inputs: dict[str, str],
         folder: RunFolder,
         report: Callable[[Report], None],
         stopping: Callable[[], bool],
+        workers: Workers,
     ) -> None:
-        self.config, self.model, self.stream, self.data_name = config, model, stream, data_name
-        self.folder, self.report, self.stopping = folder, report, stopping
+        self.config, self.data, self.inputs, self.folder = config, data, inputs, folder
+        self.report, self.stopping, self.workers = report, stopping, workers
+        network = model_config_of(config, data).network
+        self.stream = Stream(
+            data, seed=config.seed, classes=bool(network.num_classes), flip=config.data.flip, device=workers.device
+        )
         self.images, self.seconds = 0, 0.0
 
-    def restore(self, state: dict[str, Any]) -> tuple[int, int]:
-        """Takes weights and counters from ``state``: (phase, step) to go on with. Raises TrainingError."""
-        if state["shape"] != self._shape():
-            raise TrainingError(
-                f"{self.folder.path} was started on images of {state['shape']}, not of {self._shape()};"
-                " use the same data to resume"
-            )
-        self.model.load_state_dict(state["model"])
-        self.images, self.seconds = state["images"], state["seconds"]
-        return state["phase"], state["step"]
-
-    def _shape(self) -> list[int]:
-        """(C, H, W, classes) of what the model is for."""
-        return [*self.model.config.image_shape, self.model.config.network.num_classes]
-
-    def phase(self, index: int, first: int, state: dict[str, Any] | None) -> None:
-        """Trains one phase from step ``first``; the model leaves it holding the averaged weights."""
-        phase = self.config.phase[index]
-        model = self.model.train()
-        loss_fn = loss_of(phase)
-        optimizer = torch.optim.RAdam(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.99), foreach=True)
-        averages = Averages(model, phase.ema)
+    def phases(self, state: dict[str, Any] | None, start: Checkpoint | None) -> None:
+        """Runs every phase from ``state`` on; without one from ``start``, a model, or from fresh weights."""
+        first = 0
         if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            averages.load(state["ema"])
-        autocast = torch.autocast(
-            next(model.parameters()).device.type, torch.bfloat16, enabled=phase.precision == "bf16"
-        )
-        saved = first
-        for step in range(first, phase.steps):
+            first, self.images, self.seconds = state["phase"], state["images"], state["seconds"]
+        for index in range(first, len(self.config.phase)):
+            self._phase(index, self._before(index) if index else start, state if index == first else None)
+
+    def _before(self, index: int) -> Checkpoint:
+        """What phase ``index`` starts from, as the file holds it: stopped and resumed or not, it is the same."""
+        path = self.folder.kept(index - 1, self.config.phase[index - 1].method)
+        return self.workers.from_lead(load_checkpoint(path) if self.workers.lead else None)  # type: ignore[return-value]
+
+    def _phase(self, index: int, before: Checkpoint | None, state: dict[str, Any] | None) -> None:
+        """Trains one phase, from ``state`` where it had begun."""
+        phase, lead = self.config.phase[index], self.workers.lead
+        stepper = self._stepper(phase, before)
+        if state is not None:
+            stepper.load(state)
+        saved = first = 0 if state is None else state["step"]
+        for k in range(first, phase.steps):
             began = time.perf_counter()
-            torch.manual_seed(_step_seed(self.config.seed, index, step))
-            x, label = self.stream.batch(self.images, phase.batch)
-            for group in optimizer.param_groups:
-                group["lr"] = phase.learning_rate * learning_rate_factor(phase, step)
             try:
-                with autocast:
-                    loss = loss_fn(model, x, label, step / phase.steps)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss, norm = stepper.gradients(k, self.stream, self.images)
             except torch.OutOfMemoryError as error:
                 raise TrainingError(
-                    f"out of memory at phase {index} step {step}; lower phase.{index}.batch or the network's channels"
+                    f"out of memory at phase {index} step {k}; lower phase.{index}.micro_batch or network.channels"
                 ) from error
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), phase.clip, foreach=True)
-            if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                raise self._diverged("the loss is", index, step, saved)
-            optimizer.step()
-            averages.update(step)
+            if not finite(loss, norm):
+                raise self._diverged("the loss is", index, k, saved)
+            stepper.update(k)
             self.images += phase.batch
-            self.seconds += time.perf_counter() - began
-            done = step + 1
-            rate = phase.batch / (time.perf_counter() - began)
-            where = Report(index, phase.method, done, phase.steps, loss.item(), rate)
+            elapsed = time.perf_counter() - began
+            self.seconds += elapsed
+            done = k + 1
+            where = Report(index, phase.method, done, phase.steps, loss, phase.batch / elapsed)
             self.report(where)
-            if done % _LOG_EVERY == 0 or done == phase.steps:
-                self._log(where, optimizer.param_groups[0]["lr"], norm.item())
-            stop = self.stopping()
+            stop = self.workers.any(self.stopping())
+            if lead and (done % _LOG_EVERY == 0 or done == phase.steps):
+                self._log(where, phase.learning_rate * learning_rate_factor(phase, k), norm)
             # the grid first: a kill between the two draws it again, and so loses nothing
-            if done % self.config.sample_every == 0 or done == phase.steps:
-                self._grid(phase, f"{index}-{phase.method}-{done:06d}", averages)
+            if lead and (done % self.config.sample_every == 0 or done == phase.steps):
+                self._grid(index, done, stepper)
             if done % self.config.save_every == 0 or done == phase.steps or stop:
-                if not _finite(self._stored(averages)):
-                    raise self._diverged(f"the weights in {self.config.weights} are", index, step, saved)
-                self._save(index, done, optimizer, averages)
+                if not stepper.averages.finite(STORED[self.config.weights]):
+                    raise self._diverged(f"the weights in {self.config.weights} are", index, k, saved)
+                if lead:
+                    self._save(index, done, stepper)
                 saved = done
             if stop and not (done == phase.steps and index == len(self.config.phase) - 1):
                 raise Interrupted(f"stopped at phase {index} step {done}; go on with --resume --out {self.folder.path}")
-        model.load_state_dict(averages.state()[f"{phase.ema[0]:g}"])
-        self.folder.keep(index, phase.method)
+        if lead:
+            self.folder.keep(index, phase.method)
+
+    def _stepper(self, phase: Phase, before: Checkpoint | None) -> Stepper:
+        """What trains ``phase``, its weights those of ``before`` or fresh ones."""
+        torch.manual_seed(self.config.seed)
+        model = build(model_config_of(self.config, self.data, phase))
+        teacher: ode.Denoise | None = None
+        if before is not None:
+            if before.config.network != model.config.network:
+                raise TrainingError(f"{self.config.init} is of another network: {_difference(before, model)}")
+            start = before.model()
+            model.load_state_dict(start.state_dict())
+            teacher = self._placed(start, phase)
+        if phase.method == "cd" and phase.teacher == "gaussian":
+            teacher = ode.gaussian(self.stream.rms())
+        return Stepper(phase, self.config, self._placed(model, phase), teacher, self.workers)
+
+    def _placed(self, model: ConsistencyModel, phase: Phase) -> ConsistencyModel:
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return model.to(self.workers.device, dtype_of(phase), memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
     def _diverged(self, what: str, index: int, step: int, saved: int) -> TrainingError:
         good = f"the last good checkpoint is of step {saved}" if self.folder.checkpoint.exists() else "nothing is saved"
@@ -193,39 +206,24 @@ class _Run:
             " try a lower learning_rate or precision fp32"
         )
 
-    def _stored(self, averages: Averages) -> dict[str, dict[str, Tensor]]:
-        """The averages as the checkpoint holds them."""
-        if self.config.weights == "float32":
-            return averages.state()
-        return {rate: {k: v.half() for k, v in weights.items()} for rate, weights in averages.state().items()}
-
-    def _save(self, index: int, step: int, optimizer: torch.optim.Optimizer, averages: Averages) -> None:
+    def _save(self, index: int, step: int, stepper: Stepper) -> None:
         phase = self.config.phase[index]
+        config = self.config.model_dump(mode="json", exclude={"data": {"source"}})
         checkpoint = Checkpoint(
-            config=self.model.config,
+            config=stepper.model.config,
             default_ema=f"{phase.ema[0]:g}",
-            ema=self._stored(averages),
+            ema=stepper.averages.stored(STORED[self.config.weights]),
             training=TrainingSummary(
                 method=phase.method,
-                data=self.data_name,
+                data=self.data.name,
                 steps=step + sum(p.steps for p in self.config.phase[:index]),
                 images=self.images,
                 seconds=round(self.seconds, 1),
-                config=self.config.model_dump(mode="json", exclude={"data": {"source"}}),
+                config={**config, "init": self.inputs["init"] or None},
             ),
         )
-        state = {
-            "config": self.config.model_dump(mode="json"),
-            "shape": self._shape(),
-            "phase": index,
-            "step": step,
-            "images": self.images,
-            "seconds": self.seconds,
-            "model": self.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": averages.state(),
-        }
-        self.folder.save(state, checkpoint)
+        position = {"phase": index, "step": step, "images": self.images, "seconds": self.seconds}
+        self.folder.save({**position, **stepper.state()}, checkpoint)
 
     def _log(self, where: Report, learning_rate: float, norm: float) -> None:
         self.folder.log(
@@ -242,28 +240,19 @@ class _Run:
             }
         )
 
-    def _grid(self, phase: EdmPhase | EctPhase, name: str, averages: Averages) -> None:
-        config = self.model.config
+    def _grid(self, index: int, step: int, stepper: Stepper) -> None:
+        config, phase = stepper.model.config, self.config.phase[index]
         if config.image_shape[0] not in (1, 3):  # no picture can show these
             return
-        averaged = build(config).to(next(self.model.parameters()).device)
-        averaged.load_state_dict(averages.state()[f"{phase.ema[0]:g}"])
+        averaged = build(config).to(self.workers.device)
+        averaged.load_state_dict(stepper.averages.state()[f"{phase.ema[0]:g}"])
         pictures = grids.draw(averaged, phase.method, GRID_IMAGES, self.config.seed)
+        name = f"{index}-{phase.method}-{step:06d}"
         self.folder.grid(name, pictures, {"seed": self.config.seed, "images": self.images})
 
 
-def learning_rate_factor(phase: EdmPhase | EctPhase, step: int) -> float:
-    """1, rising from 0 over the warm-up and falling to 0 over the last ``decay`` share of the steps."""
-    rise = min(1.0, (step + 1) / phase.warmup) if phase.warmup else 1.0
-    tail = phase.decay * phase.steps
-    fall = min(1.0, (phase.steps - step) / tail) if tail else 1.0
-    return rise * fall
-
-
-def _finite(stored: dict[str, dict[str, Tensor]]) -> bool:
-    return all(bool(tensor.isfinite().all()) for weights in stored.values() for tensor in weights.values())
-
-
-def _step_seed(seed: int, phase: int, step: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{phase}/{step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def _difference(before: Checkpoint, model: ConsistencyModel) -> str:
+    """The first key of the network that differs."""
+    there, here = before.config.network.model_dump(), model.config.network.model_dump()
+    key = next(key for key in here if there[key] != here[key])
+    return f"{key} {there[key]}, not {here[key]}"

@@ -1,75 +1,86 @@
-"""The training objectives: each a function of (model, x, label, progress), chosen once when a phase starts.
-
-All randomness comes from torch's default generators, which the loop seeds for every step.
-"""
+"""The training objectives, each composed once, when a phase starts, of parts that are plain functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cm_runtime.model import ConsistencyModel
-from cm_runtime.training.config import EctPhase, EdmPhase
+from cm_runtime.training.config import CdPhase, ConsistencyPhase, EdmPhase, Phase
+from cm_runtime.training.distances import Distance, distance_of
+from cm_runtime.training.draws import DROPOUT, NOISE, Draws
+from cm_runtime.training.ode import Denoise, Second, from_data, from_teacher, wide
+from cm_runtime.training.pairs import Pairs, lognormal, pairs_of
 
-# (model, x (N,C,H,W) clean images, label (N,) or None, progress 0..1) -> the mean loss, a scalar
-Loss = Callable[[ConsistencyModel, Tensor, Tensor | None, float], Tensor]
-
-
-def loss_of(phase: EdmPhase | EctPhase) -> Loss:
-    """The objective of a phase."""
-    return edm(phase) if isinstance(phase, EdmPhase) else ect(phase)
+# lambda(t, r): (n,) each
+Weighting = Callable[[Tensor, Tensor], Tensor]
 
 
-def edm(phase: EdmPhase) -> Loss:
+@dataclass(frozen=True)
+class Batch:
+    """Some images of a step: x (n,C,H,W) clean, label (n,) int64 or None, and their randomness."""
+
+    x: Tensor
+    label: Tensor | None
+    draws: Draws
+
+
+# (student, target, batch, step k of the phase) -> the loss of each image: (n,). The target is the network whose f the
+# student's is drawn to: the student itself, or an average of it.
+Loss = Callable[[nn.Module, nn.Module, Batch, int], Tensor]
+
+
+def loss_of(phase: Phase, sigma_data: float, teacher: Denoise | None, device: torch.device) -> Loss:
+    """The objective of a phase; teacher: for cd."""
+    if isinstance(phase, EdmPhase):
+        return edm(phase.P_mean, phase.P_std, sigma_data)
+    second: Second = from_data
+    if isinstance(phase, CdPhase):
+        assert teacher is not None
+        second = from_teacher(teacher, phase.solver)
+    return consistency(pairs_of(phase), second, distance_of(phase, device), weighting_of(phase))
+
+
+def edm(P_mean: float, P_std: float, sigma_data: float) -> Loss:
     """Denoising score matching with EDM's noise levels and weight (arXiv 2206.00364, table 1)."""
 
-    def loss(model: ConsistencyModel, x: Tensor, label: Tensor | None, progress: float) -> Tensor:
-        sigma = lognormal(len(x), phase.P_mean, phase.P_std, x.device)
-        s = sigma[:, None, None, None]
-        D: Tensor = model(x + s * torch.randn_like(x), sigma, label)
-        sigma_data = model.config.sigma_data
-        weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
-        return (weight * (D - x) ** 2).mean()
+    def loss(student: nn.Module, target: nn.Module, batch: Batch, k: int) -> Tensor:
+        x = batch.x
+        sigma = lognormal(batch.draws, P_mean, P_std).to(x.dtype)
+        z = batch.draws.normal(NOISE, x.shape[1:]).to(x.dtype)
+        D = student(x + wide(sigma) * z, sigma, batch.label, batch.draws.keys(DROPOUT))
+        weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+        error: Tensor = (D - x).square().flatten(1).mean(1)
+        return weight * error
 
     return loss
 
 
-def ect(phase: EctPhase) -> Loss:
-    """Easy consistency tuning (arXiv 2406.14548, algorithm 1): f at t is drawn to f at r < t on the same noise.
+def consistency(pairs: Pairs, second: Second, distance: Distance, weighting: Weighting) -> Loss:
+    """lambda(t, r) d(f(x_t, t), stopgrad f-(x_r, r)), x_r the second point (arXiv 2303.01469, eqs. 7 and 10).
 
-    r nears t from stage to stage; r = 0 takes the clean image. Student and target share their dropout masks.
+    Where r = 0, f-(x_r, r) is the clean image. Student and target drop the same elements.
     """
 
-    def loss(model: ConsistencyModel, x: Tensor, label: Tensor | None, progress: float) -> Tensor:
-        t = lognormal(len(x), phase.P_mean, phase.P_std, x.device)
-        stage = min(int(progress * phase.stages), phase.stages - 1)
-        r = ect_r(t, stage, phase.q, phase.k, phase.b)
-        z = torch.randn_like(x)
-        masks = int(torch.randint(1 << 62, ()))
+    def loss(student: nn.Module, target: nn.Module, batch: Batch, k: int) -> Tensor:
+        x, label = batch.x, batch.label
+        t, r = (level.to(x.dtype) for level in pairs(batch.draws, k))
+        z = batch.draws.normal(NOISE, x.shape[1:]).to(x.dtype)
+        key = batch.draws.keys(DROPOUT)
+        x_t = x + wide(t) * z
         with torch.no_grad():
-            torch.manual_seed(masks)
-            noisy = (r > 0)[:, None, None, None]
-            at_r = model(x + r[:, None, None, None] * z, torch.where(r > 0, r, t), label)
-            target = torch.where(noisy, at_r, x)
-        torch.manual_seed(masks)
-        at_t = model(x + t[:, None, None, None] * z, t, label)
-        return (pseudo_huber(at_t, target, phase.huber_c) / (t - r)).mean()
+            x_r = second(x, z, x_t, t, r, label)
+            f_r = target(x_r, torch.where(r > 0, r, t), label, key)
+            f_r = torch.where(wide(r) > 0, f_r, x)
+        return weighting(t, r) * distance(student(x_t, t, label, key), f_r)
 
     return loss
 
 
-def ect_r(t: Tensor, stage: int, q: float, k: float, b: float) -> Tensor:
-    """r(t) = t (1 - (1 + k sigmoid(-b t)) / q^(stage + 1)), at least 0 (arXiv 2406.14548, section 3)."""
-    return (t * (1 - (1 + k * torch.sigmoid(-b * t)) / q ** (stage + 1))).clamp(min=0)
-
-
-def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """sqrt(|a - b|^2 + c^2) - c over all pixels of each image: (N,) (arXiv 2310.14189, section 3.3)."""
-    return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
-
-
-def lognormal(n: int, P_mean: float, P_std: float, device: torch.device) -> Tensor:
-    """n noise levels with ln sigma ~ N(P_mean, P_std^2): (n,) float32."""
-    return (torch.randn(n, device=device) * P_std + P_mean).exp()
+def weighting_of(phase: ConsistencyPhase) -> Weighting:
+    """lambda of a phase."""
+    if phase.weighting == "gap":
+        return lambda t, r: 1 / (t - r)
+    return lambda t, r: torch.ones_like(t)

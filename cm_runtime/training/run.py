@@ -1,11 +1,13 @@
 """The run folder: what a run writes, so that it can be stopped at any moment, resumed and repeated.
 
 config.toml      the whole configuration
-state.pt         weights, optimiser, averages and position: what --resume goes on from
+run.json         every start and resumption: command, versions, machine, checksums of data and init
+state.pt         weights, target, optimiser, averages and position: what --resume goes on from
 ckpt.pt          the averaged weights so far: what export and sample take
-phase-N-METHOD.pt  the averaged weights at the end of phase N
+phase-N-METHOD.pt  the averaged weights at the end of phase N, from which the next one starts
 log.jsonl        one line every few steps: phase, step, loss, learning rate, images/s
 samples/         grids of the same noise as training goes on
+tensorboard/     the same as curves over images seen, and the grids
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from numpy.typing import NDArray
 from cm_runtime import files, images
 from cm_runtime.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
 from cm_runtime.errors import OutputError, TrainingError
+from cm_runtime.training.board import Board
 from cm_runtime.training.config import TrainConfig, parse_config
 
-STATE_FORMAT = "cm-runtime training state 1"
-STATE_KEYS = {"config", "shape", "phase", "step", "images", "seconds", "model", "optimizer", "ema"}
+STATE_FORMAT = "cm-runtime training state 2"
+STATE_KEYS = {"config", "inputs", "phase", "step", "images", "seconds", "model", "target", "optimizer", "ema"}
+# Keys that a run may go on with changed: they decide where and when, not what.
+FREE = ("data.source", "init", "device", "save_every", "sample_every", "tensorboard")
 
 
 class RunFolder:
@@ -39,13 +44,18 @@ class RunFolder:
         self.checkpoint = path / "ckpt.pt"
         self._state = path / "state.pt"
         self._log = path / "log.jsonl"
+        self._sessions = path / "run.json"
+        self._board: Board | None = None
 
     @contextmanager
-    def open(self, config: TrainConfig, *, resume: bool, force: bool) -> Iterator[dict[str, Any] | None]:
+    def open(
+        self, config: TrainConfig, inputs: dict[str, str], *, resume: bool, force: bool
+    ) -> Iterator[dict[str, Any] | None]:
         """Owns the folder; yields the state to go on from, or None for a fresh start.
 
-        Raises OutputError when another run is in it, or holds one already and neither resume nor force is given,
-        and TrainingError when there is nothing to resume or the configuration is another.
+        inputs: {name: SHA-256} of what the run is made from. Raises OutputError when another run is in it, or it holds
+        one already and neither resume nor force is given, and TrainingError when there is nothing to resume or the
+        configuration or an input is another.
         """
         if resume and not self.path.exists():
             raise TrainingError(f"there is nothing to resume in {self.path}; start without --resume")
@@ -59,10 +69,12 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise OutputError(f"another run is training in {self.path}") from error
+            self._inputs = inputs
             if resume:
                 state = self._resumed(config)
                 self._sweep()
-                yield state
+                with self._closing():
+                    yield state
                 return
             if not force and (found := [path.name for path in self._own() if path.exists()]):
                 raise OutputError(f"{self.path} holds {found[0]}; go on with --resume, or start over with --force")
@@ -70,28 +82,52 @@ class RunFolder:
             self._sweep()
             with files.written(self.path / "config.toml") as temporary:
                 temporary.write_text(_toml(config), encoding="utf-8")
-            yield None
+            with self._closing():
+                yield None
+
+    def begin(self, session: dict[str, Any], images: int, *, tensorboard: bool) -> None:
+        """Notes in run.json that a start or resumption, as ``session`` tells, goes on from ``images`` seen."""
+        sessions = []
+        if self._sessions.exists():
+            try:
+                sessions = json.loads(self._sessions.read_text(encoding="utf-8"))
+                if not isinstance(sessions, list):
+                    raise TypeError
+            except (OSError, ValueError, TypeError) as error:
+                raise TrainingError(f"{self._sessions} is damaged; move it away") from error
+        with files.written(self._sessions) as temporary:
+            lines = json.dumps([*sessions, {**session, "inputs": self._inputs, "from_images": images}], indent=1)
+            temporary.write_text(lines + "\n", encoding="utf-8")
+        if tensorboard:
+            self._board = Board(self.path / "tensorboard", images)
 
     def save(self, state: dict[str, Any], checkpoint: Checkpoint) -> None:
         """Checkpoint first, then the state: a kill between the two loses nothing."""
         save_checkpoint(checkpoint, self.checkpoint)
-        save_plain({"format": STATE_FORMAT, **state}, self._state)
+        save_plain({"format": STATE_FORMAT, "inputs": self._inputs, **state}, self._state)
+
+    def kept(self, phase: int, method: str) -> Path:
+        """Where the checkpoint of a finished phase is."""
+        return self.path / f"phase-{phase}-{method}.pt"
 
     def keep(self, phase: int, method: str) -> None:
         """Sets the checkpoint of a finished phase aside, once: after a kill it may be of the next phase already."""
-        target = self.path / f"phase-{phase}-{method}.pt"
+        target = self.kept(phase, method)
         if target.is_file():
             return
         with files.written(target) as temporary:
             shutil.copyfile(self.checkpoint, temporary)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one line to log.jsonl."""
+        """Appends one line to log.jsonl, and a point to each curve."""
         try:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OutputError(f"{self._log} cannot be written: {error.strerror or error}") from error
+        if self._board:
+            curves = {key: value for key, value in record.items() if isinstance(value, float)}
+            self._board.scalars(record["images"], curves)
 
     def grid(self, name: str, pictures: NDArray[np.uint8], text: dict[str, Any]) -> None:
         """Writes a sample grid."""
@@ -100,7 +136,18 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
-        images.save_png(images.grid(pictures), folder / f"{name}.png", text)
+        picture = images.grid(pictures)
+        images.save_png(picture, folder / f"{name}.png", text)
+        if self._board:
+            self._board.grid(text["images"], picture)
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._board:
+                self._board.close()
 
     def _resumed(self, config: TrainConfig) -> dict[str, Any]:
         if not self._state.exists():
@@ -113,6 +160,9 @@ class RunFolder:
         before = parse_config(state["config"], str(self._state))
         if changed := _changed(before.model_dump(), config.model_dump()):
             raise TrainingError(f"{self.path} was started with another {changed}; use the same config to resume")
+        for name, sha256 in self._inputs.items():
+            if state["inputs"].get(name) != sha256:
+                raise TrainingError(f"{self.path} was started with another {name}; use the same to resume")
         self._forget_after(state["phase"], state["step"])
         return state
 
@@ -128,12 +178,12 @@ class RunFolder:
 
     def _own(self) -> list[Path]:
         """All that a run writes."""
-        named = [self.path / name for name in ("ckpt.pt", "log.jsonl", "config.toml", "samples")]
-        return [self._state, *named, *self.path.glob("phase-*.pt")]
+        names = "state.pt", "ckpt.pt", "log.jsonl", "config.toml", "run.json", "samples", "tensorboard"
+        return [*(self.path / name for name in names), *self.path.glob("phase-*.pt")]
 
     def _sweep(self) -> None:
         """Removes what a killed run had half written: only of its own kinds, for others may write here meanwhile."""
-        for folder, suffixes in ((self.path, (".pt", ".toml", ".jsonl")), (self.path / "samples", (".png",))):
+        for folder, suffixes in ((self.path, (".pt", ".toml", ".jsonl", ".json")), (self.path / "samples", (".png",))):
             for left in folder.glob(f"{files.TEMPORARY}*"):
                 if left.suffix in suffixes:
                     left.unlink(missing_ok=True)
@@ -148,7 +198,7 @@ class RunFolder:
 
 def _changed(before: Any, after: Any, key: str = "") -> str:
     """The first key whose value differs; where the data lies and how often to save may change."""
-    if key in ("data.source", "device", "save_every", "sample_every") or before == after:
+    if key in FREE or before == after:
         return ""
     if isinstance(before, dict) and isinstance(after, dict):
         pairs = [(str(k), before.get(k), after.get(k)) for k in {**before, **after}]

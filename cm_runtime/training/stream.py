@@ -1,17 +1,23 @@
-"""Batches of a data set, resident on the device: which images a step sees is a function of (seed, step)."""
+"""The endless sequence of images a run shows the network, resident on the device.
+
+Which image is at a place, and what is drawn for it, is a function of (seed, place).
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cm_runtime.training.data import ImageSet
+from cm_runtime.training.draws import FLIP, Draws
+from cm_runtime.training.losses import Batch
 
 
 class Stream:
-    """An endless sequence of images, every epoch a new permutation of the set."""
+    """Every epoch a new permutation of the set."""
 
     def __init__(self, data: ImageSet, *, seed: int, classes: bool, flip: bool, device: torch.device) -> None:
         self._images = torch.from_numpy(np.ascontiguousarray(data.images)).to(device)
@@ -20,16 +26,32 @@ class Stream:
         self._seed, self._flip = seed, flip
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Images ``first`` to ``first + count - 1`` of the sequence: x (count,C,H,W) float32 in [-1, 1], labels."""
-        index = torch.from_numpy(self._index(first, count)).to(self._images.device)
-        x = self._images[index].float()
+    def batch(
+        self,
+        first: int,
+        count: int,
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> Batch:
+        """The images at ``first`` to ``first + count - 1``: x (count,C,H,W) in [-1, 1], mirrored where flip says so."""
+        device = self._images.device
+        index = torch.from_numpy(self._index(first, count)).to(device)
+        draws = Draws(self._seed, torch.arange(first, first + count, device=device))
+        x = self._images[index].to(dtype)
         if self._images.dtype == torch.uint8:
             x = x / 127.5 - 1
         if self._flip:
-            mirrored = torch.rand(count, device=x.device) < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        return x, None if self._labels is None else self._labels[index]
+            x = torch.where((draws.uniform(FLIP) < 0.5)[:, None, None, None], x.flip(-1), x)
+        label = None if self._labels is None else self._labels[index]
+        return Batch(x.contiguous(memory_format=layout), label, draws)
+
+    def rms(self) -> float:
+        """The root mean square of all pixels in [-1, 1] units: s of the Gaussian N(0, s^2 I) that fits the data."""
+        total = 0.0
+        for part in self._images.split(1024):  # type: ignore[no-untyped-call]
+            x = part.double() / 127.5 - 1 if part.dtype == torch.uint8 else part.double()
+            total += x.square().sum().item()
+        return math.sqrt(total / self._images.numel())
 
     def _index(self, first: int, count: int) -> NDArray[np.int64]:
         size = len(self._images)

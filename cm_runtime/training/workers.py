@@ -1,0 +1,93 @@
+"""The processes that share a run: one, or as many as torchrun started. They change nothing but its speed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cm_runtime.backends.torch import chosen_device
+from cm_runtime.errors import TrainingError
+
+T = TypeVar("T")
+
+
+def is_lead() -> bool:
+    """True in the process that writes and prints: the only one, or torchrun's rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process as number ``rank`` of ``world``, and the device it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def lead(self) -> bool:
+        """True for the one that writes."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` images of a batch are this worker's."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """``model`` with gradients averaged over all workers by its backward pass."""
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def total(self, *values: float) -> list[float]:
+        """The sum over all workers of each value."""
+        if self.world == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def any(self, here: bool) -> bool:
+        """True in every worker where it is true in one."""
+        return self.total(here)[0] > 0
+
+    def from_lead(self, value: T) -> T:
+        """The lead's value, in every worker."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Workers]:
+    """The workers of this run, by the environment that torchrun sets; gloo on CPUs, NCCL on GPUs.
+
+    ``device`` is auto, cpu, cuda or cuda:N; on GPUs worker i of a machine has cuda:i. Raises EngineError for a device
+    that is not there, TrainingError where the workers cannot meet.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Workers(0, 1, chosen_device(device))
+        return
+    chosen = chosen_device(device)
+    if chosen.type == "cuda":
+        chosen = chosen_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(chosen)
+    try:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(f"the {world} workers cannot meet: {str(error).splitlines()[0]}") from error
+    try:
+        yield Workers(dist.get_rank(), world, chosen)
+    finally:
+        dist.destroy_process_group()
