@@ -1,33 +1,58 @@
-"""TensorBoard event files of a run: scalars and sample grids."""
+"""TensorBoard event files of a run: scalars and sample grids, written at once and by no thread of their own."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cm_runtime.errors import OutputError
 from cm_runtime.extras import require
 
 
 class Board:
-    """Writes into ``folder``; what an earlier run had written of images from ``images`` on is hidden."""
+    """A new event file in ``folder``; what an earlier one holds of images after ``images`` is hidden by it.
+
+    Raises MissingExtraError without tensorboard, and OutputError where the file cannot be written.
+    """
 
     def __init__(self, folder: Path, images: int) -> None:
         require("tensorboard", "cm-runtime train")
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+        from torch.utils.tensorboard import summary
 
-        self._writer = SummaryWriter(str(folder), purge_step=images or None)
+        self._event, self._summary = Event, summary
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}"
+        try:
+            folder.mkdir(exist_ok=True)
+            self._file = self._path.open("xb", buffering=0)
+        except OSError as error:
+            raise OutputError(f"{self._path} cannot be written: {error.strerror or error}") from error
+        self._writer = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if images:
+            self._write(step=images + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, images: int, values: dict[str, float]) -> None:
         """One point of each curve, over images seen."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, images)
+            self._write(step=images, summary=self._summary.scalar(name, value))  # type: ignore[no-untyped-call]
 
     def grid(self, images: int, picture: NDArray[np.uint8]) -> None:
         """A sample grid: (H, W, C) uint8."""
-        self._writer.add_image("samples", picture, images, dataformats="HWC")
+        image = self._summary.image("samples", picture, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._write(step=images, summary=image)
 
     def close(self) -> None:
-        """Writes what is still held back."""
-        self._writer.close()
+        """Closes the file; all of it is written already."""
+        self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        try:
+            self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        except OSError as error:
+            raise OutputError(f"{self._path} cannot be written: {error.strerror or error}") from error

@@ -45,7 +45,7 @@ class Workers:
         """``model`` with gradients averaged over all workers by its backward pass."""
         if self.world == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def total(self, *values: float) -> list[float]:
         """The sum over all workers of each value."""
