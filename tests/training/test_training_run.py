@@ -19,13 +19,14 @@ from cm_runtime.artifact import TrainingSummary
 from cm_runtime.checkpoint import Checkpoint, load_checkpoint, load_plain
 from cm_runtime.errors import CheckpointError, CmRuntimeError, OutputError, TrainingError
 from cm_runtime.model import ModelConfig, build
-from cm_runtime.training import loop
+from cm_runtime.training import loop, record
 from cm_runtime.training.config import TrainConfig, load_config
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.run import RunFolder
 from cm_runtime.unet import UNetConfig
 
 Config = Callable[..., TrainConfig]
+INPUTS = {"data": "0" * 64, "init": ""}
 
 NETWORK = UNetConfig(channels=32, channel_mult=(1,), res_blocks=1, head_channels=32, image_size=4, image_channels=1)
 
@@ -45,6 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config, toy_
     run = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "GRID_IMAGES", 4)
+        patch.setattr(record, "fingerprint", lambda data: INPUTS["data"])
         loop.train(tiny_config(), toy_images, run)
 
     def copied(path: Path) -> RunFolder:
@@ -59,7 +61,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def opened(path: Path, config: TrainConfig, *, resume: bool = False, force: bool = False) -> dict[str, Any] | None:
-    with RunFolder(path).open(config, resume=resume, force=force) as state:
+    with RunFolder(path).open(config, INPUTS, resume=resume, force=force) as state:
         return state
 
 
@@ -80,18 +82,20 @@ def test_a_fresh_folder_is_made_with_its_parents_and_holds_the_whole_configurati
 
 
 def test_what_a_run_writes_can_be_read_back(tmp_path: Path, tiny_config: Config, finished: Finished) -> None:
-    folder = finished(tmp_path / "run")
-    folder.save({"phase": 1, "step": 9}, checkpoint(steps=9))
-    folder.log({"step": 9})
-    folder.keep(7, "edm")
-    folder.grid("9", np.zeros((4, 8, 8, 1), np.uint8), {"seed": 9})
+    finished(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    with folder.open(tiny_config(), INPUTS, resume=True, force=False):
+        folder.save({"phase": 1, "step": 9}, checkpoint(steps=9))
+        folder.log({"step": 9, "images": 9})
+        folder.keep(7, "edm")
+        folder.grid("9", np.zeros((4, 8, 8, 1), np.uint8), {"seed": 9, "images": 9})
     assert load_checkpoint(folder.checkpoint).training.steps == 9
     assert load_plain(tmp_path / "run" / "state.pt")["step"] == 9
     assert (tmp_path / "run" / "phase-7-edm.pt").read_bytes() == folder.checkpoint.read_bytes()
-    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1]) == {"step": 9}
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1]) == {"step": 9, "images": 9}
     with Image.open(tmp_path / "run" / "samples" / "9.png") as picture:
         assert (picture.size, picture.mode, picture.format) == ((16, 16), "L", "PNG")
-        assert json.loads(picture.text["cm_runtime"]) == {"seed": 9}  # type: ignore[attr-defined]
+        assert json.loads(picture.text["cm_runtime"]) == {"seed": 9, "images": 9}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/run", "/dev/null"])
@@ -282,7 +286,7 @@ def test_only_one_run_is_in_a_folder_at_a_time(
 ) -> None:
     finished(tmp_path)
     before = contents(tmp_path)
-    with RunFolder(tmp_path).open(tiny_config(), resume=True, force=False):
+    with RunFolder(tmp_path).open(tiny_config(), INPUTS, resume=True, force=False):
         with pytest.raises(OutputError, match="another run"):
             opened(tmp_path, tiny_config(), **how)
         assert contents(tmp_path) == before
@@ -292,7 +296,7 @@ def test_only_one_run_is_in_a_folder_at_a_time(
 def test_a_run_that_failed_gives_the_folder_back(tmp_path: Path, tiny_config: Config) -> None:
     with (
         pytest.raises(ZeroDivisionError),
-        RunFolder(tmp_path).open(tiny_config(), resume=False, force=False),
+        RunFolder(tmp_path).open(tiny_config(), INPUTS, resume=False, force=False),
     ):
         raise ZeroDivisionError
     assert opened(tmp_path, tiny_config(), force=True) is None
