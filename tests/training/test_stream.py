@@ -148,9 +148,7 @@ def test_batches_come_in_the_type_and_layout_asked_for() -> None:
 
 def test_rms_is_that_of_all_pixels_in_units_of_the_network() -> None:
     rng = np.random.default_rng(0)
-    for images in (
-        rng.integers(0, 256, (1500, 1, 2, 3)).astype(np.uint8),
-        rng.standard_normal((7, 2, 3, 3), np.float32),
-    ):
+    many, few = rng.integers(0, 256, (1500, 1, 2, 3)).astype(np.uint8), rng.standard_normal((7, 2, 3, 3), np.float32)
+    for images in (many, few):
         x = images.astype(np.float64) / 127.5 - 1 if images.dtype == np.uint8 else images.astype(np.float64)
         assert stream(ImageSet(images, None, 0, "any")).rms() == pytest.approx(np.sqrt((x**2).mean()), rel=1e-12)

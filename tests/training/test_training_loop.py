@@ -99,8 +99,8 @@ def test_averages_follow_the_weights_and_a_phase_starts_from_those_of_the_one_be
     history = [*(call.weights for call in seen[6:]), state["model"]]
     for name, found in pt(tmp_path / "ckpt.pt")["ema"]["0.2"].items():
         average = history[0][name].double().numpy()
-        for step, weights in enumerate(history[1:]):
-            keep = min(0.2, (1 + step) / (10 + step))
+        for k, weights in enumerate(history[1:]):
+            keep = min(0.2, (1 + k) / (10 + k))
             average = keep * average + (1 - keep) * weights[name].double().numpy()
         np.testing.assert_allclose(found.double().numpy(), average, rtol=1e-5, atol=1e-7)
         assert torch.equal(state["ema"]["0.2"][name], found)
@@ -365,11 +365,11 @@ def test_a_run_stopped_at_every_step_ends_as_the_one_never_stopped(
         sample_every=2,
     )
     train(config, toy_images, tmp_path / "whole")
-    stops = [(0, step) for step in range(1, 12)] + [(1, 1), (1, 2)]
-    for count, (phase, step) in enumerate(stops):
-        with pytest.raises(Interrupted, match=f"phase {phase} step {step};.*--resume --out {tmp_path / 'stopped'}"):
-            train(config, toy_images, tmp_path / "stopped", resume=count > 0, report=stop_at(phase, step))
-        assert load_checkpoint(tmp_path / "stopped" / "ckpt.pt").training.steps == step + 11 * phase
+    stops = [(0, at) for at in range(1, 12)] + [(1, 1), (1, 2)]
+    for count, (phase, at) in enumerate(stops):
+        with pytest.raises(Interrupted, match=f"phase {phase} step {at};.*--resume --out {tmp_path / 'stopped'}"):
+            train(config, toy_images, tmp_path / "stopped", resume=count > 0, report=stop_at(phase, at))
+        assert load_checkpoint(tmp_path / "stopped" / "ckpt.pt").training.steps == at + 11 * phase
     # asked to stop at its last step, a run is simply done
     train(config, toy_images, tmp_path / "stopped", resume=True, report=stop_at(1, 3))
     assert_same(left_behind(tmp_path / "stopped"), left_behind(tmp_path / "whole"))
