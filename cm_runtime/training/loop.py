@@ -190,7 +190,8 @@ class _Run:
                 raise TrainingError(f"{self.config.init} is of another network: {_difference(before, model)}")
             start = before.model()
             model.load_state_dict(start.state_dict())
-            teacher = self._placed(start, phase)
+            if phase.method == "cd":
+                teacher = self._placed(start, phase)
         if phase.method == "cd" and phase.teacher == "gaussian":
             teacher = ode.gaussian(self.stream.rms())
         return Stepper(phase, self.config, self._placed(model, phase), teacher, self.workers)
