@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +21,15 @@ import pytest
 import torch
 from PIL import Image
 from run_folders import assert_same, left_behind, log_of, pt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from cm_runtime import files, noise
 from cm_runtime.backends.torch import chosen_device
 from cm_runtime.checkpoint import load_checkpoint
-from cm_runtime.errors import CmRuntimeError, EngineError, Interrupted, OutputError, TrainingError
-from cm_runtime.training import loop, record, step
-from cm_runtime.training.config import TrainConfig
+from cm_runtime.errors import CheckpointError, CmRuntimeError, EngineError, Interrupted, OutputError, TrainingError
+from cm_runtime.training import loop, ode, record, step
+from cm_runtime.training.config import TrainConfig, parse_config
 from cm_runtime.training.data import ImageSet, open_data
 from cm_runtime.training.loop import Report, model_config_of, train
 from cm_runtime.training.losses import Batch, Loss
@@ -34,6 +38,7 @@ from cm_runtime.training.run import RunFolder
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_grids")
 
 Config = Callable[..., TrainConfig]
+TINY_NETWORK = {"channels": 32, "channel_mult": [1, 2], "res_blocks": 1, "head_channels": 32}
 EXCERPT = Path(__file__).parents[1] / "data" / "fashion-mnist"
 
 
@@ -375,6 +380,175 @@ def test_a_run_stopped_at_every_step_ends_as_the_one_never_stopped(
     assert_same(left_behind(tmp_path / "stopped"), left_behind(tmp_path / "whole"))
 
 
+def distilling(**top: Any) -> TrainConfig:
+    """Every kind of phase that has an EMA target or a teacher, its teacher stored in float16."""
+    shared = {"batch": 3, "learning_rate": 1e-2, "ema": [0.5]}
+    phases = [
+        {"method": "edm", "steps": 1, **shared},
+        {"method": "cd", "steps": 3, "N": 4, "mu": 0.7, **shared},
+        {"method": "ct", "steps": 3, "s1": 9, "mu0": 0.5, "micro_batch": 2, "optimizer": "adam", **shared},
+    ]
+    tree = {
+        "data": {"source": "toy", "flip": True},
+        "network": {**TINY_NETWORK, "channel_mult": [1], "dropout": 0.2},
+        "phase": phases,
+        "weights": "float16",
+        **top,
+    }
+    return parse_config(tree, "distilling")
+
+
+def test_a_run_with_targets_and_a_teacher_stopped_at_every_step_ends_as_the_one_never_stopped(
+    tmp_path: Path, toy_images: ImageSet
+) -> None:
+    config = distilling()
+    train(config, toy_images, tmp_path / "whole")
+    stops = [(0, 1), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+    for count, (phase, at) in enumerate(stops):
+        with pytest.raises(Interrupted, match=f"phase {phase} step {at};"):
+            train(config, toy_images, tmp_path / "run", resume=count > 0, report=stop_at(phase, at))
+        target, model = (pt(tmp_path / "run" / "state.pt")[key] for key in ("target", "model"))
+        assert (target == {}) == (phase == 0)
+        assert phase == 0 or not all(torch.equal(target[name], model[name]) for name in target)
+    train(config, toy_images, tmp_path / "run", resume=True)
+    assert_same(left_behind(tmp_path / "run"), left_behind(tmp_path / "whole"))
+    sessions = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [session["from_images"] for session in sessions] == [0, 3, 6, 9, 12, 15, 18]
+
+
+def test_cds_teacher_is_the_file_of_the_phase_before(
+    tmp_path: Path, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[Any] = []
+    loss_of = step.loss_of
+
+    def remembering(phase: Any, sigma_data: float, teacher: Any, device: torch.device) -> Loss:
+        teachers.append(teacher)
+        return loss_of(phase, sigma_data, teacher, device)
+
+    monkeypatch.setattr(step, "loss_of", remembering)
+    train(distilling(), toy_images, tmp_path)
+    assert teachers[0] is None and teachers[2] is None
+    stored = pt(tmp_path / "phase-0-edm.pt")["ema"]["0.5"]
+    assert all(tensor.dtype == torch.float16 for tensor in stored.values())
+    assert all(torch.equal(tensor, stored[name].float()) for name, tensor in teachers[1].state_dict().items())
+    assert not teachers[1].training and teachers[1].config.precond == "edm"
+
+
+def test_a_gaussian_teacher_has_the_datas_deviation(
+    tmp_path: Path, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    gaussian = ode.gaussian
+    monkeypatch.setattr(ode, "gaussian", lambda s: (asked.append(s), gaussian(s))[1])
+    phase = {"method": "cd", "teacher": "gaussian", "steps": 1, "batch": 2, "learning_rate": 1e-3}
+    train(distilling(phase=[phase]), toy_images, tmp_path)
+    assert asked == [pytest.approx(np.sqrt(((toy_images.images / 127.5 - 1) ** 2).mean()))]
+
+
+def ended(folder: Path, toy_images: ImageSet, **top: Any) -> str:
+    """The checkpoint of a short run of edm."""
+    phase = {"method": "edm", "steps": 1, "batch": 3, "learning_rate": 1e-2}
+    return str(train(distilling(phase=[phase], **top), toy_images, folder))
+
+
+@pytest.mark.parametrize("method", ["edm", "cd", "ct", "ict", "ect"])
+def test_every_method_starts_from_the_checkpoint_given(
+    tmp_path: Path, toy_images: ImageSet, seen: list[Seen], method: str
+) -> None:
+    first = ended(tmp_path / "first", toy_images)
+    phase = {"method": method, "steps": 1, "batch": 3, "learning_rate": 1e-2}
+    out = tmp_path / "second"
+    train(distilling(init=first, phase=[phase], seed=3), toy_images, out)
+    wanted = pt(Path(first))["ema"]["0.999"]
+    assert all(torch.equal(seen[-1].weights[name], tensor.float()) for name, tensor in wanted.items())
+    digest = hashlib.sha256(Path(first).read_bytes()).hexdigest()
+    assert load_checkpoint(out / "ckpt.pt").training.config["init"] == digest
+    assert json.loads((out / "run.json").read_text())[0]["inputs"]["init"] == digest
+
+
+def test_a_run_goes_on_from_the_same_start_wherever_it_lies_and_from_no_other(
+    tmp_path: Path, toy_images: ImageSet
+) -> None:
+    first, other = (ended(tmp_path / str(seed), toy_images, seed=seed) for seed in (0, 1))
+    phase = {"method": "cd", "steps": 3, "batch": 3, "learning_rate": 1e-2, "mu": 0.5, "ema": [0.5]}
+
+    def config(init: str | None) -> TrainConfig:
+        return distilling(init=init, phase=[phase])
+
+    train(config(first), toy_images, tmp_path / "whole")
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(config(first), toy_images, out, report=stop_at(0, 1))
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(TrainingError, match="another init"):
+        train(config(other), toy_images, out, resume=True)
+    changed = ImageSet(toy_images.images.copy(), toy_images.labels, 3, "toy")
+    changed.images[49, 0, 7, 7] ^= 1
+    with pytest.raises(TrainingError, match="another data"):
+        train(config(first), changed, out, resume=True)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        train(config(str(tmp_path / "nowhere.pt")), toy_images, out, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    moved = tmp_path / "moved.pt"
+    Path(first).rename(moved)
+    train(config(str(moved)), toy_images, out, resume=True)
+    found, whole = left_behind(out), left_behind(tmp_path / "whole")
+    assert found["ckpt.pt"] == whole["ckpt.pt"]  # it knows its start by what that held
+
+
+def test_a_start_of_another_network_is_refused_by_name(tmp_path: Path, toy_images: ImageSet) -> None:
+    first = ended(tmp_path / "first", toy_images)
+    phase = {"method": "ect", "steps": 1, "batch": 3, "learning_rate": 1e-2}
+    config = distilling(init=first, phase=[phase], network={**TINY_NETWORK, "channel_mult": [1, 2], "dropout": 0.2})
+    with pytest.raises(TrainingError, match=r"ckpt\.pt is of another network: channel_mult \(1,\), not \(1, 2\)"):
+        train(config, toy_images, tmp_path / "second")
+
+
+def curves(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    return found.Reload()
+
+
+def test_tensorboard_has_the_logs_curves_and_the_grids_and_a_resumed_run_hides_what_was_lost(
+    tmp_path: Path, tiny_config: Config, toy_images: ImageSet
+) -> None:
+    def killed(where: Report) -> None:
+        if where.step == 12:
+            raise Killed
+
+    config = tiny_config(edm={"steps": 20, "batch": 1}, phases=1, save_every=7, network={"channel_mult": [1]})
+    with pytest.raises(Killed):
+        train(config, toy_images, tmp_path, report=killed)
+    time.sleep(0.01)
+    train(config, toy_images, tmp_path, resume=True)
+    found, lines = curves(tmp_path), log_of(tmp_path)
+    assert set(found.Tags()["scalars"]) >= {"loss", "learning_rate", "gradient_norm", "images_per_second"}
+    for name in ("loss", "learning_rate", "gradient_norm"):
+        points = found.Scalars(name)
+        assert [(point.step, pytest.approx(point.value)) for point in points] == [
+            (line["images"], line[name]) for line in lines
+        ]
+    [picture] = found.Images("samples")
+    assert picture.step == 20
+    with (
+        Image.open(io.BytesIO(picture.encoded_image_string)) as shown,
+        Image.open(tmp_path / "samples" / "0-edm-000020.png") as saved,
+    ):
+        assert (np.asarray(shown.convert("L")) == np.asarray(saved.convert("L"))).all()
+    train(config, toy_images, tmp_path, force=True)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_without_tensorboard_there_is_no_folder_for_it(
+    tmp_path: Path, tiny_config: Config, toy_images: ImageSet
+) -> None:
+    train(tiny_config(phases=1), toy_images, tmp_path)
+    assert (tmp_path / "tensorboard").exists()
+    train(tiny_config(phases=1, tensorboard=False), toy_images, tmp_path, force=True)
+    assert not (tmp_path / "tensorboard").exists()
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, tiny_config: Config, toy_images: ImageSet) -> None:
     train(tiny_config(), toy_images, tmp_path)
     before = left_behind(tmp_path)
@@ -420,9 +594,10 @@ def test_a_run_killed_at_any_write_ends_as_the_one_never_killed(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Every file appears through files.written: the kill comes just before or just after each such moment in turn."""
-    config = tiny_config(
-        edm={"steps": 1}, ect={"steps": 2}, network={"channel_mult": [1]}, save_every=1, sample_every=1
-    )
+    shared = {"batch": 3, "learning_rate": 1e-2, "ema": [0.5]}
+    methods = ({"method": "edm"}, {"method": "cd", "mu": 0.7}, {"method": "ect"})
+    phases = [{"steps": 1, **method, **shared} for method in methods]
+    config = distilling(save_every=1, sample_every=1, phase=phases)
     written = files.written
     writes: list[str] = []
     last = -1
