@@ -31,6 +31,17 @@ class Member:
     offset: int
 
 
+def keys(path: Path) -> set[str]:
+    """The names of the arrays in ``path``, by which readers tell what kind of file it is. Raises DataError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile as error:
+        raise data_error(path, f"is not a whole .npz ({error})", "write it again with numpy.savez") from error
+    except OSError as error:
+        raise data_error(path, f"cannot be read ({error.strerror or error})", "check the path") from error
+
+
 def header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Member:
     """Read one array's header and check it against the length that the archive gives; the array is not read.
 
