@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cm_runtime.cli.doctor import doctor
+from cm_runtime.cli.eval import evaluate
 from cm_runtime.cli.export import export
 from cm_runtime.cli.info import info
 from cm_runtime.cli.sample import sample
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (sample, export, train, info, doctor):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def _version(asked: bool) -> None:

@@ -48,6 +48,18 @@ class Figures(BaseModel):
     class_agreement: float | None = Field(ge=0, le=1)
 
 
+class Report(BaseModel):
+    """Figures and everything it takes to have them again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    cm_runtime: str = Field(description="the version")
+    images: dict[str, Any]
+    reference: dict[str, Any] | None
+    extractor: dict[str, Any]
+    figures: Figures
+
+
 def observe(
     batches: Iterable[Batch],
     extractor: Extractor,

@@ -70,7 +70,11 @@ def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = K) ->
 
 def _reach(points: Float64, k: int) -> Float64:
     """The squared distance of each point to its k-th neighbour: the k-th after itself, at distance zero."""
-    return np.concatenate([np.partition(distance, k, axis=1)[:, k] for _, distance in _distances(points, points)])
+    reach = np.empty(len(points))
+    for first, distance in _distances(points, points):
+        distance.partition(k, axis=1)
+        reach[first : first + len(distance)] = distance[:, k]
+    return reach
 
 
 def _distances(a: Float64, b: Float64) -> Iterator[tuple[int, Float64]]:

@@ -21,6 +21,7 @@ from cm_runtime.errors import DataError, data_error
 from cm_runtime.evaluate.moments import Float64
 from cm_runtime.npz import array, header, keys
 
+SHIPPED = Path(__file__).parent.parent / "models" / "fashion-mnist-statistics.npz"
 MAX_DIMENSION = 1 << 14
 
 
