@@ -22,9 +22,9 @@ MANIFOLD = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What one pass kept: statistics, at most ``manifold`` features (M, D) float32, and the class agreement.
+    """What one pass kept: statistics, some features (M, D) float32, and the class agreement.
 
-    features: None for a reference of which only statistics are there; agreement: None without labels or logits;
+    features: None where none were kept; agreement: None without labels or logits;
     image_shape: (H, W, C), None where no image was seen.
     """
 
@@ -70,11 +70,13 @@ def observe(
 ) -> Observation:
     """Takes in every batch of uint8 images once; memory does not grow with their number.
 
-    classes: of the labels, None where only the labels tell; agreement is measured where the extractor's logits are
-    for that many. reference: refused at the first batch, not at the last, where it is another extractor's.
+    manifold: features to keep for precision and recall, 0 for none. classes: of the labels, None where only the
+    labels tell; agreement is measured where the extractor's logits are for that many. reference: refused at the
+    first batch, not at the last, where it is another extractor's.
     Raises DataError, RequestError, EngineError.
     """
-    running, kept = RunningMoments(), Reservoir(manifold)
+    running = RunningMoments()
+    kept = Reservoir(manifold) if manifold else None
     labelled = agreed = 0
     shape = None
     for batch in batches:
@@ -84,7 +86,8 @@ def observe(
             if reference is not None:
                 reference.check(made.features.shape[1], extractor.sha256, "the reference")
         running.update(made.features)
-        kept.update(made.features)
+        if kept is not None:
+            kept.update(made.features)
         if batch.labels is not None and made.logits is not None and classes in (None, made.logits.shape[1]):
             if batch.labels.max() >= made.logits.shape[1]:
                 raise DataError(f"label {batch.labels.max()}, but the extractor knows {made.logits.shape[1]} classes")
@@ -92,7 +95,8 @@ def observe(
             agreed += int((made.logits.argmax(1) == batch.labels).sum())
     mean, covariance = running.result()
     statistics = Statistics(mean, covariance, running.count, extractor.sha256)
-    return Observation(statistics, kept.result(), agreed / labelled if labelled else None, shape)
+    features = None if kept is None else kept.result()
+    return Observation(statistics, features, agreed / labelled if labelled else None, shape)
 
 
 def compare(images: Observation, reference: Observation | None) -> Figures:
