@@ -30,7 +30,7 @@ from cm_runtime.evaluate.measure import observe
 from cm_runtime.evaluate.preparation import METADATA_KEY, Preparation
 from cm_runtime.evaluate.sources import array_batches
 from cm_runtime.evaluate.statistics import write_statistics
-from cm_runtime.export.denoiser import store_halves, strip
+from cm_runtime.export.denoiser import quiet, store_halves, strip
 from cm_runtime.files import check_writable, written
 
 SEED = 1
@@ -60,17 +60,18 @@ def rounded(classifier: Classifier) -> Classifier:
 def export(classifier: Classifier, path: Path) -> None:
     """Writes the ONNX graph of a classifier that `rounded` made, whole or not at all."""
     images = torch.zeros(2, 28, 28, 1, dtype=torch.uint8)
-    program = torch.onnx.export(
-        _Graph(classifier).eval(),
-        (images,),
-        dynamo=True,
-        optimize=False,  # it would fold the normalisations into numbers that float16 does not hold
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["features", "logits"],
-        dynamic_shapes={"images": {0: torch.export.Dim("N", min=1, max=1 << 20)}},
-        verbose=False,
-    )
+    with quiet():
+        program = torch.onnx.export(
+            _Graph(classifier).eval(),
+            (images,),
+            dynamo=True,
+            optimize=False,  # it would fold the normalisations into numbers that float16 does not hold
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["features", "logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("N", min=1, max=1 << 20)}},
+            verbose=False,
+        )
     assert program is not None  # the exporter's type allows it for another mode
     graph = program.model_proto
     for value in (*graph.graph.input, *graph.graph.output):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from cm_runtime.bounded import MAX_INFLATED, read_up_to
 from cm_runtime.errors import data_error
 
 HEADER = 2**16
+# what zipfile lets through when a directory entry or a local header lies
+BROKEN = (zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def keys(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+    except BROKEN as error:
         raise data_error(path, f"is not a whole .npz ({error})", "write it again with numpy.savez") from error
     except OSError as error:
         raise data_error(path, f"cannot be read ({error.strerror or error})", "check the path") from error

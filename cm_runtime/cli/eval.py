@@ -77,6 +77,7 @@ def evaluate(
         if path is not None and path.suffix != suffix:
             raise RequestError(f"{path}: the name must end in {suffix}")
     from cm_runtime import __version__, files
+    from cm_runtime.cli.progress import waiting
     from cm_runtime.evaluate import measure, statistics
     from cm_runtime.evaluate.features import Extractor
 
@@ -102,12 +103,14 @@ def evaluate(
         expected, described = judged.reference(reference, network, found.manifest, manifold)
     known = None if expected is None else expected.statistics
     seen = judged.observed(found, network, manifold, "images", reference=known)
+    with waiting("precision and recall"):
+        figures = measure.compare(seen, expected)
     report = measure.Report(
         cm_runtime=__version__,
         images=found.description,
         reference=described,
         extractor=network.describe(found.shape),
-        figures=measure.compare(seen, expected),
+        figures=figures,
     )
     if save_statistics is not None:
         statistics.write_statistics(save_statistics, seen.statistics)

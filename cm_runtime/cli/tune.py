@@ -100,8 +100,9 @@ def tune(
         scale = manifest.sigma_min, manifest.sigma_max, manifest.rho
         found = tuning.search(objective, count, levels, *scale)
         levels[count] = found.sigmas
+        write_manifest(source, target, manifest.model_copy(update={"sigmas": levels}), force=force)
+        source, force = target, True  # what was found is kept, whatever becomes of the next search
         _print(found)
-    write_manifest(source, target, manifest.model_copy(update={"sigmas": levels}), force=force)
     typer.echo(f"{target}: now cm-runtime sample {target} --steps {wanted[-1]}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,12 @@ class Extracted:
 
     features: NDArray[np.float32]
     logits: NDArray[np.float32] | None
+
+
+class _Input(NamedTuple):
+    name: str
+    type: str
+    shape: list[Any]
 
 
 class Extractor:
@@ -55,16 +61,17 @@ class Extractor:
         self.sha256 = _sha256(self.path)
         self.device = ("cuda:0" if has_cuda() else "cpu") if device == "auto" else device
         self._session = open_session(self.path, str(self.path), self.device, threads)
-        inputs = self._session.get_inputs()
+        inputs, names, said = _inspected(self._session, self.path)
         if len(inputs) != 1:
             raise ArtifactError(f"{self.path} has {len(inputs)} inputs; an extractor has one, the images")
         self._input = inputs[0]
         if self._input.type not in ("tensor(uint8)", "tensor(float)") or len(self._input.shape) != 4:
             kind = f"{self._input.type} {self._input.shape}"
             raise ArtifactError(f"{self.path} takes {kind}; an extractor takes uint8 or float32 images, 4 dims")
+        if any(isinstance(side, int) and side < 1 for side in self._input.shape):
+            raise ArtifactError(f"{self.path} takes {self._input.shape}, which is no image")
         self._dtype = np.dtype(np.uint8 if self._input.type == "tensor(uint8)" else np.float32)
-        shape, names = self._input.shape, [output.name for output in self._session.get_outputs()]
-        said = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        shape = self._input.shape
         if said is None:
             is_uint8 = self._dtype == np.uint8
             self.preparation = foreign(self.path, is_uint8, shape, names, value_range, output_name)
@@ -148,6 +155,16 @@ class Extractor:
             raise EngineError(f"{self.path}: ONNX Runtime: {str(error).splitlines()[0]}") from error
         rows = [_rows(name, array, len(pixels), self.path)[:count] for name, array in zip(names, made, strict=True)]
         return rows[0], rows[1] if len(rows) > 1 else None
+
+
+def _inspected(session: Any, path: Path) -> tuple[list[_Input], list[str], str | None]:
+    """Inputs, the names of outputs, and what the file says of itself. Raises ArtifactError."""
+    try:
+        inputs = [_Input(one.name, one.type, list(one.shape)) for one in session.get_inputs()]
+        names = [output.name for output in session.get_outputs()]
+        return inputs, names, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} has names that are no text; it is damaged") from error
 
 
 def _rows(name: str, array: Any, count: int, path: Path) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from cm_runtime.evaluate.measure import Observation, compare, observe
 from cm_runtime.sampling import Batch, Denoiser
 from cm_runtime.steps import Array
 
-MEMORY = 1 << 30
+MEMORY = 1 << 28
 
 
 class FirstStep:

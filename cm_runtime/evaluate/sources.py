@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.errors import data_error
-from cm_runtime.npz import Member, blocks, header, keys
+from cm_runtime.npz import BROKEN, Member, blocks, header, keys
 from cm_runtime.sampling import Batch
 from cm_runtime.steps import to_uint8
 
@@ -48,14 +47,10 @@ class Samples:
                     index = np.arange(first, first + len(block), dtype=np.uint64)
                     yield Batch(index, _whole(label, self.path), _pixels(block, self.path))
                     first += len(block)
-        except _BROKEN as error:
+        except BROKEN as error:
             raise data_error(self.path, f"is not a whole .npz ({error})", "write it again") from error
         except OSError as error:
             raise data_error(self.path, f"cannot be read ({error.strerror or error})", "check the path") from error
-
-
-# what zipfile lets through when a directory entry or a local header lies
-_BROKEN = (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error)
 
 
 def is_samples(path: Path) -> bool:
@@ -68,8 +63,10 @@ def open_samples(path: Path) -> Samples:
     try:
         with zipfile.ZipFile(path) as archive:
             pixels, labels = _members(archive, path)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise data_error(path, f"is not a whole .npz ({error})", "write it again with numpy.savez") from error
+    except OSError as error:
+        raise data_error(path, f"cannot be read ({error.strerror or error})", "check the path") from error
     count, height, width, channels = pixels.shape
     return Samples(path, count, (height, width, channels), labels is not None)
 

@@ -7,7 +7,6 @@ so. What a foreign file does not say is not asked.
 from __future__ import annotations
 
 import os
-import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from cm_runtime import files
 from cm_runtime.errors import DataError, data_error
 from cm_runtime.evaluate.moments import Float64
-from cm_runtime.npz import array, header, keys
+from cm_runtime.npz import BROKEN, array, header, keys
 
 SHIPPED = Path(__file__).parent.parent / "models" / "fashion-mnist-statistics.npz"
 MAX_DIMENSION = 1 << 14
@@ -64,8 +63,7 @@ def read_statistics(path: Path) -> Statistics:
             names = archive.namelist()
             count = _scalar(archive, "count", path) if "count.npy" in names else None
             digest = _digest(archive, path) if "extractor_sha256.npy" in names else None
-    # what zipfile lets through when a directory entry or a local header lies
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError, struct.error) as error:
+    except BROKEN as error:
         raise data_error(path, f"is not a whole .npz ({error})", "write it again") from error
     except OSError as error:
         raise data_error(path, f"cannot be read ({error.strerror or error})", "check its permissions") from error

@@ -78,6 +78,23 @@ def test_several_samplers_are_tuned_at_once(cli: Cli, place: Path) -> None:
     assert sorted(after) == [2, 3, 4] and (after[2], after[3]) == (sigmas[2], sigmas[3])
 
 
+def test_what_was_found_is_kept_when_the_next_search_is_interrupted(
+    cli: Cli, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cm_runtime.evaluate import tuning
+
+    search = tuning.search
+
+    def interrupted(objective: Any, steps: int, *rest: Any) -> Any:
+        if steps == 3:
+            raise KeyboardInterrupt
+        return search(objective, steps, *rest)
+
+    monkeypatch.setattr(tuning, "search", interrupted)
+    assert cli("tune", "model.onnx", "--steps", "2,3", *PLAIN, "-o", "t.onnx").code == 130
+    assert list(read_manifest("t.onnx").sigmas) == [2]
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -146,6 +146,7 @@ def test_what_a_file_says_is_taken(tmp_path: Path, rng: np.random.Generator) -> 
         ({"shape": ("N", 8, 8)}, {}, ArtifactError, "4 dims"),
         ({"shape": ("N", 4, 4, 4)}, {}, ArtifactError, "1 or 3 channels"),
         ({"shape": ("N", 3, 8, 1)}, {}, ArtifactError, "1 or 3 channels"),
+        ({"shape": ("N", 3, 0, 8)}, {}, ArtifactError, "which is no image"),
         ({"metadata": json.dumps(extractors.OURS)}, {"value_range": "0:255"}, RequestError, "leave --range"),
         ({"metadata": json.dumps(extractors.OURS)}, {"output_name": "features"}, RequestError, "--output-name out"),
         ({"metadata": json.dumps({**extractors.OURS, "layout": "NCHW"})}, {}, ArtifactError, "does not fit its graph"),
@@ -185,6 +186,13 @@ def test_a_truncated_file_is_one_line(tmp_path: Path, keep: float) -> None:
     with pytest.raises(ArtifactError, match=r"e\.onnx") as caught:
         Extractor(tmp_path / "e.onnx")
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_no_text_are_one_line(tmp_path: Path) -> None:
+    path = extractors.linear(tmp_path / "e.onnx")
+    path.write_bytes(path.read_bytes().replace(b"features", b"f\xbdatures"))
+    with pytest.raises(ArtifactError, match=r"no text|cannot load"):
+        Extractor(path)
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:

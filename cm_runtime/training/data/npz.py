@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from cm_runtime.errors import data_error
-from cm_runtime.npz import Member, array, header
+from cm_runtime.npz import BROKEN, Member, array, header
 from cm_runtime.training.data.image_set import MAX_CLASSES, ImageSet
 
 CHANNELS = (1, 3)
@@ -40,8 +39,7 @@ def read_npz(path: Path, name: str) -> ImageSet:
                 raise data_error(path, wrong, "labels are integers, one an image")
             pixels = array(archive, images, path)
             values = None if labels is None else array(archive, labels, path)
-    # what zipfile lets through when a directory entry or a local header lies
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
+    except BROKEN as error:
         raise data_error(path, f"is not a whole .npz ({error})", "write it again with numpy.savez") from error
     pixels = np.ascontiguousarray(np.moveaxis(pixels, channel_axis, 1))
     if values is None:
