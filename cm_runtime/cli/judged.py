@@ -77,11 +77,13 @@ def drawn(model: Path | None, drawing: Drawing, device: str, threads: int) -> Im
         request = sampling.request(manifest, count, drawing.steps, sigmas=levels, **given)
         batches, sampler = sampling.batches(engine, request), "multistep"
     where = model or backends.DEFAULT_MODEL
+    channels, height, width = manifest.image_shape
     description = {
         "kind": "model",
         "path": str(where),
         "sha256": files.sha256(where),
         "source_sha256": manifest.source_sha256,
+        "shape": [height, width, channels],
         "sampler": sampler,
         "sigmas": request.sigmas,
         "count": request.count,
@@ -92,7 +94,6 @@ def drawn(model: Path | None, drawing: Drawing, device: str, threads: int) -> Im
         "device": engine.device,
         "threads": threads or "one per core",
     }
-    channels, height, width = manifest.image_shape
     return Images(batches, request.count, (height, width, channels), manifest.num_classes, description, manifest)
 
 
@@ -107,13 +108,14 @@ def collected(source: str, split: str | None) -> Images:
             raise RequestError(f"--split is for data sets, and {source} holds samples; leave it out")
         samples = sources.open_samples(path)
         described: dict[str, Any] = {"kind": "samples", "path": source, "sha256": files.sha256(path)}
-        described["count"] = samples.count
+        described |= {"shape": list(samples.image_shape), "count": samples.count}
         return Images(samples.batches(), samples.count, samples.image_shape, None, described)
     from cm_runtime.training.data import open_data
 
     data = open_data(source, split=split or "train", progress=True)  # type: ignore[arg-type]
     channels, height, width = data.image_shape
-    described = {"kind": "data", "path": source, "name": data.name, "split": split or "train", "count": len(data)}
+    described = {"kind": "data", "path": source, "name": data.name, "split": split or "train"}
+    described |= {"shape": [height, width, channels], "count": len(data)}
     batches = sources.array_batches(data.images, data.labels)
     return Images(batches, len(data), (height, width, channels), data.num_classes, described)
 

@@ -109,7 +109,10 @@ class Extractor:
     def describe(self, shape: tuple[int, int, int]) -> dict[str, Any]:
         """What was done to images (H, W, C), for a report."""
         height, width, channels = shape
-        resize = "none" if self._size in (None, (height, width)) else "bicubic, antialiased, float channels (Pillow)"
+        resize = "none"
+        if self._size not in (None, (height, width)):
+            rounded = ", rounded" if self._dtype == np.uint8 else ""
+            resize = f"bicubic, antialiased, float channels{rounded} (Pillow)"
         return {
             "path": str(self.path),
             "sha256": self.sha256,

@@ -73,6 +73,7 @@ def test_samples_against_real_images(cli: Cli, place: Path) -> None:
         60,
     )
     assert (found["reference"]["kind"], found["reference"]["path"]) == ("data", "real.npz")
+    assert found["images"]["shape"] == found["reference"]["shape"] == [8, 8, 3]
     for part in ("images", "extractor"):
         assert len(found[part]["sha256"]) == 64
 

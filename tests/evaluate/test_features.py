@@ -81,6 +81,9 @@ def test_other_sizes_are_resized_as_torch_does_with_antialiasing(
     np.testing.assert_allclose(extractor(images).features, expected.reshape(3, -1).numpy(), atol=2e-2)
     assert "bicubic" in extractor.describe((8, 8, 3))["resize"]
     assert extractor.describe((*size, 3))["resize"] == "none"
+    whole = Extractor(extractors.linear(tmp_path / "u.onnx", ("N", 3, *size)))
+    np.testing.assert_array_equal(whole(images).features, np.rint(extractor(images).features))
+    assert "rounded" in whole.describe((8, 8, 3))["resize"]
 
 
 def test_a_graph_of_any_size_takes_images_as_they_are(tmp_path: Path, rng: np.random.Generator) -> None:
