@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import cm_runtime
+from cm_runtime import __version__
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.workers import Workers
 
@@ -22,7 +22,7 @@ def session(data: ImageSet, workers: Workers) -> dict[str, Any]:
     """A start or resumption of a run."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "cm_runtime": cm_runtime.__version__,
+        "cm_runtime": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -53,7 +53,7 @@ def fingerprint(data: ImageSet) -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout this package runs from, with + where it was changed; None where it is installed."""
-    root = Path(cm_runtime.__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

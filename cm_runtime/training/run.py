@@ -97,7 +97,8 @@ class RunFolder:
             except (OSError, ValueError, TypeError) as error:
                 raise TrainingError(f"{self._sessions} is damaged; move it away") from error
         with files.written(self._sessions) as temporary:
-            lines = json.dumps([*sessions, {**session, "inputs": self._made_of["inputs"], "from_images": images}], indent=1)
+            entry = {**session, "inputs": self._made_of["inputs"], "from_images": images}
+            lines = json.dumps([*sessions, entry], indent=1)
             temporary.write_text(lines + "\n", encoding="utf-8")
         if tensorboard:
             self._board = Board(self.path / "tensorboard", images)
