@@ -2,12 +2,21 @@
 
 import math
 from decimal import Decimal, localcontext
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from cm_runtime.errors import RequestError
-from cm_runtime.schedule import N_of_k, checked_sigmas, karras_sigmas, mu_of_k, sampler_sigmas
+from cm_runtime.schedule import (
+    N_of_k,
+    checked_sigmas,
+    ict_N_of_k,
+    ict_probabilities,
+    karras_sigmas,
+    mu_of_k,
+    sampler_sigmas,
+)
 
 INFINITE = float("inf")
 NAN = float("nan")
@@ -136,3 +145,37 @@ def test_grid_growth_never_shrinks_and_mu_grows_with_it():
     assert sorted(N) == N and (N[0], N[-1]) == (2, 151)
     mu = [mu_of_k(k, 1000, 2, 150, 0.9) for k in range(1001)]
     assert sorted(mu) == mu and mu[-1] == pytest.approx(0.9 ** (2 / 150))
+
+
+def test_mu_of_nothing_is_nothing():
+    assert [mu_of_k(k, 1000, 2, 150, 0.0) for k in (0, 1, 999)] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("k", "N"), [(0, 11), (49_999, 11), (50_000, 21), (349_999, 641), (350_000, 1281)])
+def test_icts_grid_doubles_as_published(k, N):
+    assert ict_N_of_k(k, 400_000, 10, 1280) == N
+    assert ict_N_of_k(400_000, 400_000, 10, 1280) == 1281
+
+
+@pytest.mark.parametrize(("K", "s0", "s1"), [(8, 1, 1), (1, 10, 1280), (1000, 3, 20), (7, 5, 9)])
+def test_icts_grid_never_shrinks_nor_leaves_its_ends(K, s0, s1):
+    N = [ict_N_of_k(k, K, s0, s1) for k in range(K + 1)]
+    assert sorted(N) == N and N[0] == s0 + 1 and N[-1] <= s1 + 1
+    assert all(b in (a, 2 * (a - 1) + 1, s1 + 1) for a, b in pairwise(N))
+
+
+def test_icts_bins_are_as_likely_as_published():
+    published = [0.062633, 0.181737, 0.245501, 0.213494, 0.142446, 0.080605, 0.041080, 0.019580, 0.008944, 0.003980]
+    found = ict_probabilities(karras_sigmas(11)[::-1], -1.1, 2.0)
+    np.testing.assert_allclose(found, published, atol=6e-7)
+    assert found.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_icts_bins_are_a_lognormals_quadrature():
+    """The integral of the lognormal's density over a bin, over that of all bins."""
+    grid = karras_sigmas(7)[::-1]
+    masses = []
+    for low, high in pairwise(np.log(grid)):
+        u = np.linspace(low, high, 100_001)
+        masses.append(np.trapezoid(np.exp(-((u + 0.4) ** 2) / (2 * 1.3**2)), u))
+    np.testing.assert_allclose(ict_probabilities(grid, -0.4, 1.3), np.array(masses) / sum(masses), rtol=1e-7)

@@ -190,7 +190,8 @@ class _Run:
                 raise TrainingError(f"{self.config.init} is of another network: {_difference(before, model)}")
             start = before.model()
             model.load_state_dict(start.state_dict())
-            teacher = self._placed(start, phase)
+            if phase.method == "cd":
+                teacher = self._placed(start, phase)
         if phase.method == "cd" and phase.teacher == "gaussian":
             teacher = ode.gaussian(self.stream.rms())
         return Stepper(phase, self.config, self._placed(model, phase), teacher, self.workers)
@@ -223,7 +224,8 @@ class _Run:
             ),
         )
         position = {"phase": index, "step": step, "images": self.images, "seconds": self.seconds}
-        self.folder.save({**position, **stepper.state()}, checkpoint)
+        whole = self.config.model_dump(mode="json")
+        self.folder.save({"config": whole, **position, **stepper.state()}, checkpoint)
 
     def _log(self, where: Report, learning_rate: float, norm: float) -> None:
         self.folder.log(

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from cm_runtime.training.ema import Averages
+from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, EdmPhase, IctPhase
+from cm_runtime.training.ema import Averages, Target, mu_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,3 +109,90 @@ def test_loading_copies_the_state() -> None:
     averages.update(100)
     assert all((tensor == 1).all() for tensor in saved["0.9"].values())
     assert not (averages.state()["0.9"]["single"] == 1).all()
+
+
+def test_averages_are_stored_in_the_type_asked_for_and_their_own_stay() -> None:
+    model = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+    averages = Averages(model, [0.5, 0.9])
+    for dtype in (torch.float16, torch.float32):
+        stored = averages.stored(dtype)
+        assert list(stored) == ["0.5", "0.9"]
+        for name, tensor in stored["0.9"].items():
+            assert tensor.dtype == dtype and tensor.is_contiguous()
+            assert torch.equal(tensor, averages.state()["0.9"][name].to(dtype))
+    assert all(tensor.dtype == torch.float32 for tensor in averages.state()["0.9"].values())
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "single"),
+    [(1.0, True, True), (7e4, False, True), (float("inf"), False, False), (float("nan"), False, False)],
+)
+def test_finite_is_asked_of_the_weights_as_they_will_be_stored(value: float, half: bool, single: bool) -> None:
+    model = Walk()
+    averages = Averages(model, [0.5, 0.9])
+    averages.state()["0.9"]["inner.weight"][2, 1] = value
+    assert (averages.finite(torch.float16), averages.finite(torch.float32)) == (half, single)
+
+
+# targets
+
+SHARED = {"steps": 1000, "batch": 1, "learning_rate": 1.0}
+
+
+def test_a_target_is_the_recursion_of_its_mu() -> None:
+    def mu(k: int) -> float:
+        return 0.5 + 0.04 * k
+
+    model = Walk()
+    target, wanted = Target(model, mu), model.values()
+    assert target.network is not model and not any(p.requires_grad for p in target.network.parameters())
+    for k in range(10):
+        weights = model.step()
+        target.update(k)
+        wanted = {name: mu(k) * wanted[name] + (1 - mu(k)) * weights[name] for name in wanted}
+        for name, tensor in target.network.state_dict().items():
+            np.testing.assert_allclose(tensor.double().numpy(), wanted[name], rtol=1e-5, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_without_mu_the_target_is_the_student_itself() -> None:
+    model = Walk()
+    target = Target(model, None)
+    assert target.network is model and target.state() == {}
+    before = model.values()
+    target.update(0)
+    target.load({})
+    assert all((model.values()[name] == value).all() for name, value in before.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_target_put_back_goes_on_as_if_nothing_had_happened() -> None:
+    model = Walk()
+    target = Target(model, lambda k: 0.9)
+    model.step()
+    target.update(0)
+    saved = {name: tensor.clone() for name, tensor in target.state().items()}
+    other = Target(model, lambda k: 0.9)
+    other.load(saved)
+    model.step()
+    for one in (target, other):
+        one.update(1)
+    assert all(torch.equal(target.state()[name], tensor) for name, tensor in other.state().items())
+    assert not any(torch.equal(saved[name], tensor) for name, tensor in other.state().items())
+
+
+def test_every_phase_has_the_mu_of_its_paper() -> None:
+    cd = mu_of(CdPhase(method="cd", mu=0.95, **SHARED))
+    assert cd is not None and {cd(0), cd(500), cd(999)} == {0.95}
+    # s0 2, s1 200, mu0 .95: the published values at 0, K/2 and K
+    ct = mu_of(CtPhase(method="ct", s1=200, mu0=0.95, **{**SHARED, "steps": 800_000}))
+    assert ct is not None
+    assert [ct(0), ct(1), ct(400_000)] == pytest.approx([0.9025, 0.95, 0.999278], abs=5e-7)
+    for phase in (
+        CdPhase(method="cd", mu=0.0, **SHARED),
+        CtPhase(method="ct", mu0=0.0, **SHARED),
+        IctPhase(method="ict", **SHARED),
+        EctPhase(method="ect", **SHARED),
+        EdmPhase(method="edm", **SHARED),
+    ):
+        assert mu_of(phase) is None

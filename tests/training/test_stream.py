@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cm_runtime import noise
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.stream import Stream
 
@@ -21,7 +22,7 @@ def stream(data: ImageSet, seed: int = 0, classes: bool = True, flip: bool = Fal
 
 
 def indices(found: Stream, first: int, count: int) -> list[int]:
-    return found.batch(first, count)[0].flatten().int().tolist()
+    return found.batch(first, count).x.flatten().int().tolist()
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 255])
@@ -62,19 +63,20 @@ def test_permutations_are_fair() -> None:
 
 
 def test_labels_stay_with_their_images() -> None:
-    x, label = stream(numbered(255)).batch(100, 300)
+    batch = stream(numbered(255)).batch(100, 300)
+    x, label = batch.x, batch.label
     assert label is not None and label.dtype == torch.int64
     assert torch.equal(label, x.flatten().long() % 5)
 
 
 def test_there_are_no_labels_where_none_are_wanted_or_given() -> None:
-    assert stream(numbered(7), classes=False).batch(0, 3)[1] is None
-    assert stream(ImageSet(np.zeros((7, 1, 2, 2), np.uint8), None, 0, "bare")).batch(0, 3)[1] is None
+    assert stream(numbered(7), classes=False).batch(0, 3).label is None
+    assert stream(ImageSet(np.zeros((7, 1, 2, 2), np.uint8), None, 0, "bare")).batch(0, 3).label is None
 
 
 def test_bytes_become_minus_one_to_one_exactly_at_the_ends() -> None:
     data = ImageSet(np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16), None, 0, "bytes")
-    x, _ = stream(data).batch(0, 1)
+    x = stream(data).batch(0, 1).x
     assert x.shape == (1, 1, 16, 16) and x.dtype == torch.float32
     assert (x.min().item(), x.max().item()) == (-1.0, 1.0)
     exact = (2 * np.arange(256) - 255) / 255
@@ -85,7 +87,7 @@ def test_bytes_become_minus_one_to_one_exactly_at_the_ends() -> None:
 
 def test_floats_pass_unchanged_and_unclipped() -> None:
     images = np.random.default_rng(0).standard_normal((3, 2, 7, 7)).astype(np.float32) * 3
-    x, _ = stream(ImageSet(images, None, 0, "floats")).batch(0, 3)
+    x = stream(ImageSet(images, None, 0, "floats")).batch(0, 3).x
     order = [int(np.flatnonzero((images == one.numpy()).all((1, 2, 3)))[0]) for one in x]
     assert sorted(order) == [0, 1, 2]
 
@@ -93,30 +95,60 @@ def test_floats_pass_unchanged_and_unclipped() -> None:
 def test_images_may_lie_in_memory_in_any_order() -> None:
     images = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3)).astype(np.uint8)
     data = ImageSet(np.moveaxis(images, -1, 1), None, 0, "channels last")
-    x, _ = stream(data).batch(0, 4)
+    x = stream(data).batch(0, 4).x
     found = {tuple(one.ravel()) for one in np.rint((x.numpy() + 1) * 127.5).astype(int)}
     assert found == {tuple(one.transpose(2, 0, 1).ravel().astype(int)) for one in images}
 
 
 def test_flip_mirrors_half_of_the_images_left_to_right_and_nothing_else() -> None:
     images = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
-    torch.manual_seed(0)
-    x, _ = stream(ImageSet(images, None, 0, "one"), flip=True).batch(0, 4000)
+    data = ImageSet(images, None, 0, "one")
+    x = stream(data, flip=True).batch(0, 4000).x
     straight = (x == torch.from_numpy(images)).all(3).all(2).all(1)
     mirrored = (x == torch.from_numpy(images[..., ::-1].copy())).all(3).all(2).all(1)
     assert (straight ^ mirrored).all()
     assert abs(mirrored.sum().item() - 2000) < 5 * np.sqrt(1000)
-    again, _ = stream(ImageSet(images, None, 0, "one"), flip=True).batch(0, 4000)
-    assert not torch.equal(x, again)  # drawn from torch's generator, which the loop seeds for every step
-    torch.manual_seed(0)
-    assert torch.equal(x, stream(ImageSet(images, None, 0, "one"), flip=True).batch(0, 4000)[0])
+    # the draw of a place decides, by the words of cm_runtime.noise
+    words = noise.words(0, np.arange(4000), 0xFFFF0002, 1)[:, 0, 0]
+    assert (mirrored.numpy() == (words < 1 << 31)).all()
+    assert not torch.equal(x, stream(data, seed=1, flip=True).batch(0, 4000).x)
 
 
-def test_without_flip_nothing_is_mirrored_and_no_randomness_is_used() -> None:
+def test_a_place_is_mirrored_or_not_whatever_batch_it_is_in() -> None:
+    images = np.arange(70, dtype=np.float32).reshape(5, 1, 2, 7)
+    whole = stream(ImageSet(images, None, 0, "five"), flip=True).batch(0, 60).x
+    one = stream(ImageSet(images, None, 0, "five"), flip=True)
+    for first, count in ((57, 3), (0, 1), (7, 20)):
+        assert torch.equal(one.batch(first, count).x, whole[first : first + count])
+
+
+def test_without_flip_nothing_is_mirrored_and_torchs_generator_is_left_alone() -> None:
     images = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
     torch.manual_seed(0)
-    x, _ = stream(ImageSet(images, None, 0, "one")).batch(0, 100)
+    for flip in (False, True):
+        x = stream(ImageSet(images, None, 0, "one"), flip=flip).batch(0, 100).x
+        assert flip or (x == torch.from_numpy(images)).all()
     after = torch.rand(1)
     torch.manual_seed(0)
-    assert (x == torch.from_numpy(images)).all()
     assert torch.equal(after, torch.rand(1))
+
+
+def test_a_batch_carries_the_draws_of_its_places() -> None:
+    draws = stream(numbered(7), seed=3).batch(5, 4).draws
+    assert draws.seed == 3 and draws.place.tolist() == [5, 6, 7, 8]
+
+
+def test_batches_come_in_the_type_and_layout_asked_for() -> None:
+    data = ImageSet(np.arange(96, dtype=np.uint8).reshape(2, 3, 4, 4), None, 0, "bytes")
+    x = stream(data).batch(0, 2, torch.float64, torch.channels_last).x
+    assert x.dtype == torch.float64 and x.is_contiguous(memory_format=torch.channels_last)
+    order = (stream(numbered(2)).batch(0, 2).x.flatten()).long().numpy()  # the same permutation
+    np.testing.assert_array_equal(x.numpy(), data.images[order] / 127.5 - 1)
+
+
+def test_rms_is_that_of_all_pixels_in_units_of_the_network() -> None:
+    rng = np.random.default_rng(0)
+    many, few = rng.integers(0, 256, (1500, 1, 2, 3)).astype(np.uint8), rng.standard_normal((7, 2, 3, 3), np.float32)
+    for images in (many, few):
+        x = images.astype(np.float64) / 127.5 - 1 if images.dtype == np.uint8 else images.astype(np.float64)
+        assert stream(ImageSet(images, None, 0, "any")).rms() == pytest.approx(np.sqrt((x**2).mean()), rel=1e-12)

@@ -275,7 +275,8 @@ def test_a_run_goes_to_a_folder_named_after_its_configuration(
     assert text.startswith("runs/config/ckpt.pt: ") and error == ""
     names = {path.name for path in (tmp_path / "runs" / "config").iterdir()}
     kept = {"phase-0-edm.pt", "phase-1-ect.pt"}
-    assert names == {".lock", "config.toml", "state.pt", "ckpt.pt", "log.jsonl", "samples", *kept}
+    files = {"config.toml", "run.json", "state.pt", "ckpt.pt", "log.jsonl"}
+    assert names == {".lock", "samples", "tensorboard", *files, *kept}
     assert in_process(config, *QUICK) == 1
     assert in_process(config, *QUICK, "--resume") == 0
     assert in_process(config, *QUICK, "--force") == 0

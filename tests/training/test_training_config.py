@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,21 +16,29 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from cm_runtime import cli, sampling
+from cm_runtime.checkpoint import Checkpoint
 from cm_runtime.errors import CmRuntimeError, ConfigError
 from cm_runtime.model import build
-from cm_runtime.training import loop
+from cm_runtime.training import loop, lpips
 from cm_runtime.training.config import (
     PRESETS,
+    CdPhase,
+    ConsistencyPhase,
+    CtPhase,
     EctPhase,
     EdmPhase,
+    IctPhase,
+    Phase,
     TrainConfig,
     load_config,
     parse_config,
     preset_names,
 )
 from cm_runtime.training.data import ImageSet
+from cm_runtime.training.distances import Distance
 from cm_runtime.training.loop import model_config_of
 from cm_runtime.training.run import RunFolder
+from cm_runtime.training.step import Stepper
 
 BASE = """
 [data]
@@ -87,66 +96,137 @@ def refused(path: Path, *settings: str) -> str:
 
 # every key arrives
 
-# key -> settings that change it; OTHERS stands for the second folder of pictures
-ALTERNATIVES = {
-    "data.source": ["data.source=OTHERS"],
-    "data.image_size": ["data.image_size=4"],
-    "data.classes": ["data.classes=false"],
-    "data.flip": ["data.flip=true"],
-    "network.channels": ["network.channels=64"],
-    "network.channel_mult": ["network.channel_mult=[1, 1]"],
-    "network.res_blocks": ["network.res_blocks=2"],
-    "network.attention": ["network.attention=[4]"],
-    "network.head_channels": ["network.head_channels=64"],
-    "network.scale_shift": ["network.scale_shift=false"],
-    "network.resample": ["network.resample=resblock"],
-    "network.dropout": ["network.dropout=0.5"],
-    "network.patch": ["network.patch=2"],
-    **{
-        f"phase.{index}.{key}": [f"phase.{index}.{key}={value}"]
-        for index in (0, 1)
-        for key, value in {
-            "steps": 4,
-            "batch": 5,
-            "learning_rate": 2e-3,
-            "warmup": 2,
-            "decay": 1.0,
-            "clip": 1e-3,
-            "ema": [0.05],
-            "precision": "bf16",
-            "P_mean": 0.5,
-            "P_std": 0.5,
-        }.items()
-    },
-    "phase.1.method": ["phase.1.method=edm"],
-    "phase.1.q": ["phase.1.q=3.0"],
-    "phase.1.k": ["phase.1.k=2.0"],
-    "phase.1.b": ["phase.1.b=3.0"],
-    "phase.1.stages": ["phase.1.stages=2"],
-    "phase.1.huber_c": ["phase.1.huber_c=0.5"],
-    "precond": ["precond=boundary"],
-    "sigma_data": ["sigma_data=0.7"],
-    "seed": ["seed=1"],
-    "save_every": ["save_every=1"],
-    "sample_every": ["sample_every=1"],
-    "weights": ["weights=float16"],
+
+WALK = """
+[data]
+source = "SOURCE"
+
+[network]
+channels = 32
+channel_mult = [1, 2]
+res_blocks = 1
+head_channels = 32
+
+[[phase]]
+method = "METHOD"
+steps = 3
+batch = 4
+learning_rate = 1e-3
+ema = [0.5]
+"""
+METHODS: dict[str, type[BaseModel]] = {
+    "edm": EdmPhase,
+    "cd": CdPhase,
+    "ct": CtPhase,
+    "ict": IctPhase,
+    "ect": EctPhase,
 }
-# keys whose other values cannot run here, and the words of the refusal
-REFUSED = {
-    "device": (["device=cuda:99"], "cuda:99"),
-    "phase.0.method": (["phase.0.method=ect"], "denoiser"),
+STARTED = ("cd", "ect")  # these go on from a checkpoint, where the others begin afresh
+
+# Keys of the whole run, changed in a run of ict; OTHERS is the second folder of pictures, START a checkpoint
+RUN = {
+    "data.source": "OTHERS",
+    "data.image_size": "4",
+    "data.classes": "false",
+    "data.flip": "true",
+    "network.channels": "64",
+    "network.channel_mult": "[1, 1]",
+    "network.res_blocks": "2",
+    "network.attention": "[4]",
+    "network.head_channels": "64",
+    "network.scale_shift": "false",
+    "network.resample": "resblock",
+    "network.dropout": "0.5",
+    "network.patch": "2",
+    "init": "START",
+    "precond": "boundary",
+    "sigma_data": "0.7",
+    "seed": "1",
+    "channels_last": "true",
+    "compile": "true",
+    "save_every": "1",
+    "sample_every": "1",
+    "tensorboard": "false",
+    "weights": "float16",
+}
+EVERY_PHASE = {
+    "steps": "4",
+    "batch": "5",
+    "micro_batch": "1",
+    "optimizer": "adam",
+    "betas": "[0.5, 0.9]",
+    "learning_rate": "2e-3",
+    "warmup": "2",
+    "decay": "1.0",
+    "clip": "1e-3",
+    "ema": "[0.05]",
+    "precision": "bf16",
+}
+CONSISTENCY = {"distance": "l1", "huber_c": "0.5", "lpips": "['b']"}
+PHASE = {
+    "edm": {**EVERY_PHASE, "method": "ict", "P_mean": "0.5", "P_std": "0.5"},
+    "cd": {
+        **EVERY_PHASE,
+        **CONSISTENCY,
+        "method": "ct",
+        "weighting": "gap",
+        "N": "9",
+        "solver": "euler",
+        "teacher": "gaussian",
+        "mu": "0.0",
+    },
+    "ct": {**EVERY_PHASE, **CONSISTENCY, "method": "ict", "weighting": "gap", "s0": "3", "s1": "9", "mu0": "0.2"},
+    "ict": {
+        **EVERY_PHASE,
+        **CONSISTENCY,
+        "method": "edm",
+        "weighting": "one",
+        "s0": "3",
+        "s1": "15",
+        "P_mean": "0.5",
+        "P_std": "0.5",
+    },
+    "ect": {
+        **EVERY_PHASE,
+        **CONSISTENCY,
+        "method": "edm",
+        "weighting": "one",
+        "P_mean": "0.5",
+        "P_std": "0.5",
+        "q": "3.0",
+        "k": "2.0",
+        "b": "3.0",
+        "first_stage": "2",
+        "stages": "2",
+    },
+}
+# (method of the run, key, value)
+CHANGES = [("ict", key, value) for key, value in RUN.items()] + [
+    (method, f"phase.0.{key}", value) for method, keys in PHASE.items() for key, value in keys.items()
+]
+# What must be there, changed or not, for a key to have a meaning
+BESIDE = {
+    "phase.0.huber_c": ["phase.0.distance=huber"],
+    "phase.0.lpips": ["phase.0.distance=lpips", "phase.0.lpips=['a']"],
+}
+# Keys that change something else than the weights
+WHAT = {
+    "phase.0.micro_batch": "passes",
+    "channels_last": "layout",
+    "compile": "compiled",
+    "save_every": "saves",
+    "sample_every": "grids",
+    "tensorboard": "boards",
 }
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """Every key of the configuration, phases written out for the two phases of BASE."""
+    """Every key under ``model`` but those of phases."""
     found = set()
     for name, field in model.model_fields.items():
-        if name == "phase":
-            found |= keys_of(EdmPhase, "phase.0.") | keys_of(EctPhase, "phase.1.")
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found |= keys_of(field.annotation, f"{prefix}{name}.")
-        else:
+        elif name != "phase":
             found.add(prefix + name)
     return found
 
@@ -158,60 +238,111 @@ def train_in_process(*words: str) -> int:
     return int(ended.value.code or 0)
 
 
-Trained = Callable[[list[str]], dict[str, Any]]
+Trained = Callable[[str, Sequence[str]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    """What a run of BASE with settings leaves behind, apart from the configuration that it writes down itself."""
+    """(method, settings) -> what that run leaves behind, apart from the configuration that it writes down itself."""
     folder = tmp_path_factory.mktemp("walk")
-    base = place(folder)
-    saves: list[int] = []
-    save, heun, threads = RunFolder.save, sampling.heun, torch.get_num_threads()
+    place(folder)
+    start = folder / "start.pt"
+    seen: dict[str, list[Any]] = {"saves": [], "layout": [], "compiled": [], "passes": []}
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    save, heun, backward, threads = RunFolder.save, sampling.heun, Stepper._backward, torch.get_num_threads()
     torch.set_num_threads(1)
 
-    def run(settings: list[str]) -> dict[str, Any]:
-        saves.clear()
-        words = [word for setting in settings for word in ("--set", setting.replace("OTHERS", str(folder / "others")))]
-        assert train_in_process(str(base), "--out", str(folder / "run"), "--force", *words) == 0
+    def saving(self: RunFolder, state: dict[str, Any], checkpoint: Checkpoint) -> None:
+        seen["saves"].append(state["step"])
+        seen["layout"].append([t.stride() for t in state["model"].values() if t.dim() == 4])
+        save(self, state, checkpoint)
+
+    def passing(self: Stepper, *where: Any) -> float:
+        seen["passes"].append(where[-1])
+        return backward(self, *where)
+
+    def stand_in(paths: list[Path], device: torch.device) -> Distance:
+        return lambda a, b: (a - b).abs().sum((1, 2, 3)) * len(paths) * (1 if paths[0].name == "a" else 2)
+
+    def run(method: str, settings: Sequence[str]) -> dict[str, Any]:
+        if (method, *settings) in known:
+            return known[method, *settings]
+        for list_ in seen.values():
+            list_.clear()
+        (folder / "walk.toml").write_text(WALK.replace("SOURCE", str(folder / "pictures")).replace("METHOD", method))
+        begun = [f"init={start}"] * (method in STARTED)
+        names = {"OTHERS": str(folder / "others"), "START": str(start)}
+        told = [names.get(text.partition("=")[2], "") for text in settings]
+        words = [
+            f"{text.partition('=')[0]}={name}" if name else text for text, name in zip(settings, told, strict=True)
+        ]
+        words = [word for setting in [*begun, *words] for word in ("--set", setting)]
+        out = folder / "run"
+        assert train_in_process(str(folder / "walk.toml"), "--out", str(out), "--force", *words) == 0
         weights = hashlib.sha256()
-        for path in sorted((folder / "run").glob("phase-*.pt")):
-            for state in torch.load(path, weights_only=True)["ema"].values():
-                for key, tensor in state.items():
-                    weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                    weights.update(tensor.numpy().tobytes())
-        grids = sorted(path.name for path in (folder / "run" / "samples").iterdir())
-        return {"saves": len(saves), "weights": weights.hexdigest(), "grids": grids}
+        for state in torch.load(out / "ckpt.pt", weights_only=True)["ema"].values():
+            for key, tensor in state.items():
+                weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                weights.update(tensor.numpy().tobytes())
+        grids = sorted(path.name for path in (out / "samples").iterdir())
+        boards = (out / "tensorboard").exists()
+        found = {name: list(list_) for name, list_ in seen.items()}
+        known[method, *settings] = {**found, "weights": weights.hexdigest(), "grids": grids, "boards": boards}
+        return known[method, *settings]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "save", lambda self, *content: (saves.append(1), save(self, *content))[1])
+        patch.setattr(RunFolder, "save", saving)
+        patch.setattr(Stepper, "_backward", passing)
+        patch.setattr(torch.nn.Module, "compile", lambda self: seen["compiled"].append(type(self).__name__))
+        patch.setattr(lpips, "load_lpips", stand_in)
         patch.setattr(loop, "GRID_IMAGES", 4)
         patch.setattr(sampling, "heun", lambda denoiser, x, label: heun(denoiser, x, label, steps=2))
+        run("edm", ["seed=9"])
+        shutil.copyfile(folder / "run" / "ckpt.pt", start)
         yield run
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def unchanged(trained: Trained) -> dict[str, Any]:
-    """The outcome of BASE as it is."""
-    return trained([])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_configuration_gives_the_same_run(trained: Trained, method: str) -> None:
+    assert trained(method, ["seed=0"]) == trained(method, [])  # 0 is the default, and both are run
 
 
-def test_the_same_configuration_gives_the_same_run(trained: Trained, unchanged: dict[str, Any]) -> None:
-    assert trained([]) == unchanged
-
-
-@pytest.mark.parametrize("key", ALTERNATIVES)
-def test_every_key_changes_what_a_run_leaves_behind(trained: Trained, unchanged: dict[str, Any], key: str) -> None:
-    changed = trained(ALTERNATIVES[key])
-    what = {"save_every": "saves", "sample_every": "grids"}.get(key, "weights")
-    assert changed[what] != unchanged[what]
-    if what != "weights":
-        assert changed["weights"] == unchanged["weights"]
+@pytest.mark.parametrize(("method", "key", "value"), CHANGES)
+def test_every_key_changes_what_a_run_leaves_behind(trained: Trained, method: str, key: str, value: str) -> None:
+    beside = BESIDE.get(key, [])
+    before, after = trained(method, beside), trained(method, [*beside, f"{key}={value}"])
+    what = WHAT.get(key, "weights")
+    assert after[what] != before[what]
+    if what in ("saves", "grids", "boards", "compiled"):
+        assert after["weights"] == before["weights"]
 
 
 def test_no_key_is_left_out_above() -> None:
-    assert set(ALTERNATIVES) | set(REFUSED) == keys_of(TrainConfig)
+    assert set(RUN) | {"device"} == keys_of(TrainConfig)
+    assert {method: set(keys) for method, keys in PHASE.items()} == {
+        method: keys_of(phase) for method, phase in METHODS.items()
+    }
+    assert set(METHODS.values()) == set(get_args(Phase)) | set(get_args(ConsistencyPhase)) - {ConsistencyPhase}
+
+
+@pytest.mark.parametrize("method", ["edm", "cd", "ict", "ect"])
+def test_every_phase_computes_in_float64_when_asked(trained: Trained, method: str) -> None:
+    assert trained(method, ["phase.0.precision=fp64"])["weights"] != trained(method, [])["weights"]
+
+
+@pytest.mark.parametrize(("method", "networks"), [("cd", 3), ("ct", 2), ("ict", 1), ("ect", 1), ("edm", 1)])
+def test_student_target_and_teacher_are_each_compiled_once(trained: Trained, method: str, networks: int) -> None:
+    """A real compilation takes minutes, so that only the calls are counted."""
+    assert trained(method, ["compile=true"])["compiled"] == ["ConsistencyModel"] * networks
+    assert trained(method, [])["compiled"] == []
+
+
+# keys whose other values cannot run here, and the words of the refusal
+REFUSED = {
+    "device": (["device=cuda:99"], "cuda:99"),
+    "phase.0.method": (["phase.0.method=ect"], "denoiser"),
+}
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -296,15 +427,86 @@ def test_numbers_that_are_not_finite_are_refused_by_name(base: Path, key: str, v
     assert f"{key}: " in refused(base, f"{key}={value}")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer", "'sgd'"),
+        ("betas", "[0.9]"),
+        ("betas", "[0.9, 1.0]"),
+        ("micro_batch", "0"),
+        ("distance", "'l3'"),
+        ("huber_c", "0"),
+        ("weighting", "2"),
+        ("lpips", "3"),
+    ],
+)
+@pytest.mark.parametrize("method", ["cd", "ct", "ict", "ect"])
+def test_wrong_values_of_consistency_phases_are_refused_by_name(base: Path, method: str, key: str, value: str) -> None:
+    assert f"phase.1.{key}" in refused(base, f"phase.1.method={method}", f"phase.1.{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("cd", ["N=1"], "phase.1.N"),
+        ("cd", ["mu=1.0"], "phase.1.mu"),
+        ("cd", ["mu=-0.1"], "phase.1.mu"),
+        ("cd", ["solver=rk4"], "phase.1.solver"),
+        ("cd", ["teacher=oracle"], "phase.1.teacher"),
+        ("ct", ["s0=1"], "phase.1.s0"),
+        ("ct", ["mu0=1"], "phase.1.mu0"),
+        ("ct", ["s0=200"], "s1 150 must be at least s0 200"),
+        ("ict", ["s0=10", "s1=9"], "s1 9 must be at least s0 10"),
+        ("ict", ["s0=0"], "phase.1.s0"),
+        ("ict", ["P_std=0"], "phase.1.P_std"),
+        ("ect", ["first_stage=-1"], "phase.1.first_stage"),
+        ("ect", ["first_stage=20"], "stages"),
+        ("ect", ["N=18"], "phase.1.N: unknown key"),
+        ("ict", ["mu=0.5"], "phase.1.mu: unknown key"),
+        ("ct", ["teacher=before"], "phase.1.teacher: unknown key"),
+        ("cd", ["huber_c=0.1"], "huber_c belongs to distance huber, not l2"),
+        ("ect", ["distance=l1", "huber_c=0.1"], "huber_c belongs to distance huber, not l1"),
+        ("ict", ["distance=lpips"], "distance lpips needs the key lpips"),
+        ("ct", ["lpips=['vgg.pt']"], "no other takes it"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused_by_name(
+    base: Path, method: str, settings: list[str], words: str
+) -> None:
+    assert words in refused(base, f"phase.1.method={method}", *(f"phase.1.{setting}" for setting in settings))
+
+
+@pytest.mark.parametrize("method", ["cd", "ect"])
+def test_cd_and_ect_come_first_only_with_something_to_start_from(base: Path, method: str) -> None:
+    tree = tomllib.loads(base.read_text())
+    tree["phase"] = [{**tree["phase"][0], "method": method}]
+    with pytest.raises(ConfigError, match=f"a {method} phase starts from a trained denoiser: give init"):
+        parse_config(tree, "base")
+    assert parse_config({**tree, "init": "teacher.pt"}, "base").phase[0].method == method
+
+
+@pytest.mark.parametrize("method", ["ct", "ict"])
+def test_consistency_training_needs_nothing_before_it(base: Path, method: str) -> None:
+    tree = tomllib.loads(base.read_text())
+    tree["phase"] = [{**tree["phase"][0], "method": method}]
+    assert parse_config(tree, "base").phase[0].method == method
+
+
+def test_cd_of_the_gaussian_teacher_needs_nothing_before_it(base: Path) -> None:
+    tree = tomllib.loads(base.read_text())
+    tree["phase"] = [{**tree["phase"][0], "method": "cd", "teacher": "gaussian"}]
+    parse_config(tree, "base")
+
+
 def test_so_many_stages_that_r_rounds_to_t_are_refused(base: Path) -> None:
     # 1 / (t - r) would be 1 / 0 in float32
     assert "stages" in refused(base, "phase.1.stages=64")
 
 
-@pytest.mark.parametrize("method", ["cd", "", "EDM"])
+@pytest.mark.parametrize("method", ["scd", "", "EDM"])
 def test_an_unknown_method_is_refused_and_the_known_ones_are_named(base: Path, method: str) -> None:
     line = refused(base, f"phase.0.method='{method}'")
-    assert "phase.0" in line and "'edm'" in line and "'ect'" in line
+    assert "phase.0" in line and all(f"'{known}'" in line for known in METHODS)
 
 
 def test_a_phase_without_method_is_refused(base: Path) -> None:

@@ -21,12 +21,14 @@ from run_folders import assert_same, left_behind, log_of, pt
 from torch import Tensor, nn
 
 from cm_runtime import files, noise
+from cm_runtime.backends.torch import chosen_device
 from cm_runtime.checkpoint import load_checkpoint
-from cm_runtime.errors import CmRuntimeError, EngineError, OutputError, TrainingError
-from cm_runtime.training import loop
-from cm_runtime.training.config import EctPhase, EdmPhase, TrainConfig
+from cm_runtime.errors import CmRuntimeError, EngineError, Interrupted, OutputError, TrainingError
+from cm_runtime.training import loop, record, step
+from cm_runtime.training.config import TrainConfig
 from cm_runtime.training.data import ImageSet, open_data
-from cm_runtime.training.loop import Interrupted, Report, chosen_device, learning_rate_factor, model_config_of, train
+from cm_runtime.training.loop import Report, model_config_of, train
+from cm_runtime.training.losses import Batch, Loss
 from cm_runtime.training.run import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_grids")
@@ -41,49 +43,31 @@ class Seen:
 
     method: str
     weights: dict[str, Tensor]
-    x: Tensor
-    label: Tensor | None
-    progress: float
+    batch: Batch
+    k: int
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """Fills with every call of a loss, the weights before the step included."""
     calls: list[Seen] = []
-    loss_of = loop.loss_of
+    loss_of = step.loss_of
 
-    def remembering(phase: EdmPhase | EctPhase) -> Callable[..., Tensor]:
-        loss = loss_of(phase)
+    def remembering(phase: Any, *parts: Any) -> Loss:
+        loss = loss_of(phase, *parts)
 
-        def called(model: nn.Module, x: Tensor, label: Tensor | None, progress: float) -> Tensor:
-            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            calls.append(Seen(phase.method, weights, x.clone(), label, progress))
-            return loss(model, x, label, progress)  # type: ignore[arg-type]
+        def called(student: nn.Module, target: nn.Module, batch: Batch, k: int) -> Tensor:
+            weights = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+            calls.append(Seen(phase.method, weights, batch, k))
+            return loss(student, target, batch, k)
 
         return called
 
-    monkeypatch.setattr(loop, "loss_of", remembering)
+    monkeypatch.setattr(step, "loss_of", remembering)
     return calls
 
 
 # one step
-
-
-@pytest.mark.parametrize(
-    ("keys", "factors"),
-    [
-        ({}, [1.0] * 10),
-        ({"warmup": 4}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
-        ({"decay": 0.5}, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
-        ({"decay": 1.0}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
-        ({"warmup": 2, "decay": 0.4}, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
-        ({"warmup": 20}, [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]),
-        ({"warmup": 5, "decay": 1.0}, [0.2, 0.36, 0.48, 0.56, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
-    ],
-)
-def test_learning_rate_factor(keys: dict[str, Any], factors: list[float]) -> None:
-    phase = EdmPhase(method="edm", steps=10, batch=1, learning_rate=1.0, **keys)
-    assert [learning_rate_factor(phase, step) for step in range(10)] == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("clip", [1e-2, 1e6])
@@ -115,8 +99,8 @@ def test_averages_follow_the_weights_and_a_phase_starts_from_those_of_the_one_be
     history = [*(call.weights for call in seen[6:]), state["model"]]
     for name, found in pt(tmp_path / "ckpt.pt")["ema"]["0.2"].items():
         average = history[0][name].double().numpy()
-        for step, weights in enumerate(history[1:]):
-            keep = min(0.2, (1 + step) / (10 + step))
+        for k, weights in enumerate(history[1:]):
+            keep = min(0.2, (1 + k) / (10 + k))
             average = keep * average + (1 - keep) * weights[name].double().numpy()
         np.testing.assert_allclose(found.double().numpy(), average, rtol=1e-5, atol=1e-7)
         assert torch.equal(state["ema"]["0.2"][name], found)
@@ -127,31 +111,23 @@ def test_phases_walk_on_through_the_data(
 ) -> None:
     config = tiny_config(edm={"steps": 5, "batch": 12}, ect={"steps": 8, "batch": 5})
     train(config, toy_images, tmp_path)
-    walked = np.rint((torch.cat([call.x for call in seen]).numpy() + 1) * 127.5).astype(np.uint8)
-    labels = torch.cat([call.label for call in seen if call.label is not None]).numpy()
+    walked = np.rint((torch.cat([call.batch.x for call in seen]).numpy() + 1) * 127.5).astype(np.uint8)
+    labels = torch.cat([call.batch.label for call in seen if call.batch.label is not None]).numpy()
     order = [int(np.flatnonzero((toy_images.images == image).all((1, 2, 3)))[0]) for image in walked]
     assert len(order) == 100 and sorted(order[:50]) == sorted(order[50:]) == list(range(50))
     assert toy_images.labels is not None and (labels == toy_images.labels[order]).all()
-    assert [call.progress for call in seen] == [*(k / 5 for k in range(5)), *(k / 8 for k in range(8))]
+    assert [call.k for call in seen] == [*range(5), *range(8)]
+    assert torch.cat([call.batch.draws.place for call in seen]).tolist() == list(range(100))
 
 
 def test_every_step_of_every_phase_and_seed_has_its_own_randomness(
-    tmp_path: Path, tiny_config: Config, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_config: Config, toy_images: ImageSet, seen: list[Seen]
 ) -> None:
-    draws: list[float] = []
-
-    def drawing(phase: EdmPhase | EctPhase) -> Callable[..., Tensor]:
-        def loss(model: nn.Module, *_: object) -> Tensor:
-            draws.append(torch.rand(()).item())
-            return sum((weight.square().sum() for weight in model.parameters()), torch.zeros(()))
-
-        return loss
-
-    monkeypatch.setattr(loop, "loss_of", drawing)
     for seed in (0, 1, 0):
         train(tiny_config(seed=seed), toy_images, tmp_path, force=True)
+    draws = [tuple(call.batch.draws.normal(0).tolist()) for call in seen]
     assert draws[:6] == draws[12:]
-    assert len(set(draws)) == 12
+    assert len({z for one in draws[:12] for z in one}) == 12 * 4
 
 
 def test_every_step_is_reported_and_every_tenth_is_logged(
@@ -367,11 +343,11 @@ def test_gaussian_data_teach_the_exact_denoiser_and_then_ects_fixed_point(
 # stopping and going on
 
 
-def stop_at(phase: int, step: int, kind: signal.Signals = signal.SIGINT) -> Callable[[Report], None]:
+def stop_at(phase: int, at: int, kind: signal.Signals = signal.SIGINT) -> Callable[[Report], None]:
     """A report that sends this process a signal at that step."""
 
     def report(where: Report) -> None:
-        if (where.phase, where.step) == (phase, step):
+        if (where.phase, where.step) == (phase, at):
             os.kill(os.getpid(), kind)
 
     return report
@@ -389,11 +365,11 @@ def test_a_run_stopped_at_every_step_ends_as_the_one_never_stopped(
         sample_every=2,
     )
     train(config, toy_images, tmp_path / "whole")
-    stops = [(0, step) for step in range(1, 12)] + [(1, 1), (1, 2)]
-    for count, (phase, step) in enumerate(stops):
-        with pytest.raises(Interrupted, match=f"phase {phase} step {step};.*--resume --out {tmp_path / 'stopped'}"):
-            train(config, toy_images, tmp_path / "stopped", resume=count > 0, report=stop_at(phase, step))
-        assert load_checkpoint(tmp_path / "stopped" / "ckpt.pt").training.steps == step + 11 * phase
+    stops = [(0, at) for at in range(1, 12)] + [(1, 1), (1, 2)]
+    for count, (phase, at) in enumerate(stops):
+        with pytest.raises(Interrupted, match=f"phase {phase} step {at};.*--resume --out {tmp_path / 'stopped'}"):
+            train(config, toy_images, tmp_path / "stopped", resume=count > 0, report=stop_at(phase, at))
+        assert load_checkpoint(tmp_path / "stopped" / "ckpt.pt").training.steps == at + 11 * phase
     # asked to stop at its last step, a run is simply done
     train(config, toy_images, tmp_path / "stopped", resume=True, report=stop_at(1, 3))
     assert_same(left_behind(tmp_path / "stopped"), left_behind(tmp_path / "whole"))
@@ -548,13 +524,13 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Tensor], Tensor]) -> None:
     """From the call ``at`` on (from 0, over all phases), losses are ``spoil`` of what they were."""
-    loss_of, calls = loop.loss_of, iter(range(1000))
+    loss_of, calls = step.loss_of, iter(range(1000))
 
-    def spoilt(phase: EdmPhase | EctPhase) -> Callable[..., Tensor]:
-        loss = loss_of(phase)
+    def spoilt(*parts: Any) -> Loss:
+        loss = loss_of(*parts)
         return lambda *inputs: spoil(loss(*inputs)) if next(calls) >= at else loss(*inputs)
 
-    monkeypatch.setattr(loop, "loss_of", spoilt)
+    monkeypatch.setattr(step, "loss_of", spoilt)
 
 
 @pytest.mark.parametrize(
@@ -562,7 +538,7 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Tensor
     [lambda loss: loss * float("nan"), lambda loss: loss * float("inf"), lambda loss: (loss - loss.detach()).sqrt()],
     ids=["NaN", "infinity", "only the gradient"],
 )
-@pytest.mark.parametrize(("call", "phase", "step", "saved"), [(5, 0, 5, 4), (9, 1, 2, 2), (10, 1, 3, 2)])
+@pytest.mark.parametrize(("call", "phase", "at", "saved"), [(5, 0, 5, 4), (9, 1, 2, 2), (10, 1, 3, 2)])
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays_good(
     tmp_path: Path,
     tiny_config: Config,
@@ -571,7 +547,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays_go
     spoil: Callable[[Tensor], Tensor],
     call: int,
     phase: int,
-    step: int,
+    at: int,
     saved: int,
 ) -> None:
     config = tiny_config(edm={"steps": 7}, ect={"steps": 5}, network={"channel_mult": [1]}, save_every=2)
@@ -581,7 +557,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays_go
             train(config, toy_images, tmp_path / "run")
     line = str(caught.value)
     assert "\n" not in line and "not finite" in line and str(tmp_path / "run") in line
-    assert f"phase {phase} step {step};" in line and f"of step {saved} " in line
+    assert f"phase {phase} step {at};" in line and f"of step {saved} " in line
     found = load_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert found.training.steps == saved + 7 * phase
     assert all(weight.isfinite().all() for weight in found.model().parameters())
@@ -703,5 +679,6 @@ def test_a_run_that_exists_is_refused_and_force_starts_it_over(
 
 def test_a_run_owns_its_folder_only_while_it_trains(tmp_path: Path, tiny_config: Config, toy_images: ImageSet) -> None:
     train(tiny_config(), toy_images, tmp_path)
-    with RunFolder(tmp_path).open(tiny_config(), resume=True, force=False) as state:
+    inputs = {"data": record.fingerprint(toy_images), "init": ""}
+    with RunFolder(tmp_path).open(tiny_config(), inputs, resume=True, force=False) as state:
         assert state is not None and (state["phase"], state["step"], state["images"]) == (1, 3, 24)

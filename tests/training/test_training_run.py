@@ -19,13 +19,15 @@ from cm_runtime.artifact import TrainingSummary
 from cm_runtime.checkpoint import Checkpoint, load_checkpoint, load_plain
 from cm_runtime.errors import CheckpointError, CmRuntimeError, OutputError, TrainingError
 from cm_runtime.model import ModelConfig, build
-from cm_runtime.training import loop
+from cm_runtime.training import loop, record
 from cm_runtime.training.config import TrainConfig, load_config
 from cm_runtime.training.data import ImageSet
-from cm_runtime.training.run import RunFolder
+from cm_runtime.training.run import STATE_KEYS, RunFolder
+from cm_runtime.training.workers import Workers
 from cm_runtime.unet import UNetConfig
 
 Config = Callable[..., TrainConfig]
+INPUTS = {"data": "0" * 64, "init": ""}
 
 NETWORK = UNetConfig(channels=32, channel_mult=(1,), res_blocks=1, head_channels=32, image_size=4, image_channels=1)
 
@@ -36,7 +38,7 @@ def checkpoint(method: str = "edm", steps: int = 1) -> Checkpoint:
     return Checkpoint(config, "0.5", {"0.5": build(config).state_dict()}, summary)
 
 
-Finished = Callable[[Path], RunFolder]
+Finished = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config, toy_
     run = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "GRID_IMAGES", 4)
+        patch.setattr(record, "fingerprint", lambda data: INPUTS["data"])
         loop.train(tiny_config(), toy_images, run)
 
-    def copied(path: Path) -> RunFolder:
+    def copied(path: Path) -> None:
         shutil.copytree(run, path, dirs_exist_ok=True)
-        return RunFolder(path)
 
     yield copied
 
@@ -59,7 +61,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def opened(path: Path, config: TrainConfig, *, resume: bool = False, force: bool = False) -> dict[str, Any] | None:
-    with RunFolder(path).open(config, resume=resume, force=force) as state:
+    with RunFolder(path).open(config, INPUTS, resume=resume, force=force) as state:
         return state
 
 
@@ -80,18 +82,20 @@ def test_a_fresh_folder_is_made_with_its_parents_and_holds_the_whole_configurati
 
 
 def test_what_a_run_writes_can_be_read_back(tmp_path: Path, tiny_config: Config, finished: Finished) -> None:
-    folder = finished(tmp_path / "run")
-    folder.save({"phase": 1, "step": 9}, checkpoint(steps=9))
-    folder.log({"step": 9})
-    folder.keep(7, "edm")
-    folder.grid("9", np.zeros((4, 8, 8, 1), np.uint8), {"seed": 9})
+    finished(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    with folder.open(tiny_config(), INPUTS, resume=True, force=False):
+        folder.save({"phase": 1, "step": 9}, checkpoint(steps=9))
+        folder.log({"step": 9, "images": 9})
+        folder.keep(7, "edm")
+        folder.grid("9", np.zeros((4, 8, 8, 1), np.uint8), {"seed": 9, "images": 9})
     assert load_checkpoint(folder.checkpoint).training.steps == 9
     assert load_plain(tmp_path / "run" / "state.pt")["step"] == 9
     assert (tmp_path / "run" / "phase-7-edm.pt").read_bytes() == folder.checkpoint.read_bytes()
-    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1]) == {"step": 9}
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1]) == {"step": 9, "images": 9}
     with Image.open(tmp_path / "run" / "samples" / "9.png") as picture:
         assert (picture.size, picture.mode, picture.format) == ((16, 16), "L", "PNG")
-        assert json.loads(picture.text["cm_runtime"]) == {"seed": 9}  # type: ignore[attr-defined]
+        assert json.loads(picture.text["cm_runtime"]) == {"seed": 9, "images": 9}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/run", "/dev/null"])
@@ -273,6 +277,72 @@ def test_a_state_that_cannot_be_read_is_refused_by_name(
     assert "state.pt" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["data", "init"])
+def test_resume_with_other_data_or_another_start_is_refused_by_name(
+    tmp_path: Path, tiny_config: Config, finished: Finished, name: str
+) -> None:
+    finished(tmp_path)
+    before = contents(tmp_path)
+    with (
+        pytest.raises(TrainingError, match=f"another {name};"),
+        RunFolder(tmp_path).open(tiny_config(), {**INPUTS, name: "1" * 64}, resume=True, force=False),
+    ):
+        pass
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("key", sorted(STATE_KEYS | {"format"}))
+def test_a_state_without_one_of_its_parts_is_refused(
+    tmp_path: Path, tiny_config: Config, finished: Finished, key: str
+) -> None:
+    finished(tmp_path)
+    state = load_plain(tmp_path / "state.pt")
+    assert state.keys() > STATE_KEYS
+    del state[key]
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(CmRuntimeError, match=r"state\.pt is (damaged: it has no|not a training state)"):
+        opened(tmp_path, tiny_config(), resume=True)
+
+
+# run.json
+
+
+def test_every_session_is_noted_with_what_it_takes_to_repeat_it(
+    tmp_path: Path, tiny_config: Config, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/anywhere/cm-runtime", "train", "tiny"])
+    [first] = json.loads((tmp_path / "run.json").read_text())
+    folder = RunFolder(tmp_path)
+    with folder.open(tiny_config(), INPUTS, resume=True, force=False):
+        data = ImageSet(np.zeros((7, 1, 8, 8), np.uint8), np.arange(7), 7, "seven")
+        folder.begin(record.session(data, Workers(0, 3, torch.device("cpu"))), 24, tensorboard=False)
+    again, second = json.loads((tmp_path / "run.json").read_text())
+    assert again == first
+    assert (first["from_images"], second["from_images"]) == (0, 24)
+    assert (first["workers"], second["workers"]) == (1, 3)
+    assert first["inputs"] == second["inputs"] == INPUTS
+    assert second["command"] == ["cm-runtime", "train", "tiny"]
+    assert second["data"] == {"name": "seven", "images": 7, "shape": [1, 8, 8], "classes": 7}
+    assert (second["torch"], second["numpy"]) == (torch.__version__, np.__version__)
+    assert second["device"] == "cpu" and second["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1", "\x00"])
+def test_a_damaged_run_json_is_refused_by_name(
+    tmp_path: Path, tiny_config: Config, finished: Finished, content: str
+) -> None:
+    finished(tmp_path)
+    (tmp_path / "run.json").write_text(content)
+    folder = RunFolder(tmp_path)
+    with (
+        folder.open(tiny_config(), INPUTS, resume=True, force=False),
+        pytest.raises(TrainingError, match=r"run\.json is damaged"),
+    ):
+        folder.begin({}, 0, tensorboard=False)
+    assert (tmp_path / "run.json").read_text() == content
+
+
 # one at a time
 
 
@@ -282,7 +352,7 @@ def test_only_one_run_is_in_a_folder_at_a_time(
 ) -> None:
     finished(tmp_path)
     before = contents(tmp_path)
-    with RunFolder(tmp_path).open(tiny_config(), resume=True, force=False):
+    with RunFolder(tmp_path).open(tiny_config(), INPUTS, resume=True, force=False):
         with pytest.raises(OutputError, match="another run"):
             opened(tmp_path, tiny_config(), **how)
         assert contents(tmp_path) == before
@@ -292,7 +362,7 @@ def test_only_one_run_is_in_a_folder_at_a_time(
 def test_a_run_that_failed_gives_the_folder_back(tmp_path: Path, tiny_config: Config) -> None:
     with (
         pytest.raises(ZeroDivisionError),
-        RunFolder(tmp_path).open(tiny_config(), resume=False, force=False),
+        RunFolder(tmp_path).open(tiny_config(), INPUTS, resume=False, force=False),
     ):
         raise ZeroDivisionError
     assert opened(tmp_path, tiny_config(), force=True) is None
@@ -304,7 +374,8 @@ def test_a_run_that_failed_gives_the_folder_back(tmp_path: Path, tiny_config: Co
 def test_save_writes_the_checkpoint_before_the_state(
     tmp_path: Path, tiny_config: Config, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = finished(tmp_path)
+    finished(tmp_path)
+    folder = RunFolder(tmp_path)
     old = (tmp_path / "state.pt").read_bytes()
 
     class Killed(BaseException):
@@ -314,7 +385,7 @@ def test_save_writes_the_checkpoint_before_the_state(
         raise Killed
 
     monkeypatch.setattr("cm_runtime.training.run.save_plain", killed)
-    with pytest.raises(Killed):
+    with folder.open(tiny_config(), INPUTS, resume=True, force=False), pytest.raises(Killed):
         folder.save({"step": 2}, checkpoint(steps=2))
     assert load_checkpoint(folder.checkpoint).training.steps == 2
     assert (tmp_path / "state.pt").read_bytes() == old
@@ -344,10 +415,13 @@ def spoilt(path: Path) -> None:
 def test_what_cannot_be_written_is_one_line_that_names_the_file(
     tmp_path: Path, tiny_config: Config, finished: Finished, write: Callable[[RunFolder], None], named: str
 ) -> None:
-    folder = finished(tmp_path)
-    spoilt(tmp_path)
-    with pytest.raises(OutputError) as caught:
-        write(folder)
+    finished(tmp_path)
+    folder = RunFolder(tmp_path)
+    with folder.open(tiny_config(), INPUTS, resume=True, force=False):
+        folder.begin({}, 24, tensorboard=True)
+        spoilt(tmp_path)
+        with pytest.raises(OutputError) as caught:
+            write(folder)
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
