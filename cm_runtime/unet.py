@@ -107,7 +107,7 @@ class Dropout(nn.Module):
         bits = torch.arange(h[0].numel(), dtype=torch.int32, device=h.device) * _signed(0x9E3779B1) + self.layer
         k0, k1 = key.to(torch.int32).unbind(1)  # the low 32 bits, as they are
         kept = _hash(_hash(bits ^ k0[:, None]) + k1[:, None]) >= _signed(int(self.p * 2**32) + 2**31)
-        return h * (kept.reshape(h.shape) * (1 / (1 - self.p))).to(h.dtype)
+        return h * (kept.reshape(h.shape).to(h.dtype) * (1 / (1 - self.p)))
 
 
 def _hash(h: Tensor) -> Tensor:

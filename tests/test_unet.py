@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cm_runtime.unet import GroupNorm, UNet, UNetConfig, timestep_embedding
+from cm_runtime.unet import Dropout, GroupNorm, UNet, UNetConfig, timestep_embedding
 
 IMAGENET_64 = {
     "image_size": 64,
@@ -437,3 +437,114 @@ def test_every_choice_changes_the_network(changes, rng, randomised):
 def test_impossible_networks_are_refused_by_name(changes, complaint):
     with pytest.raises(ValidationError, match=complaint):
         tiny(**changes)
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def keys_of(*numbers):
+    """A key for each number: words of 32 bits."""
+    words = [np.random.Generator(np.random.Philox(number)).integers(0, 1 << 32, 2) for number in numbers]
+    return torch.from_numpy(np.array(words, np.int64))
+
+
+def kept(p, key, layer=0, elements=(4, 25, 100)):
+    """Which elements a layer keeps: (N, *elements) bool."""
+    return Dropout(p, layer).train()(torch.ones(len(key), *elements, dtype=torch.float64), key) != 0
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    key = keys_of(*range(20))
+    found = Dropout(p, 3).train()(torch.ones(20, 4, 25, 100, dtype=torch.float64), key)
+    n = found.numel()
+    dropped = (found == 0).sum().item()
+    assert abs(dropped - n * p) < 5 * math.sqrt(n * p * (1 - p))
+    assert found.unique().tolist() == [0, pytest.approx(1 / (1 - p), rel=1e-15)]
+    assert found.mean().item() == pytest.approx(1, abs=5 * math.sqrt(p / (1 - p) / n))
+    per_image = (found == 0).double().flatten(1).sum(1)
+    assert (per_image - 10_000 * p).abs().max() < 5 * math.sqrt(10_000 * p * (1 - p))
+
+
+def test_dropouts_mask_is_its_printed_hash():
+    """lowbias32 (C. Wellons) in Python integers, which do not wrap."""
+    word = 0xFFFFFFFF
+
+    def lowbias32(x):
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & word
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & word
+        return x ^ (x >> 16)
+
+    key, layer, p = keys_of(5, 6), 7, 0.3
+    wanted = []
+    for k0, k1 in key.tolist():
+        bits = [(e * 0x9E3779B1 + layer) & word for e in range(255)]
+        hashed = [lowbias32((lowbias32(b ^ k0) + k1) & word) for b in bits]
+        # as a signed number, counted from the lowest
+        wanted.append([(value + 2**31) & word >= int(p * 2**32) for value in hashed])
+    assert kept(p, key, layer, (255,)).tolist() == wanted
+
+
+def test_an_images_mask_is_the_same_in_every_batch():
+    whole = kept(0.5, keys_of(*range(12)), layer=4)
+    for some in ([3], [11, 0, 5], [7, 7]):
+        assert torch.equal(kept(0.5, keys_of(*some), layer=4), whole[some])
+    channels_last = torch.ones(12, 4, 25, 100).to(memory_format=torch.channels_last)
+    assert torch.equal(Dropout(0.5, 4).train()(channels_last, keys_of(*range(12))) != 0, whole)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_masks_of_other_keys_layers_and_elements_are_independent(p):
+    key = keys_of(*range(8))
+    flipped = key.clone()
+    flipped[:, 0] ^= 1 << 20  # keys that differ in one bit
+    masks = [kept(p, key, layer) for layer in (0, 1, 2, 1000)]
+    masks += [kept(p, other) for other in (flipped, key.flip(1), keys_of(*range(8, 16)), key.roll(1, 0))]
+    flat = torch.stack([mask.flatten() for mask in masks])
+    shifted = torch.stack([flat[0].roll(by) for by in (1, 2, 25, 100, 2500, 10_000)])  # neighbours and channels
+    correlation = np.corrcoef(torch.cat([flat, shifted]).double().numpy()) - np.eye(len(flat) + len(shifted))
+    # key.roll is the masks of other images, moved: row 7 is row 0 rolled by an image, which shifted[-1] is, too
+    correlation[[7, 13], [13, 7]] = 0
+    assert np.abs(correlation).max() < 5 / math.sqrt(80_000)
+
+
+def test_dropout_without_a_key_is_torchs():
+    h = torch.ones(3, 1000)
+    layer = Dropout(0.5, 0).train()
+    torch.manual_seed(0)
+    found = layer(h)
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.nn.functional.dropout(h, 0.5))
+    assert not torch.equal(layer(h), found)
+
+
+def test_dropout_does_nothing_in_evaluation_or_where_p_is_zero():
+    h, key = torch.randn(3, 7), keys_of(0, 1, 2)
+    assert torch.equal(Dropout(0.5, 0).eval()(h, key), h)
+    assert torch.equal(Dropout(0.0, 0).train()(h, key), h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dropout_keeps_the_type_of_what_it_drops(dtype):
+    key = keys_of(0, 1)
+    found = Dropout(0.5, 0).train()(torch.ones(2, 99, dtype=dtype), key)
+    assert found.dtype == dtype and torch.equal(found != 0, kept(0.5, key, elements=(99,)))
+
+
+def test_every_layer_of_a_network_has_a_number_of_its_own():
+    network = UNet(tiny(dropout=0.5, resample="resblock"))
+    layers = [module.layer for module in network.modules() if isinstance(module, Dropout)]
+    assert len(layers) > 8 and len(set(layers)) == len(layers)
+
+
+def test_a_networks_masks_follow_the_images_and_not_their_batch(rng, randomised):
+    network = randomised(UNet(tiny(dropout=0.5))).double().train()
+    x, key = torch.from_numpy(rng.standard_normal((5, 3, 8, 8))), keys_of(*range(5))
+    c_noise = torch.zeros(5, dtype=torch.float64)
+    with torch.no_grad():
+        together = network(x, c_noise, None, key)
+        alone = network(x[3:4], c_noise[3:4], None, key[3:4])
+        other = network(x[3:4], c_noise[3:4], None, key[2:3])
+    assert together.dtype == torch.float64
+    torch.testing.assert_close(alone, together[3:4], rtol=1e-11, atol=1e-11)
+    assert (alone - other).abs().max() > 1e-3
