@@ -42,6 +42,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 from cm_runtime.errors import CheckpointError, CmRuntimeError, DataError
+from cm_runtime.evaluate.moments import frechet_distance, moments
 from cm_runtime.files import check_writable, written
 
 Array = npt.NDArray[Any]
@@ -211,36 +212,6 @@ def load_classifier(path: Path, recipe: Recipe) -> Classifier:
     if trained_as != asdict(recipe):
         raise CheckpointError(f"{path}: trained as {trained_as}, asked for {asdict(recipe)}; name another file")
     return classifier.eval()
-
-
-def moments(features: Array) -> tuple[Array, Array]:
-    """Mean (D,) and covariance (D, D) float64 of ``features`` (N, D), N at least 2, with divisor N - 1."""
-    f = np.asarray(features, dtype=np.float64)
-    if f.ndim != 2 or len(f) < 2 or not np.isfinite(f).all():
-        raise DataError(f"features of shape {f.shape}: at least two rows of finite numbers are needed")
-    mean = f.mean(0)
-    centred = f - mean
-    return mean, centred.T @ centred / (len(f) - 1)
-
-
-def frechet_distance(a: tuple[Array, Array], b: tuple[Array, Array]) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two (mean (D,), covariance (D, D)), in float64.
-
-    arXiv 1706.08500, eq. 6. With S = R R^T, tr (S_a S_b)^(1/2) is the sum of the singular values of
-    R_a^T R_b: real and accurate for singular covariances too, where a square root of the product is neither.
-    """
-    (mean_a, cov_a), (mean_b, cov_b) = a, b
-    overlap = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
-    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
-    return max(float(distance), 0.0)
-
-
-def _root(covariance: Array) -> Array:
-    """R (D, D) with R R^T = ``covariance``; eigenvalues that rounding alone could have made count as zero."""
-    values, vectors = np.linalg.eigh(covariance)
-    noise = len(values) * np.finfo(np.float64).eps * np.abs(values).max()
-    root: Array = vectors * np.sqrt(np.where(values > noise, values, 0.0))
-    return root
 
 
 def add_noise(images: Array, std: float, seed: int) -> Array:

@@ -1,20 +1,21 @@
 """The manifest inside every exported file: all that a sampler must know, without the weights.
 
-An ``.onnx`` carries it as JSON under the metadata key ``cm_runtime``. It is read here straight from the
-protobuf's outermost fields, so that asking a 2 GB file what it is takes no memory and no package.
+An ``.onnx`` carries it as JSON under the metadata key ``cm_runtime``. It is read and replaced here
+straight in the protobuf's outermost fields, so that asking a 2 GB file what it is takes no memory and no package.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cm_runtime import files, protobuf
 from cm_runtime.errors import ArtifactError
 from cm_runtime.precond import Form, precond
+from cm_runtime.protobuf import MalformedError, fields, read_entry, write_entry
 from cm_runtime.schedule import RHO, SIGMA_MAX, SIGMA_MIN, checked_sigmas
 
 METADATA_KEY = "cm_runtime"
@@ -22,6 +23,7 @@ FORMAT_VERSION = 1
 _MANIFEST_LIMIT = 1 << 20
 _METADATA_PROPS = 14  # field of onnx.ModelProto
 _GRAPH = 7
+_PIECE = 1 << 20
 
 
 Size = Annotated[int, Field(gt=0, le=4096)]
@@ -110,68 +112,54 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise ArtifactError(f"{where}: no such file") from error
     except OSError as error:
         raise ArtifactError(f"{where} cannot be read: {error.strerror or error}") from error
-    except _MalformedError as error:
+    except MalformedError as error:
         raise ArtifactError(f"{where} is not an ONNX file, or is truncated ({error})") from error
     if METADATA_KEY not in found:
         raise ArtifactError(f"{where} was not exported by cm-runtime; make one with: cm-runtime export CHECKPOINT")
     return parse_manifest(found[METADATA_KEY], where)
 
 
-class _MalformedError(Exception):
-    """The bytes are not a protobuf message that could be an onnx.ModelProto."""
+def write_manifest(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], manifest: Manifest, *, force: bool = False
+) -> None:
+    """A copy of the exported file ``source`` that carries ``manifest`` instead of its own; they may be one path.
+
+    The rest is copied as it is, a piece at a time, so it takes no memory either; the copy appears whole or not at
+    all. Raises ArtifactError where `read_manifest` would, OutputError where ``target`` exists without ``force``.
+    """
+    read_manifest(source)
+    with files.written(target, force=force) as temporary:
+        with Path(source).open("rb") as old, temporary.open("wb") as new:
+            for field in fields(old, os.fstat(old.fileno()).st_size):
+                if not _is_manifest(field, old):
+                    old.seek(field.start)
+                    _copy(old, new, field.payload + field.length - field.start)
+            new.write(write_entry(_METADATA_PROPS, METADATA_KEY, manifest.model_dump_json().encode()))
+        if read_manifest(temporary) != manifest:
+            raise ArtifactError(f"{target}: the manifest does not read back as it was written")
 
 
 def _metadata(file: BinaryIO, size: int) -> dict[str, bytes]:
     props: dict[str, bytes] = {}
     graph = False
-    for field, length in _fields(file, size):
-        if field == _METADATA_PROPS and length <= _MANIFEST_LIMIT:
-            entry = file.read(length)
-            key, value = _string_entry(entry)
+    for field in fields(file, size):
+        if field.number == _METADATA_PROPS and field.length <= _MANIFEST_LIMIT:
+            key, value = read_entry(file.read(field.length))
             props[key] = value
-        else:
-            graph = graph or field == _GRAPH
-            file.seek(length, os.SEEK_CUR)
+        graph = graph or field.number == _GRAPH
     if not graph:
-        raise _MalformedError("it holds no graph")
+        raise MalformedError("it holds no graph")
     return props
 
 
-def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
-    """(field number, bytes of payload) of each field; the caller moves past the payload."""
-    while file.tell() < end:
-        tag = _varint(file)
-        field, wire = tag >> 3, tag & 7
-        if wire not in (0, 1, 2, 5) or field == 0:
-            raise _MalformedError(f"byte {file.tell()} starts no field")
-        if wire == 0:
-            _varint(file)
-            yield field, 0
-            continue
-        length = {1: 8, 5: 4}.get(wire) or _varint(file)
-        if file.tell() + length > end:
-            raise _MalformedError(f"a field of {length} bytes runs past its end")
-        yield field, length
+def _is_manifest(field: protobuf.Field, file: BinaryIO) -> bool:
+    """Whether this metadata entry, at whose payload ``file`` stands, is ours."""
+    if field.number != _METADATA_PROPS or field.length > _MANIFEST_LIMIT:
+        return False
+    return read_entry(file.read(field.length))[0] == METADATA_KEY
 
 
-def _varint(file: BinaryIO) -> int:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = file.read(1)
-        if not byte:
-            raise _MalformedError("it ends inside a number")
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-    raise _MalformedError("a number has too many bytes")
-
-
-def _string_entry(entry: bytes) -> tuple[str, bytes]:
-    """An onnx.StringStringEntryProto: key is field 1, value is field 2."""
-    import io
-
-    found = {1: b"", 2: b""}
-    file = io.BytesIO(entry)
-    for field, length in _fields(file, len(entry)):
-        found[field] = file.read(length)
-    return found[1].decode(errors="replace"), found[2]
+def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
+    while count and (piece := old.read(min(count, _PIECE))):
+        new.write(piece)
+        count -= len(piece)

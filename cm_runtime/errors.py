@@ -17,6 +17,10 @@
 Foreign exceptions are wrapped in the most telling of these with ``raise ... from error``.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class CmRuntimeError(Exception):
     """Base of all errors that cm-runtime raises on purpose. ``str(error)`` is one line, whatever names a file holds."""
@@ -76,3 +80,9 @@ class TrainingError(CmRuntimeError):
 
 class Interrupted(CmRuntimeError):
     """Training was asked to stop and has saved its state; the command line ends with status 130."""
+
+
+def data_error(where: Path | str, wrong: str, cure: str) -> DataError:
+    """``where: wrong; cure`` on one line, whatever newlines or escape codes a file's name brings along."""
+    line = " ".join(f"{where}: {wrong}; {cure}".split())
+    return DataError("".join(char if char.isprintable() else "?" for char in line))

@@ -101,6 +101,46 @@ def request(
     """
     if manifest.is_teacher:
         raise RequestError("this model is an EDM teacher, which a few steps cannot sample; make it consistent first")
+    if sigmas is not None:
+        if steps is not None:
+            raise RequestError("give steps or sigmas, not both")
+        levels = checked_sigmas(sigmas, manifest.sigma_min, manifest.sigma_max)
+    else:
+        chosen = 2 if steps is None else steps
+        levels = sampler_sigmas(chosen, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
+    return _request(manifest, count, levels, seed, start, labels, micro_batch, output, clip)
+
+
+def teacher_request(
+    manifest: Manifest,
+    count: int,
+    steps: int = 18,
+    *,
+    seed: int = 0,
+    start: int = 0,
+    labels: Labels = None,
+    micro_batch: int,
+) -> Request:
+    """A request for `teacher_batches`: the Karras grid of ``steps`` ODE steps. Raises RequestError."""
+    if not manifest.is_teacher:
+        raise RequestError("this model is no EDM teacher; a few steps sample it")
+    if not 2 <= steps <= 1000:
+        raise RequestError(f"an EDM teacher takes from 2 to 1000 ODE steps, not {steps}")
+    levels = tuple(float(s) for s in karras_sigmas(steps, manifest.sigma_min, manifest.sigma_max, manifest.rho))
+    return _request(manifest, count, levels, seed, start, labels, micro_batch, "uint8", True)
+
+
+def _request(
+    manifest: Manifest,
+    count: int,
+    levels: tuple[float, ...],
+    seed: int,
+    start: int,
+    labels: Labels,
+    micro_batch: int,
+    output: Output,
+    clip: bool,
+) -> Request:
     if count < 1:
         raise RequestError(f"count must be at least 1, not {count}")
     micro_batch = min(micro_batch, count)
@@ -112,13 +152,6 @@ def request(
         raise RequestError(f"image indices must be from 0 to 2^64-1; {count} images from {start} are not")
     if output not in ("uint8", "float32"):
         raise RequestError(f"output must be uint8 or float32, not {output!r}")
-    if sigmas is not None:
-        if steps is not None:
-            raise RequestError("give steps or sigmas, not both")
-        levels = checked_sigmas(sigmas, manifest.sigma_min, manifest.sigma_max)
-    else:
-        chosen = 2 if steps is None else steps
-        levels = sampler_sigmas(chosen, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
     checked = _checked_labels(labels, manifest.num_classes)
     return Request(count, levels, seed, start, checked, micro_batch, output, clip)
 
@@ -152,14 +185,28 @@ def batches(model: Denoiser, chosen: Request, noise: Array | None = None) -> Ite
 
     noise: (K,count,C,H,W) standard normals in place of those of the request's seed.
     """
-    manifest = model.manifest
+    for index, labels, source in _parts(model.manifest, chosen, noise):
+        x0 = run(model, HostSteps(source, model.manifest.sigma_min, chosen.clip), chosen.sigmas, labels)
+        yield Batch(index, labels, to_uint8(x0) if chosen.output == "uint8" else to_nhwc(x0))
+
+
+def teacher_batches(model: Denoiser, chosen: Request) -> Iterator[Batch]:
+    """The images of a `teacher_request`, from the same first noise and with the same labels, by `heun`."""
+    for index, labels, source in _parts(model.manifest, chosen, None):
+        ops = HostSteps(source, model.manifest.sigma_min)
+        x0 = heun(model, ops.first(chosen.sigmas[0]), labels, len(chosen.sigmas))
+        yield Batch(index, labels, to_uint8(ops.finish(x0)))
+
+
+def _parts(
+    manifest: Manifest, chosen: Request, noise: Array | None
+) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64] | None, Callable[[int], Array]]]:
+    """Index, labels and noise of each micro-batch."""
     for first in range(0, chosen.count, chosen.micro_batch):
         size = min(chosen.micro_batch, chosen.count - first)
         index = np.arange(size, dtype=np.uint64) + np.uint64(chosen.start + first)
         source = _seeded(chosen.seed, index, manifest.image_shape) if noise is None else _given(noise, first, size)
-        labels = labels_of(chosen, index, manifest.num_classes)
-        x0 = run(model, HostSteps(source, manifest.sigma_min, chosen.clip), chosen.sigmas, labels)
-        yield Batch(index, labels, to_uint8(x0) if chosen.output == "uint8" else to_nhwc(x0))
+        yield index, labels_of(chosen, index, manifest.num_classes), source
 
 
 def sample(

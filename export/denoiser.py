@@ -87,7 +87,7 @@ def build_graph(model: ConsistencyModel) -> onnx_package.ModelProto:
         inputs.append(torch.zeros(n, dtype=torch.int64))
         names.append("label")
     N = torch.export.Dim("N", min=1, max=1 << 20)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             _Denoiser(model).eval(),
             tuple(inputs),
@@ -120,7 +120,7 @@ def strip(graph: onnx_package.ModelProto) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch's exporter warns of packages that are no concern of ours."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level

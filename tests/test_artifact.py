@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 from pydantic import ValidationError
 
-from cm_runtime.artifact import Manifest, Parity, TrainingSummary, parse_manifest, read_manifest
-from cm_runtime.errors import ArtifactError, CmRuntimeError
+from cm_runtime.artifact import Manifest, Parity, TrainingSummary, parse_manifest, read_manifest, write_manifest
+from cm_runtime.errors import ArtifactError, CmRuntimeError, OutputError
 
 # What an exported file says of itself, as a reader of the format would write it down.
 PLAIN = {
@@ -336,3 +336,75 @@ def test_a_manifest_does_not_change(make_manifest):
 def test_a_refusal_can_be_caught_as_any_of_its_bases(tmp_path):
     with pytest.raises(CmRuntimeError):
         read_manifest(tmp_path / "none.onnx")
+
+
+# --- another manifest in the same file --------------------------------------------------------------------------------
+
+
+def tuned(path: os.PathLike[str]) -> Manifest:
+    return read_manifest(path).model_copy(update={"sigmas": {3: (80.0, 5.0, 0.7)}})
+
+
+@pytest.mark.parametrize("functions", [False, True])
+def test_only_the_manifest_is_replaced(tmp_path, functions):
+    """The onnx package finds the same graph, functions and other entries in the copy, and one manifest."""
+    others = {"author": "someone", "cm_runtime": json.dumps(PLAIN), "notes": "x" * 255}
+    before = model(others, functions)
+    before.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(255 * 7, dtype=np.float32), "w"))
+    onnx.save(before, tmp_path / "m.onnx")
+    write_manifest(tmp_path / "m.onnx", tmp_path / "new.onnx", tuned(tmp_path / "m.onnx"))
+    after = onnx.load(tmp_path / "new.onnx")
+    onnx.checker.check_model(after)
+    entries = {prop.key: prop.value for prop in after.metadata_props}
+    assert json.loads(entries.pop("cm_runtime"))["sigmas"] == {"3": [80.0, 5.0, 0.7]}
+    assert len(after.metadata_props) == 3 and entries == {"author": "someone", "notes": "x" * 255}
+    for made in (before, after):
+        del made.metadata_props[:]
+    assert after == before
+    assert read_manifest(tmp_path / "new.onnx").sigmas == {3: (80.0, 5.0, 0.7)}
+    assert read_manifest(tmp_path / "m.onnx").sigmas == {1: (80.0,), 2: (80.0, 1.382368)}
+
+
+def test_a_manifest_is_replaced_in_place_by_force_only(tmp_path, content):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(OutputError, match="--force"):
+        write_manifest(path, path, tuned(path))
+    assert path.read_bytes() == content
+    write_manifest(path, path, tuned(path), force=True)
+    assert read_manifest(path).sigmas == {3: (80.0, 5.0, 0.7)}
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_copies_of_a_manifest_in_one_file_are_all_replaced(tmp_path, content):
+    """Whichever of them a reader takes, it reads the new one."""
+    path = tmp_path / "m.onnx"
+    entry = onnx.load_from_string(content).metadata_props[0].SerializeToString()
+    path.write_bytes(content + field(14, entry))
+    write_manifest(path, path, tuned(path), force=True)
+    assert [prop.key for prop in onnx.load(path).metadata_props] == ["cm_runtime"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
+def test_a_file_that_cannot_be_read_gets_no_manifest(tmp_path, content, damage):
+    path, target = tmp_path / "m.onnx", tmp_path / "new.onnx"
+    path.write_bytes(content)
+    manifest = tuned(path)
+    path.write_bytes(content[:-5] if damage == "truncated" else model({}).SerializeToString())
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(ArtifactError, match=r"m\.onnx"):
+        write_manifest(path, target, manifest)
+    assert not target.exists() and not list(tmp_path.glob(".cm-*"))
+
+
+def test_a_large_file_is_copied_in_pieces(tmp_path, content):
+    """A graph of 64 MB takes a few."""
+    path = tmp_path / "m.onnx"
+    path.write_bytes(field(7, b"", 64 << 20) + bytes(64 << 20) + content)
+    tracemalloc.start()
+    write_manifest(path, path, tuned(path), force=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+    assert read_manifest(path).sigmas == {3: (80.0, 5.0, 0.7)}

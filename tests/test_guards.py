@@ -19,8 +19,9 @@ PACKAGE = ROOT / "cm_runtime"
 
 # A file imports only from its left. Nothing imports the face (__init__.py, __main__.py), which may import everything.
 ORDER = """
-    errors < files, extras < schedule, precond, noise, artifact < images, steps < sampling < editing < unet < model
-    < checkpoint < importers < kernels < cuda < backends < evaluate < training < export < bench < cli
+    errors < files, extras, bounded, npz, protobuf < schedule, precond, noise, artifact < images, steps < sampling
+    < editing < unet < model < checkpoint < importers < kernels < cuda < backends < evaluate < training < export
+    < bench < cli
 """
 PLACES = ORDER.replace("<", " ").replace(",", " ").split()
 FACE = {"", "__main__"}

@@ -11,8 +11,19 @@ import scipy.stats
 from cm_runtime import noise
 from cm_runtime.artifact import TrainingSummary
 from cm_runtime.errors import EngineError, RequestError
-from cm_runtime.sampling import Denoiser, batches, even, heun, request, run, sample, split
-from cm_runtime.steps import HostSteps
+from cm_runtime.sampling import (
+    Denoiser,
+    batches,
+    even,
+    heun,
+    request,
+    run,
+    sample,
+    split,
+    teacher_batches,
+    teacher_request,
+)
+from cm_runtime.steps import HostSteps, to_uint8
 
 LAST = 2**64 - 1
 S, EPS, T = 0.5, 0.002, 80.0
@@ -435,3 +446,31 @@ def test_heun_hands_its_labels_to_the_model(make_manifest, rng):
     model = Teacher(make_manifest(num_classes=7))
     heun(model, rng.standard_normal((3, 1, 3, 7)).astype(np.float32), np.array([6, 0, 3]), 2)
     assert model.labels == [6, 0, 3] * 3
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 7])
+def test_a_teachers_images_are_heuns_from_the_addressed_noise(make_manifest, micro_batch):
+    """The same first noise and labels as a few-step request of that seed has, whatever the micro-batch."""
+    model = Teacher(make_manifest(training=TEACHER, num_classes=4))
+    chosen = teacher_request(model.manifest, 7, 5, seed=3, start=LAST - 6, labels="random", micro_batch=micro_batch)
+    parts = list(teacher_batches(model, chosen))
+    index = np.concatenate([part.index for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    assert index.tolist() == list(range(LAST - 6, LAST + 1))
+    assert labels.tolist() == noise.random_labels(3, index, 4).tolist()
+    x = np.float32(T) * noise.normal(3, index, 0, (1, 3, 7))
+    images = np.concatenate([part.images for part in parts])
+    np.testing.assert_array_equal(images, to_uint8(heun(model, x, labels, 5)))
+    levels = [(T ** (1 / 7) + i / 4 * (EPS ** (1 / 7) - T ** (1 / 7))) ** 7 for i in range(5)]
+    assert chosen.sigmas == pytest.approx(levels)
+
+
+@pytest.mark.parametrize("steps", [1, 1001])
+def test_a_teachers_steps_are_bounded(make_manifest, steps):
+    with pytest.raises(RequestError, match="2 to 1000 ODE steps"):
+        teacher_request(make_manifest(training=TEACHER), 1, steps, micro_batch=1)
+
+
+def test_what_is_no_teacher_needs_no_solver(gaussian):
+    with pytest.raises(RequestError, match="no EDM teacher"):
+        teacher_request(gaussian.manifest, 1, micro_batch=1)

@@ -38,27 +38,12 @@ class OrtBackend:
         device: str = "cpu",
         threads: int = 0,
     ) -> None:
-        self._ort = require("onnxruntime", "the ONNX Runtime backend")
+        ort = require("onnxruntime", "the ONNX Runtime backend")
         where = "the exported graph" if isinstance(model, bytes) else str(Path(model))
         self.manifest = manifest or read_manifest(where)
         self.device = device
-        self.version = f"onnxruntime {self._ort.__version__}"
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = checked_threads(threads)
-        options.log_severity_level = 3
-        provider = self._provider(device)
-        try:
-            # Without enable_fallback=0 it would print on standard output and go on with other providers.
-            self._session = self._ort.InferenceSession(
-                model if isinstance(model, bytes) else where, options, providers=[provider], enable_fallback=0
-            )
-        except Exception as error:  # its exceptions share no base of their own
-            reason = str(error).splitlines()[0]
-            if provider == "CPUExecutionProvider":
-                raise ArtifactError(f"{where}: ONNX Runtime cannot load it: {reason}") from error
-            raise EngineError(f"ONNX Runtime cannot use {device}: {reason}") from error
-        if self._session.get_providers()[0] != (provider if isinstance(provider, str) else provider[0]):
-            raise EngineError(f"ONNX Runtime could not start on {device}; is there a driver for this GPU?")
+        self.version = f"onnxruntime {ort.__version__}"
+        self._session = open_session(model, where, device, threads)
 
     @property
     def micro_batch(self) -> int:
@@ -81,14 +66,40 @@ class OrtBackend:
             raise EngineError(f"the graph made {found[0]} {found[1]} of {images.shape}, which its manifest denies")
         return denoised  # type: ignore[no-any-return]
 
-    def _provider(self, device: str) -> Any:
-        if device == "cpu":
-            return "CPUExecutionProvider"
-        kind, _, number = device.partition(":")
-        if kind != "cuda" or not (number or "0").isdigit():
-            raise EngineError(f"device must be auto, cpu or cuda:N, not {device}")
-        if "CUDAExecutionProvider" not in self._ort.get_available_providers():
-            raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: pip install 'cm-runtime[gpu]'")
-        if hasattr(self._ort, "preload_dlls"):
-            self._ort.preload_dlls()  # the CUDA libraries of pip packages
-        return "CUDAExecutionProvider", {"device_id": number or "0"}
+
+def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str, threads: int) -> Any:
+    """An onnxruntime.InferenceSession of a path or a file's bytes, on cpu or cuda:N and no other device.
+
+    where: what errors call it; threads: 0 leaves it to ONNX Runtime. Raises ArtifactError and EngineError.
+    """
+    ort = require("onnxruntime", "the ONNX Runtime backend")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = checked_threads(threads)
+    options.log_severity_level = 3
+    provider = _provider(ort, device)
+    try:
+        # Without enable_fallback=0 it would print on standard output and go on with other providers.
+        session = ort.InferenceSession(
+            model if isinstance(model, bytes) else where, options, providers=[provider], enable_fallback=0
+        )
+    except Exception as error:  # its exceptions share no base of their own
+        reason = str(error).splitlines()[0]
+        if provider == "CPUExecutionProvider":
+            raise ArtifactError(f"{where}: ONNX Runtime cannot load it: {reason}") from error
+        raise EngineError(f"ONNX Runtime cannot use {device}: {reason}") from error
+    if session.get_providers()[0] != (provider if isinstance(provider, str) else provider[0]):
+        raise EngineError(f"ONNX Runtime could not start on {device}; is there a driver for this GPU?")
+    return session
+
+
+def _provider(ort: Any, device: str) -> Any:
+    if device == "cpu":
+        return "CPUExecutionProvider"
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise EngineError(f"device must be auto, cpu or cuda:N, not {device}")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: pip install 'cm-runtime[gpu]'")
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # the CUDA libraries of pip packages
+    return "CUDAExecutionProvider", {"device_id": number or "0"}

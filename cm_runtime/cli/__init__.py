@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from cm_runtime.cli.doctor import doctor
+from cm_runtime.cli.eval import evaluate
 from cm_runtime.cli.export import export
 from cm_runtime.cli.info import info
 from cm_runtime.cli.sample import sample
 from cm_runtime.cli.train import train
+from cm_runtime.cli.tune import tune
 from cm_runtime.errors import CmRuntimeError, Interrupted
 
 INTERRUPTED = 130
@@ -23,8 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (sample, export, train, info, doctor):
+for command in (sample, export, train, tune, info, doctor):
     app.command()(command)
+app.command("eval")(evaluate)  # eval is Python's own
 
 
 def _version(asked: bool) -> None:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cm_runtime.cli import values
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cm_runtime.artifact import Manifest
-    from cm_runtime.sampling import Batch, Denoiser, Labels, Request
+    from cm_runtime.sampling import Batch, Denoiser, Request
 
 
 def sample(
@@ -55,18 +56,16 @@ def sample(
     files.check_writable(output)
     if batch < 1:
         raise RequestError(f"--batch must be at least 1, not {batch}")
-    if threads is not None and threads < 1:
-        raise RequestError(f"--threads must be at least 1, not {threads}")
-    engine = backends.load(model, backend, device, threads or 0)  # type: ignore[arg-type]
+    engine = backends.load(model, backend, device, values.threads(threads))  # type: ignore[arg-type]
     chosen = sampling.request(
         engine.manifest,
         batch if count is None else count,
         steps,
-        sigmas=_floats(sigmas),
+        sigmas=values.sigmas(sigmas),
         seed=seed,
         start=start,
-        labels=_labels(labels),
-        micro_batch=sampling.even(batch, engine.micro_batch) if micro_batch == "auto" else _whole(micro_batch),
+        labels=values.labels(labels),
+        micro_batch=values.micro_batch(micro_batch, batch, engine.micro_batch),
         output="float32" if floats else "uint8",
     )
     _write(engine, chosen, batch, output)
@@ -108,28 +107,3 @@ def _description(chosen: Request, manifest: Manifest) -> dict[str, object]:
         "micro_batch": chosen.micro_batch,
         "model_sha256": manifest.source_sha256,
     }
-
-
-def _labels(text: str | None) -> Labels:
-    if text is None or text == "all" or text == "random":
-        return text  # type: ignore[return-value]
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise RequestError(f"--labels takes all, random or classes separated by commas, not {text!r}") from error
-
-
-def _floats(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise RequestError(f"--sigmas takes numbers separated by commas, not {text!r}") from error
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise RequestError(f"--micro-batch takes auto or a whole number, not {text!r}") from error

@@ -186,8 +186,8 @@ class _Run:
         model = build(model_config_of(self.config, self.data, phase))
         teacher: ode.Denoise | None = None
         if before is not None:
-            if before.config.network != model.config.network:
-                raise TrainingError(f"{self.config.init} is of another network: {_difference(before, model)}")
+            if difference := _difference(before, model):
+                raise TrainingError(f"{self.config.init} is of another network: {difference}")
             start = before.model()
             model.load_state_dict(start.state_dict())
             if phase.method == "cd":
@@ -254,7 +254,7 @@ class _Run:
 
 
 def _difference(before: Checkpoint, model: ConsistencyModel) -> str:
-    """The first key of the network that differs."""
+    """The first key of the network that differs; nothing where the weights fit. Dropout has no weights."""
     there, here = before.config.network.model_dump(), model.config.network.model_dump()
-    key = next(key for key in here if there[key] != here[key])
-    return f"{key} {there[key]}, not {here[key]}"
+    differ = (f"{key} {there[key]}, not {here[key]}" for key in here if key != "dropout" and there[key] != here[key])
+    return next(differ, "")

@@ -45,6 +45,7 @@ class RunFolder:
         self._state = path / "state.pt"
         self._log = path / "log.jsonl"
         self._sessions = path / "run.json"
+        self._made_of: dict[str, Any] = {}
         self._board: Board | None = None
 
     @contextmanager
@@ -69,7 +70,7 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise OutputError(f"another run is training in {self.path}") from error
-            self._inputs = inputs
+            self._made_of = {"config": config.model_dump(mode="json"), "inputs": inputs}
             if resume:
                 state = self._resumed(config)
                 self._sweep()
@@ -96,7 +97,8 @@ class RunFolder:
             except (OSError, ValueError, TypeError) as error:
                 raise TrainingError(f"{self._sessions} is damaged; move it away") from error
         with files.written(self._sessions) as temporary:
-            lines = json.dumps([*sessions, {**session, "inputs": self._inputs, "from_images": images}], indent=1)
+            entry = {**session, "inputs": self._made_of["inputs"], "from_images": images}
+            lines = json.dumps([*sessions, entry], indent=1)
             temporary.write_text(lines + "\n", encoding="utf-8")
         if tensorboard:
             self._board = Board(self.path / "tensorboard", images)
@@ -104,7 +106,7 @@ class RunFolder:
     def save(self, state: dict[str, Any], checkpoint: Checkpoint) -> None:
         """Checkpoint first, then the state: a kill between the two loses nothing."""
         save_checkpoint(checkpoint, self.checkpoint)
-        save_plain({"format": STATE_FORMAT, "inputs": self._inputs, **state}, self._state)
+        save_plain({"format": STATE_FORMAT, **self._made_of, **state}, self._state)
 
     def kept(self, phase: int, method: str) -> Path:
         """Where the checkpoint of a finished phase is."""
@@ -160,7 +162,7 @@ class RunFolder:
         before = parse_config(state["config"], str(self._state))
         if changed := _changed(before.model_dump(), config.model_dump()):
             raise TrainingError(f"{self.path} was started with another {changed}; use the same config to resume")
-        for name, sha256 in self._inputs.items():
+        for name, sha256 in self._made_of["inputs"].items():
             if state["inputs"].get(name) != sha256:
                 raise TrainingError(f"{self.path} was started with another {name}; use the same to resume")
         self._forget_after(state["phase"], state["step"])

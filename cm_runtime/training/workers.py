@@ -89,5 +89,7 @@ def joined(device: str) -> Iterator[Workers]:
         raise TrainingError(f"the {world} workers cannot meet: {str(error).splitlines()[0]}") from error
     try:
         yield Workers(dist.get_rank(), world, chosen)
+    except RuntimeError as error:  # ours are none of these: what gloo and NCCL raise when another worker has ended
+        raise TrainingError(f"worker {dist.get_rank()} cannot go on: {str(error).splitlines()[0]}") from error
     finally:
         dist.destroy_process_group()

@@ -35,12 +35,6 @@ def _import() -> ModuleType:
 quality = _import()
 
 
-def random_gaussian(rng: np.random.Generator, dimensions: int) -> tuple[Any, Any]:
-    """A mean and a covariance of full rank that commutes with no other."""
-    factor = rng.standard_normal((dimensions, dimensions + 3))
-    return rng.standard_normal(dimensions), factor @ factor.T
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Torch's rounding depends on its threads."""
@@ -48,84 +42,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-# The distance
-
-
-@pytest.mark.parametrize("dimensions", [1, 3, 7, 128])
-def test_distance_of_equal_sets_is_zero(dimensions: int) -> None:
-    """Up to rounding, and never negative."""
-    features = np.random.default_rng(0).standard_normal((500, dimensions)).astype(np.float32)
-    a = quality.moments(features)
-    assert 0 <= quality.frechet_distance(a, a) <= 1e-11 * np.trace(a[1])
-
-
-@pytest.mark.parametrize("dimensions", [1, 3, 7, 128])
-def test_distance_of_diagonal_gaussians(dimensions: int) -> None:
-    """Commuting covariances: |m_a - m_b|^2 + sum (sqrt a_i - sqrt b_i)^2."""
-    rng = np.random.default_rng(1)
-    m_a, m_b = rng.standard_normal((2, dimensions))
-    a, b = rng.uniform(0, 5, (2, dimensions))
-    a[0] = 0
-    expected = ((m_a - m_b) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert quality.frechet_distance((m_a, np.diag(a)), (m_b, np.diag(b))) == pytest.approx(expected, rel=1e-12)
-
-
-def test_distance_of_a_shift_is_its_squared_length() -> None:
-    """Equal covariances cancel."""
-    rng = np.random.default_rng(2)
-    features, shift = rng.standard_normal((300, 20)) @ rng.standard_normal((20, 20)), rng.standard_normal(20)
-    distance = quality.frechet_distance(quality.moments(features), quality.moments(features + shift))
-    assert distance == pytest.approx((shift**2).sum(), rel=1e-10)
-
-
-@pytest.mark.parametrize("dimensions", [1, 3, 7, 64])
-def test_distance_agrees_with_scipys_square_root(dimensions: int) -> None:
-    """Covariances that do not commute, both ways round."""
-    rng = np.random.default_rng(3)
-    a, b = random_gaussian(rng, dimensions), random_gaussian(rng, dimensions)
-    root = scipy.linalg.sqrtm(a[1] @ b[1])
-    expected = ((a[0] - b[0]) ** 2).sum() + np.trace(a[1] + b[1] - 2 * root.real)
-    assert quality.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert quality.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(("few", "many"), [(2, 500), (20, 500), (20, 30), (2, 3)])
-def test_distance_with_fewer_samples_than_dimensions(few: int, many: int) -> None:
-    """SciPy takes the root of covariances made regular by 1e-10, which is worth 2 * 40 * sqrt(1e-10 * 5)."""
-    rng = np.random.default_rng(4)
-    x, y = rng.standard_normal((few, 40)), rng.standard_normal((many, 40)) * 1.5 + 0.3
-    ridge = 1e-10 * np.eye(40)
-    root = scipy.linalg.sqrtm((np.cov(x.T) + ridge) @ (np.cov(y.T) + ridge))
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root.real)
-    assert quality.frechet_distance(quality.moments(x), quality.moments(y)) == pytest.approx(expected, abs=2e-3)
-
-
-def test_distance_of_gaussians_in_a_subspace() -> None:
-    """Five dimensions embedded in 64 by an isometry: the closed form of the five stays."""
-    rng = np.random.default_rng(5)
-    isometry = np.linalg.qr(rng.standard_normal((64, 5)))[0]
-    a, b = rng.uniform(0.5, 5, (2, 5))
-    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    covariances = [isometry * v @ isometry.T for v in (a, b)]
-    distance = quality.frechet_distance((np.zeros(64), covariances[0]), (np.zeros(64), covariances[1]))
-    assert distance == pytest.approx(expected, rel=1e-9)
-
-
-def test_moments_are_numpys_in_float64() -> None:
-    """Float32 features far from zero, where float32 sums would lose the covariance."""
-    features = (np.random.default_rng(6).standard_normal((1023, 5)) + 1000).astype(np.float32)
-    mean, covariance = quality.moments(features)
-    np.testing.assert_allclose(mean, features.astype(np.float64).mean(0), rtol=1e-14)
-    np.testing.assert_allclose(covariance, np.cov(features.astype(np.float64).T), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("features", [np.zeros((1, 4)), np.zeros(4), np.full((3, 4), np.nan)])
-def test_moments_refuses_what_has_none(features: Any) -> None:
-    """One row has no covariance; NaN must not become a distance."""
-    with pytest.raises(DataError, match="two rows"):
-        quality.moments(features)
 
 
 # The noise yardsticks

@@ -11,10 +11,10 @@ from typing import IO
 
 from rich.progress import Progress
 
+from cm_runtime.errors import data_error
 from cm_runtime.extras import require
 from cm_runtime.training.data.bars import progress_bar
 from cm_runtime.training.data.idx import PREFIX, Split
-from cm_runtime.training.data.image_set import data_error
 from cm_runtime.training.data.known import DATA_SETS, RemoteFile
 
 CHUNK = 2**16

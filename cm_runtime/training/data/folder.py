@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from cm_runtime.errors import DataError
+from cm_runtime.errors import DataError, data_error
 from cm_runtime.training.data.bars import progress_bar
 from cm_runtime.training.data.idx import Split
-from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet, data_error
+from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")

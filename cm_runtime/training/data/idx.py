@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime.training.data.bounded import MAX_INFLATED, open_stream, read_up_to
-from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet, data_error
+from cm_runtime.bounded import MAX_INFLATED, open_stream, read_up_to
+from cm_runtime.errors import data_error
+from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet
 
 Split = Literal["train", "test"]
 

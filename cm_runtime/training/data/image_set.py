@@ -1,26 +1,19 @@
-"""A data set in memory, and how its errors read."""
+"""A data set in memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime.errors import DataError
+from cm_runtime.errors import data_error
 
 MAX_SIDE = 4096
 MAX_CLASSES = 65536
 
 Pixels = NDArray[np.uint8] | NDArray[np.float32]
-
-
-def data_error(where: Path | str, wrong: str, cure: str) -> DataError:
-    """``where: wrong; cure`` on one line, whatever newlines or escape codes a file's name brings along."""
-    line = " ".join(f"{where}: {wrong}; {cure}".split())
-    return DataError("".join(char if char.isprintable() else "?" for char in line))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Protocol
 
-from cm_runtime.training.data.image_set import data_error
+from cm_runtime.errors import data_error
 
 MAX_INFLATED = 2**31  # bytes one compressed file may grow to in memory
 CHUNK = 2**20

@@ -1,0 +1,143 @@
+"""``cm-runtime eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cm_runtime.cli import judged, values
+from cm_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from cm_runtime.evaluate.measure import Report
+
+
+def evaluate(
+    images: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL|IMAGES",
+            help="A model (.onnx, .pt), samples (.npz), or a data set: path or name. [default: the bundled model]",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA|STATS.npz",
+            help="What to compare with: the training split of a data set, samples, or statistics."
+            " [default: those of Fashion-MNIST, for its models]",
+        ),
+    ] = None,
+    extractor: Annotated[
+        Path | None,
+        typer.Option(metavar="X.onnx", help="The network whose features are compared. [default: the shipped one]"),
+    ] = None,
+    value_range: Annotated[
+        str | None,
+        typer.Option("--range", metavar="-1:1|0:1|0:255", help="What --extractor takes for black:white, if unsaid."),
+    ] = None,
+    output_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The output of --extractor with the features, if unsaid.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="train|test", help="Of IMAGES that are a data set. [default: train]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Network evaluations per image; ODE steps of a teacher. [default: 2; 18]")
+    ] = None,
+    sigmas: Annotated[
+        str | None, typer.Option(metavar="80,1.4", help="Noise levels in place of --steps, descending.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="How many images a model draws. [default: 10000]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a model's images. [default: 0]")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="all|random|3|0,1,2", help="Classes: all in turn, random, or a list in turn.")
+    ] = None,
+    micro_batch: Annotated[
+        str | None, typer.Option(metavar="auto|M", help="How many images a model's engine sees at once.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(metavar="auto|ort|torch", help="A model's engine.")] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads of each engine. [default: one per core]")] = None,
+    manifold: Annotated[
+        int, typer.Option(help="Features of each side kept for precision and recall; decides memory.")
+    ] = 10_000,
+    save_statistics: Annotated[
+        Path | None, typer.Option(metavar="OUT.npz", help="Keep the images' statistics, for a later --reference.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The report, as JSON.")] = None,
+) -> None:
+    """Measure images against real ones: Frechet distance, precision and recall, class agreement.
+
+    Example: cm-runtime eval model.onnx --steps 2 --reference fashion-mnist -o report.json
+    """
+    for path, suffix in ((save_statistics, ".npz"), (output, ".json")):
+        if path is not None and path.suffix != suffix:
+            raise RequestError(f"{path}: the name must end in {suffix}")
+    from cm_runtime import __version__, files
+    from cm_runtime.cli.progress import waiting
+    from cm_runtime.evaluate import measure, statistics
+    from cm_runtime.evaluate.features import Extractor
+
+    for path in (save_statistics, output):
+        if path is not None:
+            files.check_writable(path)
+    if manifold < 4:
+        raise RequestError(f"--manifold must be at least 4, one more than the neighbours, not {manifold}")
+    workers = values.threads(threads)
+    drawing = judged.Drawing(steps, sigmas, count, seed, labels, micro_batch, backend)
+    if images is None or Path(images).suffix in judged.MODELS:
+        if split is not None:
+            raise RequestError("--split is for data sets, and a model is measured; leave it out")
+        found = judged.drawn(Path(images) if images else None, drawing, device, workers)
+    else:
+        drawing.refuse(images)
+        found = judged.collected(images, split)
+    network = Extractor(extractor, value_range=value_range, output_name=output_name, device=device, threads=workers)
+    network.check(found.shape)
+    expected: measure.Observation | None = None
+    described: dict[str, Any] | None = None
+    if reference is not None or save_statistics is None:
+        expected, described = judged.reference(reference, network, found.manifest, manifold)
+    known = None if expected is None else expected.statistics
+    seen = judged.observed(found, network, manifold, "images", reference=known)
+    with waiting("precision and recall"):
+        figures = measure.compare(seen, expected)
+    report = measure.Report(
+        cm_runtime=__version__,
+        images=found.description,
+        reference=described,
+        extractor=network.describe(found.shape),
+        figures=figures,
+    )
+    if save_statistics is not None:
+        statistics.write_statistics(save_statistics, seen.statistics)
+    if output is not None:
+        with files.written(output) as temporary:
+            temporary.write_text(report.model_dump_json(indent=2) + "\n")
+    _print(report)
+
+
+def _print(report: Report) -> None:
+    figures, images, reference, extractor = report.figures, report.images, report.reference, report.extractor
+    how = ""
+    if "sigmas" in images:
+        how = f", {images['sampler']}, sigmas {', '.join(f'{s:g}' for s in images['sigmas'])}, seed {images['seed']}"
+    network = f"{Path(extractor['path']).name} {extractor['sha256'][:12]}"
+    rows = [("images", f"{figures.count} of {images['path']}{how}")]
+    rows.append(("extractor", f"{network}, resize {extractor['resize']}"))
+    if reference is not None:
+        rows.append(("reference", f"{reference['count'] or 'unknown number'} of {reference['path']}"))
+        rows.append(("Frechet distance", _shown(figures.frechet_distance, "{:.4g}")))
+        sides = "-, which needs images as the reference" if figures.manifold is None else ""
+        rows.append(("precision", sides or _shown(figures.precision, "{:.2%}")))
+        rows.append(("recall", sides or _shown(figures.recall, "{:.2%}")))
+    rows.append(("class agreement", _shown(figures.class_agreement, "{:.2%}")))
+    for name, value in rows:
+        typer.echo(f"{name:17} {value}")
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

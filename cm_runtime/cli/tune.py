@@ -1,0 +1,127 @@
+"""``cm-runtime tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cm_runtime.cli import judged, values
+from cm_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cm_runtime.evaluate.tuning import Tuned
+    from cm_runtime.sampling import Batch
+
+
+def tune(
+    model: Annotated[Path | None, typer.Argument(help="An exported .onnx. [default: the bundled model]")] = None,
+    steps: Annotated[str, typer.Option(metavar="2|3|4|2,3,4", help="Samplers to tune, by their steps.")] = "2",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA|STATS.npz",
+            help="Real images, or their statistics. [default: those of Fashion-MNIST, for its models]",
+        ),
+    ] = None,
+    extractor: Annotated[
+        Path | None,
+        typer.Option(metavar="X.onnx", help="The network whose features are compared. [default: the shipped one]"),
+    ] = None,
+    value_range: Annotated[
+        str | None,
+        typer.Option("--range", metavar="-1:1|0:1|0:255", help="What --extractor takes for black:white, if unsaid."),
+    ] = None,
+    output_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The output of --extractor with the features, if unsaid.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Images drawn for each candidate.")] = 5000,
+    seed: Annotated[int, typer.Option(help="Of those images: the same for all candidates.")] = 0,
+    labels: Annotated[
+        str | None, typer.Option(metavar="all|random|3|0,1,2", help="Classes: all in turn, random, or a list in turn.")
+    ] = None,
+    micro_batch: Annotated[
+        str, typer.Option(metavar="auto|M", help="How many images the engine sees at once; decides memory.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads of each engine. [default: one per core]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A copy of the model that carries the levels.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing file; without -o, the model itself.")
+    ] = False,
+) -> None:
+    """Search the middle noise levels of few-step samplers, and store them in the model.
+
+    Example: cm-runtime tune model.onnx --steps 2 -o tuned.onnx
+    """
+    wanted = _steps(steps)
+    if model is not None and model.suffix == ".pt":
+        raise RequestError(f"{model} is a checkpoint, which carries no levels; tune what cm-runtime export makes of it")
+    if model is None and output is None:
+        raise RequestError("give -o OUT.onnx: the bundled model is not replaced")
+    if output is None and not force:
+        raise RequestError(f"give -o OUT.onnx for a copy, or --force to store the levels in {model} itself")
+    if output is not None and output.suffix != ".onnx":
+        raise RequestError(f"{output}: an ONNX file's name ends in .onnx")
+    from cm_runtime import backends, files, sampling
+    from cm_runtime.artifact import write_manifest
+    from cm_runtime.cli.progress import tracked
+    from cm_runtime.evaluate import tuning
+    from cm_runtime.evaluate.features import Extractor
+    from cm_runtime.evaluate.objective import FirstStep, FrechetObjective
+
+    source = model or backends.DEFAULT_MODEL
+    target = output or source
+    files.check_writable(target, force=force)
+    if samples < 2:
+        raise RequestError(f"--samples must be at least 2, not {samples}")
+    workers = values.threads(threads)
+    engine = backends.load(source, device=device, threads=workers)
+    manifest = engine.manifest
+    network = Extractor(extractor, value_range=value_range, output_name=output_name, device=device, threads=workers)
+    size = values.micro_batch(micro_batch, min(samples, 256), engine.micro_batch)
+    asked = values.labels(labels)
+    sampling.request(manifest, samples, seed=seed, labels=asked, micro_batch=size)  # refused now, if ever
+    channels, height, width = manifest.image_shape
+    network.check((height, width, channels))
+    expected, _ = judged.reference(reference, network, manifest, manifold=0)
+
+    def shown(parts: Iterator[Batch], sigmas: tuple[float, ...]) -> Iterator[Batch]:
+        return tracked(parts, samples, f"images at {_shown(sigmas)}")
+
+    objective = FrechetObjective(FirstStep(engine), network, expected, samples, seed, asked, size, shown)
+    levels = dict(manifest.sigmas)
+    for count in wanted:
+        scale = manifest.sigma_min, manifest.sigma_max, manifest.rho
+        found = tuning.search(objective, count, levels, *scale)
+        levels[count] = found.sigmas
+        write_manifest(source, target, manifest.model_copy(update={"sigmas": levels}), force=force)
+        source, force = target, True  # what was found is kept, whatever becomes of the next search
+        _print(found)
+    typer.echo(f"{target}: now cm-runtime sample {target} --steps {wanted[-1]}")
+
+
+def _steps(text: str) -> list[int]:
+    """2, 3 or 4, or several of them separated by commas, ascending: three steps begin where two ended."""
+    words = text.split(",")
+    if not set(words) <= {"2", "3", "4"} or len(set(words)) < len(words):
+        raise RequestError(f"--steps takes 2, 3, 4 or several of them separated by commas, not {text!r}")
+    return sorted(map(int, words))
+
+
+def _print(found: Tuned) -> None:
+    steps = len(found.sigmas)
+    typer.echo(f"{steps} steps, default {_shown(found.default)}: Frechet distance {found.default_value:.4g}")
+    typer.echo(
+        f"{steps} steps, tuned   {_shown(found.sigmas)}: Frechet distance {found.value:.4g}"
+        f" after {found.evaluations} candidates"
+    )
+
+
+def _shown(sigmas: tuple[float, ...]) -> str:
+    return ", ".join(f"{sigma:g}" for sigma in sigmas)

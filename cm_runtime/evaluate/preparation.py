@@ -1,0 +1,94 @@
+"""What an extractor's input and outputs mean: said by its file, read off its graph, or asked for; never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cm_runtime.errors import ArtifactError, RequestError
+
+METADATA_KEY = "cm_runtime_extractor"
+
+Layout = Literal["NHWC", "NCHW"]
+Range = Literal["-1:1", "0:1", "0:255"]
+RANGES: dict[Range, tuple[float, float]] = {"-1:1": (-1, 1), "0:1": (0, 1), "0:255": (0, 255)}
+
+
+class Preparation(BaseModel):
+    """How images become an extractor's input, and the outputs to take; JSON under the key cm_runtime_extractor.
+
+    value_range: what black and white are; resize: what to do with images of another size than a fixed input's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format_version: Literal[1] = 1
+    layout: Layout
+    value_range: Range
+    resize: Literal["none", "bicubic"]
+    features: str
+    logits: str | None = None
+
+
+def own(path: Path, said: str, shape: Sequence[Any], outputs: Sequence[str]) -> Preparation:
+    """The preparation that the file itself states. Raises ArtifactError where it does not fit input and outputs."""
+    try:
+        found = Preparation.model_validate_json(said)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or METADATA_KEY
+        raise ArtifactError(f"{path}: its extractor metadata is not valid: {field}: {first['msg']}") from error
+    missing = {found.features, found.logits or found.features} - set(outputs)
+    if missing or found.layout not in _layouts(shape):
+        raise ArtifactError(f"{path}: its extractor metadata does not fit its graph")
+    return found
+
+
+def foreign(
+    path: Path, is_uint8: bool, shape: Sequence[Any], outputs: Sequence[str], value_range: str | None, name: str | None
+) -> Preparation:
+    """The preparation of a file that says nothing, from its graph and the options --range and --output-name.
+
+    Raises ArtifactError for a graph that cannot be an extractor, RequestError for an option that is missing or wrong.
+    """
+    layouts = _layouts(shape)
+    if len(layouts) != 1:
+        raise ArtifactError(
+            f"{path} takes {list(shape)}; an extractor's images have 1 or 3 channels, in the second or the last place"
+        )
+    if name is None:
+        choices = ["features"] if "features" in outputs else list(outputs)
+        if len(choices) != 1:
+            raise RequestError(f"{path} has several outputs; name the features with --output-name {'|'.join(choices)}")
+        name = choices[0]
+    elif name not in outputs:
+        raise RequestError(f"{path} has no output {name!r}; it has {', '.join(outputs)}")
+    return Preparation(
+        layout=layouts[0],
+        value_range=_range(path, is_uint8, value_range),
+        resize="bicubic",
+        features=name,
+        logits="logits" if "logits" in outputs and name != "logits" else None,
+    )
+
+
+def _range(path: Path, is_uint8: bool, given: str | None) -> Range:
+    if is_uint8:
+        if given not in (None, "0:255"):
+            raise RequestError(f"{path} takes uint8, which is 0:255; leave --range out")
+        return "0:255"
+    for known in RANGES:
+        if given == known:
+            return known
+    if given is None:
+        raise RequestError(f"{path} does not say what its pixels range over; give --range {'|'.join(RANGES)}")
+    raise RequestError(f"--range is one of {', '.join(RANGES)}, not {given!r}")
+
+
+def _layouts(shape: Sequence[Any]) -> list[Layout]:
+    """Those of the two that an input's shape allows."""
+    found: list[Layout] = ["NCHW"] if shape[1] in (1, 3) else []
+    return [*found, "NHWC"] if shape[3] in (1, 3) else found
