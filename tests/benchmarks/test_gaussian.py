@@ -169,6 +169,22 @@ def run_cli(*words: object) -> int:
     return int(stopped.value.code or 0)
 
 
+def result(name: str, *settings: str) -> Any:
+    """A case of the script on N(0, 0.3^2 I) with fewer steps."""
+    return gaussian.run(next(case for case in gaussian.CASES if case.name == name), 0.3, settings)
+
+
+def test_edm_learns_the_denoiser() -> None:
+    assert result("edm", "phase.0.steps=500").missed == ()
+
+
+def test_coarse_cd_learns_the_product_over_its_grid_and_not_f() -> None:
+    figures = result("cd-euler-18", "phase.0.steps=500").figures
+    assert [round(at.product, 2) for at in figures][-1] == 0.84
+    for at in figures:
+        assert at.gain == pytest.approx(at.product, rel=0.05), figures
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_whole_script_meets_its_requirements(tmp_path: Path) -> None:
