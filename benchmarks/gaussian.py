@@ -14,7 +14,7 @@ CD with Heun's. On coarse levels the gain, <f^, x> / <x, x>, must be within 3% o
 farther than that from f, so must the gain be nearer to the product. A grid says nothing between its points: what is
 trained on one is measured at its points nearest to those sigmas.
 
-Every case runs in a process of one thread, ``--jobs`` of them at once: such networks are too small for more threads.
+Every case runs on one thread, ``--jobs`` of them at once: such networks are too small for more threads.
 
 Exit status: 0 done and every requirement met; 1 a requirement missed, or a one-line error; 2 usage.
 """
@@ -29,8 +29,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -70,7 +71,7 @@ class Case:
 CASES = (
     Case("edm", "gaussian-edm"),
     Case("cd", "gaussian-cd"),
-    Case("cd-euler", "gaussian-cd", ("phase.0.solver=euler", "phase.0.N=151")),
+    Case("cd-euler", "gaussian-cd", ("phase.0.solver=euler", "phase.0.N=251")),
     Case("ct", "gaussian-ct"),
     Case("ict", "gaussian-ict"),
     Case("ect", "gaussian-ect"),
@@ -232,15 +233,24 @@ def _alone(case: Case, s: float, settings: Sequence[str]) -> Result:
     return run(case, s, settings)
 
 
+@contextmanager
+def _results(jobs: Sequence[tuple[Case, float]], settings: Sequence[str], at_once: int) -> Iterator[Iterable[Result]]:
+    """The results of ``jobs`` in turn, as they come; one at once needs no other process."""
+    if at_once == 1:
+        yield (_alone(case, s, settings) for case, s in jobs)
+        return
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
+        yield (future.result() for future in [pool.submit(_alone, case, s, settings) for case, s in jobs])
+
+
 def _run(options: argparse.Namespace, report: Callable[[str], None]) -> int:
     """Train all, measure, print, write; returns the exit status."""
     if options.json is not None:
         check_writable(options.json)
     jobs = [(case, s) for case in CASES if case.name in options.only for s in options.s]
     began, results = time.perf_counter(), []
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(_alone, case, s, options.settings) for case, s in jobs]:
-            result = future.result()
+    with _results(jobs, options.settings, options.jobs) as found:
+        for result in found:
             results.append(result)
             report(f"{result.name}, s = {result.s:g}: {result.seconds:.0f} s")
     print(table(results))
