@@ -152,7 +152,16 @@ def _quick(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 
 def test_there_are_these_presets() -> None:
-    assert set(preset_names()) == {*NAMES, "fashion-mnist", "fashion-mnist-tiny"}
+    gaussian = {f"gaussian-{method}" for method in METHODS}  # trained in tests/benchmarks/test_gaussian.py
+    assert set(preset_names()) == {*NAMES, *gaussian, "fashion-mnist", "fashion-mnist-tiny"}
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("fashion-mnist", 4_308_548), ("fashion-mnist-tiny", 707_716)])
+def test_presets_of_several_phases(name: str, parameters: int) -> None:
+    config = load_config(name)
+    model = build(model_config_of(config, data_of("fashion-mnist-edm", count=1)), "meta")
+    assert [phase.method for phase in config.phase] == ["edm", "ect"]
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", NAMES)

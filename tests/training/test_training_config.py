@@ -18,7 +18,6 @@ from pydantic import BaseModel, ValidationError
 from cm_runtime import cli, sampling
 from cm_runtime.checkpoint import Checkpoint
 from cm_runtime.errors import CmRuntimeError, ConfigError
-from cm_runtime.model import build
 from cm_runtime.training import loop, lpips
 from cm_runtime.training.config import (
     PRESETS,
@@ -34,9 +33,7 @@ from cm_runtime.training.config import (
     parse_config,
     preset_names,
 )
-from cm_runtime.training.data import ImageSet
 from cm_runtime.training.distances import Distance
-from cm_runtime.training.loop import model_config_of
 from cm_runtime.training.run import RunFolder
 from cm_runtime.training.step import Stepper
 
@@ -631,22 +628,10 @@ def test_a_file_of_endless_nesting_is_refused(tmp_path: Path) -> None:
     assert "deep.toml" in refused(path)
 
 
-def test_every_preset_is_listed_parses_and_makes_a_model() -> None:
-    assert "fashion-mnist" in preset_names()
+def test_every_preset_is_listed_and_read_by_name_and_path_alike() -> None:
     assert {f"{name}.toml" for name in preset_names()} == {path.name for path in PRESETS.iterdir()}
-    shapes = {"fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar-10": (3, 32, 32)}
     for name in preset_names():
-        if name.startswith("gaussian-"):  # tests/benchmarks/test_gaussian.py trains these
-            continue
-        config = load_config(name)
-        shape = shapes.get(config.data.source)
-        assert shape, f"say here what images {name} trains on"
-        data = ImageSet(np.zeros((10, *shape), np.uint8), np.arange(10), 10, name)
-        model = build(model_config_of(config, data), "meta")
-        assert model.config.image_shape == shape
-        assert model.config.network.num_classes == 10
-        assert sum(weight.numel() for weight in model.parameters()) > 500_000
-        assert load_config(PRESETS / f"{name}.toml") == config
+        assert load_config(PRESETS / f"{name}.toml") == load_config(name)
 
 
 def test_config_errors_are_ours() -> None:
