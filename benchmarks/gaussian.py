@@ -71,14 +71,14 @@ class Case:
 CASES = (
     Case("edm", "gaussian-edm"),
     Case("cd", "gaussian-cd"),
-    Case("cd-euler", "gaussian-cd", ("phase.0.solver=euler", "phase.0.N=251")),
+    Case("cd-euler", "gaussian-cd", ("phase.0.solver=euler", "phase.0.N=151")),
     Case("ct", "gaussian-ct"),
     Case("ict", "gaussian-ict"),
     Case("ect", "gaussian-ect"),
-    Case("cd-18", "gaussian-cd", ("phase.0.N=18",), coarse=True),
-    Case("cd-euler-18", "gaussian-cd", ("phase.0.solver=euler", "phase.0.N=18"), coarse=True),
-    Case("ct-18", "gaussian-ct", ("phase.0.s1=17",), coarse=True),
-    Case("ect-stage-3", "gaussian-ect", ("phase.1.stages=4",), coarse=True),
+    Case("cd-18", "gaussian-cd", ("phase.0.N=18", "phase.0.steps=2400"), coarse=True),
+    Case("cd-euler-18", "gaussian-cd", ("phase.0.solver=euler", "phase.0.N=18", "phase.0.steps=2400"), coarse=True),
+    Case("ct-18", "gaussian-ct", ("phase.0.s1=17", "phase.0.steps=2400"), coarse=True),
+    Case("ect-stage-3", "gaussian-ect", ("phase.1.stages=4", "phase.1.steps=2400"), coarse=True),
 )
 
 
