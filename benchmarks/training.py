@@ -389,7 +389,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=128)
     add("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     add("--compile", nargs="+", choices=("off", "on"), default=["off", "on"])
-    add("--layout", choices=("auto", "nchw", "channels-last"), default="auto", help="of ours (%(default)s)")
+    add(
+        "--layout",
+        choices=("auto", "nchw", "channels-last"),
+        default="auto",
+        help="of ours; auto: channels-last on GPUs",
+    )
     add("--rounds", type=int, default=9, help="at least 2 (%(default)s)")
     add("--device", default="cpu")
     add("--clock", choices=CLOCKS, default="wall", help="cpu: time on the cores, on a machine that others use")
@@ -408,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    channels_last = options.layout != "nchw"
+    channels_last = device.type == "cuda" if options.layout == "auto" else options.layout == "channels-last"
     missed = 0
     print(f"{options.network}, batch {options.batch}, {options.device}, {torch.get_num_threads()} threads,", end=" ")
     print(f"torch {torch.__version__}, {options.clock} clock; images/s, ratio: median [quartiles]")
