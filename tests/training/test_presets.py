@@ -153,14 +153,17 @@ def _quick(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 def test_there_are_these_presets() -> None:
     gaussian = {f"gaussian-{method}" for method in METHODS}  # trained in tests/benchmarks/test_gaussian.py
-    assert set(preset_names()) == {*NAMES, *gaussian, "fashion-mnist", "fashion-mnist-tiny"}
+    assert set(preset_names()) == {*NAMES, *gaussian, "fashion-mnist", "fashion-mnist-refined", "fashion-mnist-tiny"}
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("fashion-mnist", 4_308_548), ("fashion-mnist-tiny", 707_716)])
-def test_presets_of_several_phases(name: str, parameters: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "parameters", "tuned"),
+    [("fashion-mnist", 4_308_548, 1), ("fashion-mnist-refined", 4_308_548, 3), ("fashion-mnist-tiny", 707_716, 1)],
+)
+def test_presets_of_several_phases(name: str, parameters: int, tuned: int) -> None:
     config = load_config(name)
     model = build(model_config_of(config, data_of("fashion-mnist-edm", count=1)), "meta")
-    assert [phase.method for phase in config.phase] == ["edm", "ect"]
+    assert [phase.method for phase in config.phase] == ["edm", *["ect"] * tuned]
     assert sum(weight.numel() for weight in model.parameters()) == parameters
 
 
