@@ -224,8 +224,7 @@ class _Run:
             ),
         )
         position = {"phase": index, "step": step, "images": self.images, "seconds": self.seconds}
-        whole = self.config.model_dump(mode="json")
-        self.folder.save({"config": whole, **position, **stepper.state()}, checkpoint)
+        self.folder.save({**position, **stepper.state()}, checkpoint)
 
     def _log(self, where: Report, learning_rate: float, norm: float) -> None:
         self.folder.log(
