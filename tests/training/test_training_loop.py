@@ -7,6 +7,8 @@ import io
 import json
 import math
 import os
+import re
+import resource
 import signal
 import threading
 import time
@@ -629,6 +631,44 @@ def test_a_run_killed_at_any_write_ends_as_the_one_never_killed(
         resume = (out / "state.pt").exists()
         train(config, toy_images, out, resume=resume, force=not resume)
         assert_same(left_behind(out), whole, f"killed {moment} {name} was written")
+
+
+@contextmanager
+def full_disk(at: int, room: int) -> Iterator[Callable[[Report], None]]:
+    """A report after whose step ``at`` the kernel refuses to let any file grow beyond ``room`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def report(where: Report) -> None:
+        if where.step == at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+
+    yield report
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_run_whose_disk_fills_up_ends_in_one_line_and_goes_on_as_the_one_that_had_room(
+    tmp_path: Path, tiny_config: Config, toy_images: ImageSet
+) -> None:
+    config = tiny_config(network={"channel_mult": [1]}, edm={"steps": 10}, save_every=2, sample_every=5, phases=1)
+    train(config, toy_images, tmp_path / "whole")
+    whole = left_behind(tmp_path / "whole")
+    for named, at, fitting in (
+        ("ckpt.pt", 4, None),
+        ("state.pt", 4, "ckpt.pt"),
+        ("0-edm-000005.png", 5, None),
+        ("log.jsonl", 10, None),
+        ("events.out.tfevents", 10, "log.jsonl"),
+    ):
+        out = tmp_path / named
+        room = 0 if fitting is None else (tmp_path / "whole" / fitting).stat().st_size
+        with full_disk(at, room) as report, pytest.raises(OutputError) as caught:
+            train(config, toy_images, out, report=report)
+        assert re.fullmatch(rf"{out}/(\w+/)?{named}\S* cannot be written: File too large", str(caught.value))
+        saved = (at - 1) // 2 * 2
+        assert load_checkpoint(out / "ckpt.pt").training.steps == saved + 2 * (named == "state.pt")
+        assert pt(out / "state.pt")["step"] == saved
+        train(config, toy_images, out, resume=True)
+        assert_same(left_behind(out), whole, named)
 
 
 def test_a_log_holds_every_step_once_though_a_run_was_killed(
