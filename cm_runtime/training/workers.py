@@ -10,6 +10,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its default arguments keep the process group that exists when it is first imported, which DDP does: imported before
+# there is one, it lets destroy_process_group end gloo's threads, which abort now and then if left to Python's own end.
+import torch.distributed.nn.functional
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

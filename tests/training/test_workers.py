@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,6 +203,31 @@ def test_a_run_goes_on_with_another_number_of_workers_after_a_stop_signal(in_dou
     sessions = json.loads((out / "run.json").read_text())
     assert [session["workers"] for session in sessions] == [2, 1]
     assert [session["from_images"] for session in sessions] == [0, state["images"]]
+
+
+ENDING = """
+import atexit, sys
+from pathlib import Path
+from cm_runtime import cli
+
+def threads():
+    print("ends with", sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")))
+
+atexit.register(threads)
+cli.main(sys.argv[1:])
+"""
+
+
+def test_no_thread_of_gloos_is_left_to_abort_when_python_ends(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ENDING)
+    phase = f"[[phase]]\nmethod = 'edm'\nsteps = 2\n{SHARED}"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    words = [sys.executable, *launch, "train", write_config(tmp_path, "fp32", phase), "--out", tmp_path / "run"]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ends = re.findall(r"ends with (\[.*?\])", done.stdout)
+    assert len(ends) == 2 and "gloo" not in " ".join(ends)
 
 
 # in this process
