@@ -127,24 +127,33 @@ def save_plain(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
 
 
 def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``save_plain`` wrote. Nothing is unpickled but tensors and plain containers; raises CheckpointError."""
+    """What ``save_plain`` wrote; raises CheckpointError."""
+    content = load_torch(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a cm-runtime checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def load_torch(path: str | os.PathLike[str]) -> Any:
+    """What anybody's ``torch.save`` wrote, tensors on the CPU; nothing is unpickled but tensors and plain containers.
+
+    Files of before 2017 (a tar) are not read. Those of before 2020, three pickles and then the bytes of each tensor, go
+    through the same restricted unpickler as zips do, and get memory for no more bytes than the file holds. Raises
+    CheckpointError.
+    """
     where = Path(path)
+    start = b""
     try:
-        with zipfile.ZipFile(where) as archive:
-            claimed = sum(entry.file_size for entry in archive.infolist())
-        if claimed > where.stat().st_size:  # torch stores without compression: anything else is a bomb
-            raise CheckpointError(f"{where} is not a torch checkpoint: it claims {claimed} bytes of content")
+        with where.open("rb") as file:
+            start = file.read(2)
+        if start == b"PK":
+            with zipfile.ZipFile(where) as archive:
+                claimed = sum(entry.file_size for entry in archive.infolist())
+            if claimed > where.stat().st_size:  # torch stores without compression: anything else is a bomb
+                raise CheckpointError(f"{where} is not a torch checkpoint: it claims {claimed} bytes of content")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on pickles of other versions; the error says enough
-            content = torch.load(where, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        with where.open("rb") as file:
-            pickled = isinstance(error, pickle.UnpicklingError) or file.read(1) == pickle.PROTO
-        if pickled:
-            raise CheckpointError(
-                f"{where} is a pickle that could run code, which cm-runtime never does; save plain tensors"
-            ) from error
-        raise CheckpointError(f"{where} is not a torch checkpoint, or is truncated") from error
+            return torch.load(where, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{where}: no such file") from error
     except OSError as error:
@@ -152,10 +161,11 @@ def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way: IndexError, struct.error, AssertionError, ...
+        if isinstance(error, pickle.UnpicklingError) and (start == b"PK" or start[:1] == pickle.PROTO):
+            raise CheckpointError(
+                f"{where} is a pickle that could run code, which cm-runtime never does; save plain tensors"
+            ) from error
         raise CheckpointError(f"{where} is not a torch checkpoint, or is damaged") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where} is not a cm-runtime checkpoint: it holds a {type(content).__name__}")
-    return content
 
 
 def _check_weights(model: ConsistencyModel, weights: Any) -> None:

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm_runtime.checkpoint import STORED
+from cm_runtime.checkpoint import STORED, load_torch
 from cm_runtime.errors import CheckpointError
 
 CHANNELS = (64, 128, 256, 512, 512)  # of the five stages
@@ -90,7 +87,10 @@ def read_weights(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Tensor]:
 
 def _named(path: Path) -> dict[str, Tensor]:
     """The tensors in a file by their published names, without VGG's classifier."""
-    content = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    try:
+        content = _safetensors(path) if path.suffix == ".safetensors" else load_torch(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {HINT}") from error
     if isinstance(content, list):
         content = {head(stage): tensor for stage, tensor in enumerate(content)}
     if not isinstance(content, Mapping) or not all(
@@ -98,39 +98,6 @@ def _named(path: Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path} holds no tensors by name; {HINT}")
     return {name: tensor for name, tensor in content.items() if not name.startswith("classifier.")}
-
-
-def _torch(path: Path) -> Any:
-    """What torch saved, of any age but before 2017 (a tar): published files are often older than torch's zip format.
-
-    The older format, three pickles and then the bytes of each tensor, goes through the same restricted unpickler as
-    the zip does (``weights_only``), and gets memory for no more bytes than the file holds. ``checkpoint.load_plain``
-    reads our own files only, which are zips and hold a dict.
-    """
-    start = b""
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start == b"PK":
-            with zipfile.ZipFile(path) as archive:
-                claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > path.stat().st_size:  # torch stores without compression: anything else is a bomb
-                raise CheckpointError(f"{path} is not a torch file: it claims {claimed} bytes of content")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on pickles of other versions; the error says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle can fail in any way: IndexError, struct.error, AssertionError, ...
-        if isinstance(error, pickle.UnpicklingError) and (start == b"PK" or start[:1] == pickle.PROTO):
-            raise CheckpointError(
-                f"{path} is a pickle that could run code, which cm-runtime never does; {HINT}"
-            ) from error
-        raise CheckpointError(f"{path} is not a torch file, or is damaged; {HINT}") from error
 
 
 def _safetensors(path: Path) -> Any:

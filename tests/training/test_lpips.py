@@ -346,7 +346,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, heads: Weights, share: floa
     path = tmp_path / "x.pt"
     torch.save(heads, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert "is not a torch file, or is damaged" in refusal(path)
+    assert "is not a torch checkpoint, or is damaged" in refusal(path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -375,7 +375,7 @@ def test_an_old_file_that_claims_more_than_it_holds_is_refused(tmp_path: Path, c
     thousand = b"M" + (1000).to_bytes(2, "little")
     assert good.count(thousand) == 2  # the storage's length and the tensor's
     path.write_bytes(good.replace(thousand, b"\x8a\x08" + claim.to_bytes(8, "little")))
-    assert "is not a torch file, or is damaged" in refusal(path)
+    assert "is not a torch checkpoint, or is damaged" in refusal(path)
 
 
 def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
 )
 def test_files_of_other_programs_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pth").write_bytes(content)
-    assert "is not a torch file, or is damaged" in refusal(tmp_path / "x.pth")
+    assert "is not a torch checkpoint, or is damaged" in refusal(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("content", [7, None, "text", torch.zeros(3), {"a": 1}, {1: torch.zeros(1)}, [1, 2]], ids=repr)
