@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app([word for word in arguments if word != "--debug"])
     except Interrupted as stopped:
-        typer.echo(str(stopped), err=True)
+        from cm_runtime.training.workers import is_lead
+
+        if is_lead():  # all workers stop at the same step
+            typer.echo(str(stopped), err=True)
         sys.exit(INTERRUPTED)
     except CmRuntimeError as error:
         if "--debug" in arguments:
