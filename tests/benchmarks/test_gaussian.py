@@ -70,8 +70,8 @@ def test_f_solves_its_differential_equation_and_is_x_at_eps() -> None:
         ("cd", ["phase.0.solver=euler", "phase.0.N=18"], 0.836),
         ("cd", ["phase.0.N=18"], 1.065),
         ("cd", ["phase.0.N=40"], 1.011),
-        ("ect", ["phase.1.stages=3"], 0.840),
-        ("ect", ["phase.1.stages=4"], 0.928),
+        ("ect", ["phase.1.stages=1"], 0.840),
+        ("ect", ["phase.1.stages=2"], 0.928),
         ("ect", ["phase.1.stages=1", "phase.1.first_stage=4"], 0.966),
     ],
 )
@@ -84,7 +84,7 @@ def test_one_level_is_denoised_and_many_levels_lead_to_f() -> None:
     assert gaussian.minimiser_gain(2.0, 0.3, last_phase("edm")) == gaussian.D_gain(2.0, 0.3)
     for method, setting in (("ct", "phase.0.s1=20000"), ("cd", "phase.0.N=20001")):
         phase = last_phase(method, setting)
-        t = gaussian.sigmas_of(phase)[1]
+        t = gaussian.nearest_level(2.0, phase)
         assert gaussian.minimiser_gain(t, 0.3, phase) == pytest.approx(gaussian.f_gain(t, 0.3), rel=2e-4)
 
 
@@ -98,7 +98,7 @@ def test_measuring_tells_the_minimiser_and_nothing_else() -> None:
         def f(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return a * gaussian.minimiser_gain(sigma[0].item() * (1 + 1e-6), s, phase) * x
 
-        return gaussian.measure(f, phase, s)
+        return gaussian.measure(f, phase, s, coarse=True)
 
     assert not gaussian.misses(scaled(1.0), coarse=True)
     assert not gaussian.misses(scaled(1.02), coarse=True)
@@ -118,13 +118,26 @@ def test_an_error_apart_from_the_gain_is_an_error_too(method: str) -> None:
             unit = s if method == "edm" else g * math.sqrt(s**2 + sigma[0].item() ** 2)
             return g * x + error * unit * torch.randn(x.shape, generator=generator)
 
-        return gaussian.measure(f, phase, s)
+        return gaussian.measure(f, phase, s, coarse=False)
 
     assert [at.sigma for at in measured(0)] == [0.5, 2, 10, 80][: 3 if method == "edm" else 4]
     for at in measured(0.02):
         assert at.error == pytest.approx(0.02, rel=0.02)
     assert not gaussian.misses(measured(0.048), coarse=False)
     assert gaussian.misses(measured(0.052), coarse=False)
+
+
+def test_what_a_grid_never_saw_is_measured_unless_it_is_coarse() -> None:
+    phase, asked = last_phase("cd", "phase.0.N=40"), []
+
+    def f(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        asked.append(sigma[0].item())
+        return x
+
+    gaussian.measure(f, phase, 0.3, coarse=False)
+    assert asked == [0.5, 2.0, 10.0, 80.0]
+    gaussian.measure(f, phase, 0.3, coarse=True)
+    assert asked[4:] == pytest.approx([0.470, 2.24, 9.72, 80.0], rel=2e-3)
 
 
 def test_a_gain_nearer_to_f_than_to_the_product_is_a_miss() -> None:
