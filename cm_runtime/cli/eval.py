@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cm_runtime.cli import judged, values
+from cm_runtime.cli.options import ExtractorFile, Labels, OutputName, Sigmas, ValueRange
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -30,31 +31,19 @@ def evaluate(
             " [default: those of Fashion-MNIST, for its models]",
         ),
     ] = None,
-    extractor: Annotated[
-        Path | None,
-        typer.Option(metavar="X.onnx", help="The network whose features are compared. [default: the shipped one]"),
-    ] = None,
-    value_range: Annotated[
-        str | None,
-        typer.Option("--range", metavar="-1:1|0:1|0:255", help="What --extractor takes for black:white, if unsaid."),
-    ] = None,
-    output_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The output of --extractor with the features, if unsaid.")
-    ] = None,
+    extractor: ExtractorFile = None,
+    value_range: ValueRange = None,
+    output_name: OutputName = None,
     split: Annotated[
         str | None, typer.Option(metavar="train|test", help="Of IMAGES that are a data set. [default: train]")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Network evaluations per image; ODE steps of a teacher. [default: 2; 18]")
     ] = None,
-    sigmas: Annotated[
-        str | None, typer.Option(metavar="80,1.4", help="Noise levels in place of --steps, descending.")
-    ] = None,
+    sigmas: Sigmas = None,
     count: Annotated[int | None, typer.Option(help="How many images a model draws. [default: 10000]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of a model's images. [default: 0]")] = None,
-    labels: Annotated[
-        str | None, typer.Option(metavar="all|random|3|0,1,2", help="Classes: all in turn, random, or a list in turn.")
-    ] = None,
+    labels: Labels = None,
     micro_batch: Annotated[
         str | None, typer.Option(metavar="auto|M", help="How many images a model's engine sees at once.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cm_runtime.cli import values
+from cm_runtime.cli.options import Labels, MicroBatch, Sigmas
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -22,19 +23,13 @@ def sample(
         Path | None, typer.Argument(help="An exported .onnx or a checkpoint. [default: the bundled model]")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Network evaluations per image. [default: 2]")] = None,
-    sigmas: Annotated[
-        str | None, typer.Option(metavar="80,1.4", help="Noise levels in place of --steps, descending.")
-    ] = None,
+    sigmas: Sigmas = None,
     batch: Annotated[int, typer.Option(help="How many images one request draws.")] = 256,
     count: Annotated[int | None, typer.Option(help="How many images in all. [default: one batch]")] = None,
     start: Annotated[int, typer.Option(help="Index of the first image.")] = 0,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
-    labels: Annotated[
-        str | None, typer.Option(metavar="all|random|3|0,1,2", help="Classes: all in turn, random, or a list in turn.")
-    ] = None,
-    micro_batch: Annotated[
-        str, typer.Option(metavar="auto|M", help="How many images the engine sees at once; decides memory.")
-    ] = "auto",
+    labels: Labels = None,
+    micro_batch: MicroBatch = "auto",
     backend: Annotated[str, typer.Option(metavar="auto|ort|torch", help="The engine.")] = "auto",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where it runs.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the engine. [default: one per core]")] = None,

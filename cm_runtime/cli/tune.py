@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cm_runtime.cli import judged, values
+from cm_runtime.cli.options import ExtractorFile, Labels, MicroBatch, OutputName, ValueRange
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -27,25 +28,13 @@ def tune(
             help="Real images, or their statistics. [default: those of Fashion-MNIST, for its models]",
         ),
     ] = None,
-    extractor: Annotated[
-        Path | None,
-        typer.Option(metavar="X.onnx", help="The network whose features are compared. [default: the shipped one]"),
-    ] = None,
-    value_range: Annotated[
-        str | None,
-        typer.Option("--range", metavar="-1:1|0:1|0:255", help="What --extractor takes for black:white, if unsaid."),
-    ] = None,
-    output_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The output of --extractor with the features, if unsaid.")
-    ] = None,
+    extractor: ExtractorFile = None,
+    value_range: ValueRange = None,
+    output_name: OutputName = None,
     samples: Annotated[int, typer.Option(help="Images drawn for each candidate.")] = 5000,
     seed: Annotated[int, typer.Option(help="Of those images: the same for all candidates.")] = 0,
-    labels: Annotated[
-        str | None, typer.Option(metavar="all|random|3|0,1,2", help="Classes: all in turn, random, or a list in turn.")
-    ] = None,
-    micro_batch: Annotated[
-        str, typer.Option(metavar="auto|M", help="How many images the engine sees at once; decides memory.")
-    ] = "auto",
+    labels: Labels = None,
+    micro_batch: MicroBatch = "auto",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of each engine. [default: one per core]")] = None,
     output: Annotated[
