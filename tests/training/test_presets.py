@@ -158,7 +158,7 @@ def test_there_are_these_presets() -> None:
 
 @pytest.mark.parametrize(
     ("name", "parameters", "tuned"),
-    [("fashion-mnist", 4_308_548, 1), ("fashion-mnist-refined", 4_308_548, 4), ("fashion-mnist-tiny", 707_716, 1)],
+    [("fashion-mnist", 4_308_548, 1), ("fashion-mnist-refined", 4_308_548, 6), ("fashion-mnist-tiny", 707_716, 1)],
 )
 def test_presets_of_several_phases(name: str, parameters: int, tuned: int) -> None:
     config = load_config(name)
