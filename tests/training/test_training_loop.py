@@ -642,8 +642,10 @@ def full_disk(at: int, room: int) -> Iterator[Callable[[Report], None]]:
         if where.step == at:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
 
-    yield report
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield report
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_run_whose_disk_fills_up_ends_in_one_line_and_goes_on_as_the_one_that_had_room(
