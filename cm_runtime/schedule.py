@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from cm_runtime.errors import RequestError
 SIGMA_MIN = 0.002
 SIGMA_MAX = 80.0
 RHO = 7.0
+GRID_LIMIT = 1_000_000
 
 
 def karras_sigmas(
@@ -74,6 +76,90 @@ def checked_sigmas(
     if not levels[-1] > sigma_min:
         raise RequestError(f"every sigma must lie above the model's sigma_min {sigma_min:g}, not {levels[-1]:g}")
     return (float(sigma_max), *levels[1:])
+
+
+def sigmas_of_ts(
+    ts: Sequence[int],
+    N: int,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
+) -> tuple[float, ...]:
+    """The noise levels of OpenAI's ``ts``, descending from sigma_max: len(ts) - 1 of them.
+
+    ts: ascending indices into the descending Karras grid of N points, 0 and the terminal N - 1 included. The
+    authors' sampler evaluates f at all but the last and renoises to the next, so that one which stops earlier leaves
+    noise behind (openai/consistency_models, cm/karras_diffusion.py, stochastic_iterative_sampler). Raises RequestError.
+    """
+    indices = _indices("ts", ts, N)
+    if len(indices) < 2:
+        raise RequestError(f"ts takes at least two indices, 0 and the grid's last, {N - 1}; not {len(indices)}")
+    if _descends(indices):
+        raise RequestError("ts must ascend; descending indices, without the grid's last, are what --timesteps takes")
+    for before, after in pairwise(indices):
+        if not before < after:
+            raise RequestError(f"ts must ascend strictly; {after} follows {before}")
+    if indices[0] != 0:
+        raise RequestError(f"ts must start at 0, the first noise level being sigma_max {sigma_max:g}; not {indices[0]}")
+    if indices[-1] != N - 1:
+        raise RequestError(
+            f"ts must end at {N - 1}, the grid's last; ending at {indices[-1]} would leave noise in the images"
+        )
+    return _levels(indices[:-1], N, sigma_min, sigma_max, rho)
+
+
+def sigmas_of_timesteps(
+    timesteps: Sequence[int],
+    N: int,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
+) -> tuple[float, ...]:
+    """The noise levels of diffusers' ``timesteps``, descending from sigma_max: as many as there are timesteps.
+
+    timesteps: descending indices into the descending Karras grid of N points, down to 0 and without the terminal
+    N - 1; the last of them is the first level (CMStochasticIterativeScheduler.set_timesteps). Raises RequestError.
+    """
+    indices = _indices("timesteps", timesteps, N)
+    if not indices:
+        raise RequestError("timesteps is empty; give at least 0, the first noise level")
+    if _descends(indices[::-1]):
+        raise RequestError(f"timesteps must descend; ascending indices, up to {N - 1}, are what --ts takes")
+    for before, after in pairwise(indices):
+        if not before > after:
+            raise RequestError(f"timesteps must descend strictly; {after} follows {before}")
+    if indices[0] == N - 1:
+        raise RequestError(
+            f"timesteps must leave out {N - 1}, the grid's last: it is sigma_min {sigma_min:g}, where f is the identity"
+        )
+    if indices[-1] != 0:
+        raise RequestError(
+            f"timesteps must end at 0, the first noise level being sigma_max {sigma_max:g}; not {indices[-1]}"
+        )
+    return _levels(indices[::-1], N, sigma_min, sigma_max, rho)
+
+
+def _indices(name: str, given: Sequence[int], N: int) -> list[int]:
+    """``given`` as indices into a grid of N points. Raises RequestError."""
+    if not 2 <= N <= GRID_LIMIT:
+        raise RequestError(f"grid must be from 2 to {GRID_LIMIT} points, not {N}")
+    try:
+        indices = [operator.index(i) for i in given]
+    except TypeError as error:
+        raise RequestError(f"{name} takes whole numbers, not {list(given)}") from error
+    for i in indices:
+        if not 0 <= i < N:
+            raise RequestError(f"{name} on a grid of {N} points must be from 0 to {N - 1}, not {i}")
+    return indices
+
+
+def _descends(indices: Sequence[int]) -> bool:
+    return len(indices) > 1 and all(before > after for before, after in pairwise(indices))
+
+
+def _levels(indices: Sequence[int], N: int, sigma_min: float, sigma_max: float, rho: float) -> tuple[float, ...]:
+    grid = karras_sigmas(N, sigma_min, sigma_max, rho)
+    return tuple(float(grid[i]) for i in indices)
 
 
 def N_of_k(k: int, K: int, s0: int, s1: int) -> int:

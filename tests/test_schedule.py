@@ -16,6 +16,8 @@ from cm_runtime.schedule import (
     karras_sigmas,
     mu_of_k,
     sampler_sigmas,
+    sigmas_of_timesteps,
+    sigmas_of_ts,
 )
 
 INFINITE = float("inf")
@@ -116,6 +118,114 @@ def test_bad_sigmas_are_refused_in_one_line(sigmas, complaint):
     with pytest.raises(RequestError, match=complaint) as caught:
         checked_sigmas(sigmas)
     assert "\n" not in str(caught.value)
+
+
+# The step conventions of other tools
+
+PUBLISHED = [(22, 40, 1.382368), (106, 201, 1.912844), (17, 40, 4.365562), (18, 40, 3.519699)]
+PUBLISHED += [(67, 151, 3.991219), (62, 151, 5.248503)]
+
+
+@pytest.mark.parametrize(("index", "N", "sigma"), PUBLISHED)
+def test_published_two_step_samplers_in_both_conventions(index, N, sigma):
+    """openai/consistency_models, scripts/launch.sh: --ts 0,index,N-1 --steps N."""
+    assert sigmas_of_ts([0, index, N - 1], N) == pytest.approx((80, sigma), abs=5e-7)
+    assert sigmas_of_timesteps([index, 0], N) == sigmas_of_ts([0, index, N - 1], N)
+
+
+@pytest.mark.parametrize(
+    ("N", "timesteps"),
+    [
+        (2, [0]),
+        (3, [1, 0]),
+        (18, [16, 9, 3, 0]),
+        (40, [22, 0]),
+        (40, [0]),
+        (40, [*range(38, -1, -1)]),
+        (151, [62, 0]),
+        (201, [106, 0]),
+        (1_000_000, [999_998, 1, 0]),
+    ],
+)
+def test_timesteps_mean_what_they_mean_in_diffusers(N, timesteps):
+    from diffusers import CMStochasticIterativeScheduler
+
+    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=N)
+    scheduler.set_timesteps(timesteps=timesteps)
+    *levels, last = scheduler.sigmas.tolist()
+    assert last == pytest.approx(0.002)
+    assert sigmas_of_timesteps(timesteps, N) == pytest.approx(levels, rel=1e-6)
+    assert sigmas_of_ts([*timesteps[::-1], N - 1], N) == pytest.approx(levels, rel=1e-6)
+
+
+@pytest.mark.parametrize(("low", "high", "rho"), [("0.01", "50", 3), ("0.002", "80", 5)])
+def test_both_conventions_count_in_the_grid_of_the_models_range(low, high, rho):
+    grid = decimal_grid(11, low, high, rho)
+    scale = float(low), float(high), rho
+    assert sigmas_of_ts([0, 3, 7, 10], 11, *scale) == pytest.approx((grid[0], grid[3], grid[7]))
+    assert sigmas_of_timesteps([7, 3, 0], 11, *scale) == pytest.approx((grid[0], grid[3], grid[7]))
+
+
+def test_what_both_conventions_give_is_what_a_sampler_takes():
+    levels = sigmas_of_ts(np.arange(1_000_000, dtype=np.int32)[::999], 1_000_000)
+    assert len(levels) == 1001 and checked_sigmas(levels) == levels
+    assert {type(s) for s in levels} == {float}
+
+
+@pytest.mark.parametrize(
+    ("ts", "N", "complaint"),
+    [
+        ([], 40, "at least two indices, 0 and the grid's last, 39; not 0"),
+        ([0], 40, "at least two indices, 0 and the grid's last, 39; not 1"),
+        ([0, 22], 40, "must end at 39, .* ending at 22 would leave noise in the images"),
+        ([0, 22, 39], 201, "must end at 200, .* ending at 39 would leave noise"),
+        ([1, 22, 39], 40, "must start at 0, .* sigma_max 80; not 1"),
+        ([22, 0], 40, "must ascend; descending indices, .* --timesteps"),
+        ([39, 22, 0], 40, "must ascend; descending indices, .* --timesteps"),
+        ([0, 22, 22, 39], 40, "ascend strictly; 22 follows 22"),
+        ([0, 30, 22, 39], 40, "ascend strictly; 22 follows 30"),
+        ([0, 0], 40, "ascend strictly; 0 follows 0"),
+        ([0, 22, 40], 40, "grid of 40 points must be from 0 to 39, not 40"),
+        ([-1, 22, 39], 40, "from 0 to 39, not -1"),
+        ([0, 22.0, 39], 40, "whole numbers"),
+        ([0, 39], 1, "grid must be from 2 to 1000000 points, not 1"),
+        ([0, 39], -40, "grid must be from 2 to 1000000 points, not -40"),
+        ([0, 39], 1_000_001, "grid must be from 2 to 1000000 points, not 1000001"),
+    ],
+)
+def test_bad_ts_are_refused_in_one_line(ts, N, complaint):
+    with pytest.raises(RequestError, match=f"ts .*{complaint}|^{complaint}") as caught:
+        sigmas_of_ts(ts, N)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "N", "complaint"),
+    [
+        ([], 40, "empty"),
+        ([22], 40, "must end at 0, .* sigma_max 80; not 22"),
+        ([22, 1], 40, "must end at 0, .* sigma_max 80; not 1"),
+        ([39, 22, 0], 40, "must leave out 39, .* sigma_min 0.002, where f is the identity"),
+        ([39], 40, "must leave out 39"),
+        ([1, 0], 2, "must leave out 1,"),
+        ([0, 22], 40, "must descend; ascending indices, up to 39, are what --ts takes"),
+        ([0, 22, 39], 40, "must descend; ascending indices, up to 39, are what --ts takes"),
+        ([22, 22, 0], 40, "descend strictly; 22 follows 22"),
+        ([22, 30, 0], 40, "descend strictly; 30 follows 22"),
+        ([40, 0], 40, "grid of 40 points must be from 0 to 39, not 40"),
+        ([22, 0, -1], 40, "from 0 to 39, not -1"),
+        (["22", 0], 40, "whole numbers"),
+        ([0], 0, "grid must be from 2 to 1000000 points, not 0"),
+        ([0], 1_000_001, "grid must be from 2 to 1000000 points, not 1000001"),
+    ],
+)
+def test_bad_timesteps_are_refused_in_one_line(timesteps, N, complaint):
+    with pytest.raises(RequestError, match=f"timesteps .*{complaint}|^{complaint}") as caught:
+        sigmas_of_timesteps(timesteps, N)
+    assert "\n" not in str(caught.value)
+
+
+# How a training grid grows
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cm_runtime.cli import judged, values
-from cm_runtime.cli.options import ExtractorFile, Labels, OutputName, Sigmas, ValueRange
+from cm_runtime.cli.options import ExtractorFile, Grid, Labels, OutputName, Sigmas, Timesteps, Ts, ValueRange
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def evaluate(
         int | None, typer.Option(help="Network evaluations per image; ODE steps of a teacher. [default: 2; 18]")
     ] = None,
     sigmas: Sigmas = None,
+    ts: Ts = None,
+    timesteps: Timesteps = None,
+    grid: Grid = None,
     count: Annotated[int | None, typer.Option(help="How many images a model draws. [default: 10000]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of a model's images. [default: 0]")] = None,
     labels: Labels = None,
@@ -76,7 +79,7 @@ def evaluate(
     if manifold < 4:
         raise RequestError(f"--manifold must be at least 4, one more than the neighbours, not {manifold}")
     workers = values.threads(threads)
-    drawing = judged.Drawing(steps, sigmas, count, seed, labels, micro_batch, backend)
+    drawing = judged.Drawing(steps, sigmas, ts, timesteps, grid, count, seed, labels, micro_batch, backend)
     if images is None or Path(images).suffix in judged.MODELS:
         if split is not None:
             raise RequestError("--split is for data sets, and a model is measured; leave it out")

@@ -26,6 +26,9 @@ class Drawing:
 
     steps: int | None = None
     sigmas: str | None = None
+    ts: str | None = None
+    timesteps: str | None = None
+    grid: int | None = None
     count: int | None = None
     seed: int | None = None
     labels: str | None = None
@@ -67,13 +70,14 @@ def drawn(model: Path | None, drawing: Drawing, device: str, threads: int) -> Im
         "micro_batch": values.micro_batch(drawing.micro_batch, min(count, 256), engine.micro_batch),
     }
     if manifest.is_teacher:
-        if drawing.sigmas is not None:
-            raise RequestError("an EDM teacher is sampled by an ODE solver; give its --steps, not --sigmas")
+        for name in ("sigmas", "ts", "timesteps", "grid"):
+            if getattr(drawing, name) is not None:
+                raise RequestError(f"an EDM teacher is sampled by an ODE solver; give its --steps, not --{name}")
         steps = 18 if drawing.steps is None else drawing.steps
         request = sampling.teacher_request(manifest, count, steps, **given)
         batches, sampler = sampling.teacher_batches(engine, request), "heun"
     else:
-        levels = values.sigmas(drawing.sigmas)
+        levels = values.levels(manifest, drawing.steps, drawing.sigmas, drawing.ts, drawing.timesteps, drawing.grid)
         request = sampling.request(manifest, count, drawing.steps, sigmas=levels, **given)
         batches, sampler = sampling.batches(engine, request), "multistep"
     where = model or backends.DEFAULT_MODEL

@@ -24,4 +24,21 @@ Labels = Annotated[
 MicroBatch = Annotated[
     str, typer.Option(metavar="auto|M", help="How many images the engine sees at once; decides memory.")
 ]
+# Three ways to name noise levels in place of --steps: ours, OpenAI's and diffusers'; `values.levels` reads them.
 Sigmas = Annotated[str | None, typer.Option(metavar="80,1.4", help="Noise levels in place of --steps, descending.")]
+Ts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="0,22,39", help="The same as OpenAI writes them: ascending indices into --grid, its last included."
+    ),
+]
+Timesteps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="22,0", help="The same as diffusers writes them: descending indices into --grid, without its last."
+    ),
+]
+Grid = Annotated[
+    int | None,
+    typer.Option(metavar="40", help="Points of the model's training grid, which --ts and --timesteps count in."),
+]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cm_runtime.cli import values
-from cm_runtime.cli.options import Labels, MicroBatch, Sigmas
+from cm_runtime.cli.options import Grid, Labels, MicroBatch, Sigmas, Timesteps, Ts
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ def sample(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Network evaluations per image. [default: 2]")] = None,
     sigmas: Sigmas = None,
+    ts: Ts = None,
+    timesteps: Timesteps = None,
+    grid: Grid = None,
     batch: Annotated[int, typer.Option(help="How many images one request draws.")] = 256,
     count: Annotated[int | None, typer.Option(help="How many images in all. [default: one batch]")] = None,
     start: Annotated[int, typer.Option(help="Index of the first image.")] = 0,
@@ -56,7 +59,7 @@ def sample(
         engine.manifest,
         batch if count is None else count,
         steps,
-        sigmas=values.sigmas(sigmas),
+        sigmas=values.levels(engine.manifest, steps, sigmas, ts, timesteps, grid),
         seed=seed,
         start=start,
         labels=values.labels(labels),

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cm_runtime.artifact import Manifest
     from cm_runtime.sampling import Labels
 
 
@@ -20,14 +23,54 @@ def labels(text: str | None) -> Labels:
         raise RequestError(f"--labels takes all, random or classes separated by commas, not {text!r}") from error
 
 
-def sigmas(text: str | None) -> list[float] | None:
-    """Noise levels separated by commas. Raises RequestError."""
-    if text is None:
-        return None
+def numbers(option: str, text: str) -> list[float]:
+    """Numbers separated by commas, the value of ``option``. Raises RequestError."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise RequestError(f"--sigmas takes numbers separated by commas, not {text!r}") from error
+        raise RequestError(f"{option} takes numbers separated by commas, not {text!r}") from error
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers separated by commas, the value of ``option``. Raises RequestError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RequestError(f"{option} takes whole numbers separated by commas, not {text!r}") from error
+
+
+def levels(
+    manifest: Manifest, steps: int | None, sigmas: str | None, ts: str | None, timesteps: str | None, grid: int | None
+) -> Sequence[float] | None:
+    """The noise levels that --sigmas, or --ts or --timesteps on a --grid, ask of a model; None where none is given.
+
+    The grid spans the model's own sigma_min and sigma_max, with its rho. Raises RequestError, also where more than one
+    of those and --steps is given.
+    """
+    from cm_runtime import schedule
+
+    ways = {"steps": steps, "sigmas": sigmas, "ts": ts, "timesteps": timesteps}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise RequestError(f"give {' or '.join(given)}, {'not both' if len(given) == 2 else 'only one of them'}")
+    scale = manifest.sigma_min, manifest.sigma_max, manifest.rho
+    if ts is not None:
+        return schedule.sigmas_of_ts(whole_numbers("--ts", ts), _training_grid("--ts", grid), *scale)
+    if timesteps is not None:
+        asked = whole_numbers("--timesteps", timesteps)
+        return schedule.sigmas_of_timesteps(asked, _training_grid("--timesteps", grid), *scale)
+    if grid is not None:
+        raise RequestError("--grid is what --ts or --timesteps count in; give one of them, or leave --grid out")
+    return None if sigmas is None else numbers("--sigmas", sigmas)
+
+
+def _training_grid(option: str, grid: int | None) -> int:
+    if grid is None:
+        raise RequestError(
+            f"{option} needs --grid, the points of the model's training grid: 40 for OpenAI's CD models,"
+            " 201 for ct_imagenet64, 151 for CT at 256"
+        )
+    return grid
 
 
 def micro_batch(text: str | None, batch: int, most: int) -> int:

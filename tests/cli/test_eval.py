@@ -88,6 +88,13 @@ def test_a_model_is_drawn_as_sample_draws_it(cli: Cli, place: Path) -> None:
     assert (found["images"]["seed"], found["images"]["labels"], found["images"]["sampler"]) == (5, "all", "multistep")
 
 
+def test_levels_may_be_named_as_other_tools_name_them(cli: Cli, place: Path) -> None:
+    """Index 22 of 40, as published (arXiv 2303.01469)."""
+    openais = report(cli, "model.onnx", "--count", 20, "--ts", "0,22,39", "--grid", 40, *PLAIN)
+    assert openais["images"]["sigmas"] == pytest.approx([80, 1.382368], abs=5e-7)
+    assert report(cli, "model.onnx", "--count", 20, "--timesteps", "22,0", "--grid", 40, *PLAIN) == openais
+
+
 def test_the_bundled_model_needs_nothing_at_hand(cli: Cli) -> None:
     """The shipped extractor and statistics; 200 images of a good model lie far nearer than noise does (159)."""
     found = report(cli, "--count", 200, "--threads", 1)
@@ -110,8 +117,9 @@ def test_a_teacher_is_sampled_by_an_ode_solver(cli: Cli, place: Path) -> None:
     more = report(cli, "teacher.pt", "--count", 20, *PLAIN)
     assert len(more["images"]["sigmas"]) == 18
     assert more["figures"]["frechet_distance"] != few["figures"]["frechet_distance"]
-    outcome = cli("eval", "teacher.pt", "--sigmas", "80,1", *PLAIN)
-    assert outcome.code == 1 and "ODE solver" in outcome.err
+    for option, value in (("--sigmas", "80,1"), ("--ts", "0,39"), ("--timesteps", "22,0"), ("--grid", 40)):
+        outcome = cli("eval", "teacher.pt", option, value, *PLAIN)
+        assert outcome.code == 1 and f"ODE solver; give its --steps, not {option}" in outcome.err
 
 
 def test_saved_statistics_are_a_reference(cli: Cli, place: Path) -> None:
@@ -143,6 +151,8 @@ def test_foreign_statistics_are_a_reference(cli: Cli, place: Path) -> None:
     [
         ("--steps", 1),
         ("--sigmas", "80,0.5"),
+        ("--ts", "0,22,39", "--grid", 40),
+        ("--timesteps", "22,0", "--grid", 40),
         ("--count", 30),
         ("--seed", 1),
         ("--labels", "3"),
@@ -233,6 +243,9 @@ X = ("--extractor", "x.onnx")
         (("samples.npz", *X, "--reference", "nowhere"), "no such file or folder"),
         (("samples.npz", *PLAIN, "--steps", 2), "--steps is for models"),
         (("samples.npz", *PLAIN, "--sigmas", "80"), "--sigmas is for models"),
+        (("samples.npz", *PLAIN, "--ts", "0,39"), "--ts is for models"),
+        (("samples.npz", *PLAIN, "--timesteps", "0"), "--timesteps is for models"),
+        (("samples.npz", *PLAIN, "--grid", 40), "--grid is for models"),
         (("samples.npz", *PLAIN, "--count", 5), "--count is for models"),
         (("samples.npz", *PLAIN, "--seed", 0), "--seed is for models"),
         (("samples.npz", *PLAIN, "--labels", "all"), "--labels is for models"),
@@ -245,6 +258,10 @@ X = ("--extractor", "x.onnx")
         (("samples.npz", *PLAIN, "--threads", 0), "--threads must be at least 1"),
         (("samples.npz", *PLAIN, "--device", "cuda:0"), "no CUDA provider"),
         (("model.onnx", *PLAIN, "--steps", 2, "--sigmas", "80,1"), "not both"),
+        (("model.onnx", *PLAIN, "--ts", "0,39", "--timesteps", "0"), "give ts or timesteps, not both"),
+        (("model.onnx", *PLAIN, "--ts", "0,22", "--grid", 40), "leave noise in the images"),
+        (("model.onnx", *PLAIN, "--timesteps", "22,0"), "--timesteps needs --grid"),
+        (("model.onnx", *PLAIN, "--grid", 40), "leave --grid out"),
         (("model.onnx", *PLAIN, "--count", 0), "count must be at least 1"),
         (("model.onnx", *PLAIN, "--backend", "torch"), "torch backend runs checkpoints"),
         (("samples.npz", *PLAIN, "-o", "report.txt"), "must end in .json"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import exported
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from cm_runtime import noise
 from cm_runtime.backends import DEFAULT_MODEL
 
 Cli = Callable[..., Any]
+TS = ("--ts", "0,22,39", "--grid", 40)
+TIMESTEPS = ("--timesteps", "22,0", "--grid", 40)
 
 
 def drawn(cli: Cli, model: Path, *options: object) -> dict[str, NDArray[Any]]:
@@ -96,13 +99,43 @@ def test_the_last_indices_there_are_can_be_drawn(cli: Cli, boundary: exported.Fi
     assert last["arr_0"].std() > 10
 
 
-@pytest.mark.parametrize("option", [("--seed", 1), ("--start", 20), ("--steps", 3), ("--sigmas", "80,1")])
+@pytest.mark.parametrize(
+    "option", [("--seed", 1), ("--start", 20), ("--steps", 3), ("--sigmas", "80,1"), TS, TIMESTEPS]
+)
 def test_every_option_that_chooses_images_changes_them(
     cli: Cli, boundary: exported.Files, option: tuple[object, ...]
 ) -> None:
     usual = drawn(cli, boundary.onnx, "--count", 3, "--labels", 0)["arr_0"]
     other = drawn(cli, boundary.onnx, "--count", 3, "--labels", 0, *option)["arr_0"]
     assert (np.abs(usual.astype(int) - other).max(axis=(1, 2, 3)) > 5).all()
+
+
+@pytest.mark.parametrize(
+    ("ts", "timesteps", "grid"), [("0,22,39", "22,0", 40), ("0,106,200", "106,0", 201), ("0,39", "0", 40)]
+)
+def test_levels_named_as_other_tools_name_them_draw_the_same_bytes(
+    cli: Cli, ts: str, timesteps: str, grid: int
+) -> None:
+    """The sigmas by the Karras formula (arXiv 2206.00364, eq. 5), which openai/consistency_models indexes with ts."""
+    top, bottom = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    indices = [int(index) for index in ts.split(",")][:-1]
+    sigmas = ",".join(repr((top + i / (grid - 1) * (bottom - top)) ** 7 if i else 80.0) for i in indices)
+    ways = [("--sigmas", sigmas), ("--ts", ts, "--grid", grid), ("--timesteps", timesteps, "--grid", grid)]
+    ours, openais, diffusers = (drawn(cli, DEFAULT_MODEL, *way, "--batch", 4) for way in ways)
+    assert ours["arr_0"].std() > 10
+    assert ours["arr_0"].tobytes() == openais["arr_0"].tobytes() == diffusers["arr_0"].tobytes()
+    assert str(openais["cm_runtime"]) == str(diffusers["cm_runtime"])
+    assert json.loads(str(openais["cm_runtime"]))["sigmas"] == pytest.approx([float(s) for s in sigmas.split(",")])
+
+
+def test_the_grid_is_the_models_own(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+    (told,) = onnx.load(boundary.onnx).metadata_props
+    manifest = json.loads(told.value) | {"sigma_min": 0.01, "sigma_max": 50.0, "rho": 3.0, "sigmas": {}}
+    exported.with_metadata(boundary.onnx, tmp_path / "other.onnx", json.dumps(manifest))
+    level = (50 ** (1 / 3) + 4 / 10 * (0.01 ** (1 / 3) - 50 ** (1 / 3))) ** 3
+    for way in (("--ts", "0,4,10"), ("--timesteps", "4,0")):
+        arrays = drawn(cli, tmp_path / "other.onnx", *way, "--grid", 11, "--count", 2)
+        assert json.loads(str(arrays["cm_runtime"]))["sigmas"] == pytest.approx([50, level])
 
 
 def test_labels_choose_classes(cli: Cli, boundary: exported.Files) -> None:
