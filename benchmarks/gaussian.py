@@ -42,7 +42,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 from cm_runtime import schedule
-from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import CmRuntimeError
 from cm_runtime.files import check_writable, written
 from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, EdmPhase, IctPhase, Phase, load_config
@@ -218,7 +218,7 @@ def run(case: Case, s: float, settings: Sequence[str] = ()) -> Result:
     config = load_config(case.preset, [*case.settings, *settings])
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        model = load_checkpoint(train(config, gaussian_images(s), Path(folder) / "run")).model()
+        model = read_checkpoint(train(config, gaussian_images(s), Path(folder) / "run")).model()
     seconds = time.perf_counter() - began
     figures = measure(model, config.phase[-1], s, case.coarse)
     return Result(case.name, s, round(seconds, 1), figures, misses(figures, case.coarse))

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from cm_runtime import export as export
     from cm_runtime import noise as noise
     from cm_runtime.backends import load as load
-    from cm_runtime.checkpoint import load_checkpoint as load_checkpoint
+    from cm_runtime.importers import load_checkpoint as load_checkpoint
     from cm_runtime.sampling import sample as sample
 
 __version__ = "0.1.0"
 
 _HOME = {
     "load": "cm_runtime.backends",
-    "load_checkpoint": "cm_runtime.checkpoint",
+    "load_checkpoint": "cm_runtime.importers",
     "sample": "cm_runtime.sampling",
 }
 _MODULES = ("errors", "export", "noise")

@@ -34,13 +34,13 @@ class _Frozen(BaseModel):
 
 
 class TrainingSummary(_Frozen):
-    """How a model came to be; ``method`` edm means a teacher, which few steps cannot sample."""
+    """How a model came to be; ``method`` edm means a teacher, which few steps cannot sample. None: not known."""
 
     method: str
     data: str
-    steps: int = Field(ge=0)
-    images: int = Field(ge=0, description="seen in training, repeats counted")
-    seconds: float = Field(ge=0)
+    steps: int | None = Field(None, ge=0)
+    images: int | None = Field(None, ge=0, description="seen in training, repeats counted")
+    seconds: float | None = Field(None, ge=0)
     config: dict[str, Any] = Field(default_factory=dict, description="the run's whole configuration")
 
 

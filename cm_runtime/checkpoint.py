@@ -1,6 +1,8 @@
 """Our ``.pt`` checkpoints: plain tensors and containers, read without ever unpickling code.
 
-{format, config, default_ema, ema: {rate: state_dict}, training}
+{format, config, default_ema, ema: {rate: state_dict}, training, sigmas (where levels are known)}
+
+Others' checkpoints are read by `importers`; how any file of tensors is read safely is here too.
 """
 
 from __future__ import annotations
@@ -10,17 +12,18 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from cm_runtime import files
 from cm_runtime.artifact import Manifest, TrainingSummary
 from cm_runtime.errors import CheckpointError, RequestError
+from cm_runtime.extras import require
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
 
 FORMAT = "cm-runtime checkpoint 1"
@@ -31,7 +34,8 @@ STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Checkpoint:
     """A trained model: its config and the averaged weights, one state dict per EMA rate.
 
-    Weights may be stored in float16; they are always computed in float32.
+    Weights may be stored in float16; they are always computed in float32. sigmas: noise levels found to be best, by
+    the number of steps.
     """
 
     config: ModelConfig
@@ -39,6 +43,7 @@ class Checkpoint:
     ema: Mapping[str, Mapping[str, Tensor]]
     training: TrainingSummary
     sha256: str = ""
+    sigmas: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     def model(self, ema: str | None = None) -> ConsistencyModel:
         """f in float32, in evaluation mode, with the weights of that EMA rate (default: default_ema).
@@ -50,7 +55,7 @@ class Checkpoint:
             raise RequestError(f"there is no EMA rate {rate}; the checkpoint holds {', '.join(self.ema)}")
         model = build(self.config, "meta")
         weights = {name: tensor.float() for name, tensor in self.ema[rate].items()}
-        _check_weights(model, weights)
+        check_weights(model, weights)
         model.load_state_dict(weights, assign=True)
         return model.eval().requires_grad_(False)
 
@@ -67,6 +72,7 @@ class Checkpoint:
             sigma_data=config.sigma_data,
             sigma_boundary=config.sigma_boundary,
             rho=config.rho,
+            sigmas=dict(self.sigmas),
             source_sha256=self.sha256,
             training=self.training,
         )
@@ -81,15 +87,24 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
             "default_ema": checkpoint.default_ema,
             "ema": {rate: dict(weights) for rate, weights in checkpoint.ema.items()},
             "training": checkpoint.training.model_dump(mode="json"),
+            **(
+                {"sigmas": {steps: list(levels) for steps, levels in checkpoint.sigmas.items()}}
+                if checkpoint.sigmas
+                else {}
+            ),
         },
         path,
     )
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint in ``path``. Raises CheckpointError: missing, truncated, a pickle, not ours, misshapen."""
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Our checkpoint in ``path``. Raises CheckpointError: missing, truncated, a pickle, not ours, misshapen."""
+    return parse_checkpoint(load_plain(path), path)
+
+
+def parse_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint in what was read from ``path``. Raises CheckpointError."""
     where = Path(path)
-    content = load_plain(where)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{where} is not a cm-runtime checkpoint")
     try:
@@ -99,18 +114,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             ema=content["ema"],
             training=TrainingSummary.model_validate(content["training"]),
             sha256=files.sha256(where),
+            sigmas=content.get("sigmas", {}),
         )
+        checkpoint.manifest()  # its checks are those of the levels
     except KeyError as error:
         raise CheckpointError(f"{where} is damaged: it has no {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "config"
         raise CheckpointError(f"{where} is damaged: {field}: {first['msg']}") from error
+    except TypeError as error:
+        raise CheckpointError(f"{where} is damaged: sigmas: they are not levels by the number of steps") from error
     if not isinstance(checkpoint.ema, Mapping) or checkpoint.default_ema not in checkpoint.ema:
         raise CheckpointError(f"{where} is damaged: it has no weights for EMA rate {checkpoint.default_ema}")
     try:
         for weights in checkpoint.ema.values():
-            _check_weights(build(checkpoint.config, "meta"), weights)
+            check_weights(build(checkpoint.config, "meta"), weights)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     return checkpoint
@@ -168,11 +187,35 @@ def load_torch(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{where} is not a torch checkpoint, or is damaged") from error
 
 
-def _check_weights(model: ConsistencyModel, weights: Any) -> None:
-    """Raises CheckpointError naming every tensor that is missing, extra, misshapen or not finite."""
+def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, which holds nothing else; raises CheckpointError."""
+    require("safetensors", f"reading {path}")
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # the package's own error derives from nothing narrower
+        raise CheckpointError(f"{path} is not a safetensors file, or is damaged") from error
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a module's state dict, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_weights(model: ConsistencyModel, weights: Any) -> None:
+    """Raises CheckpointError where ``weights`` are not those of ``model``."""
+    check_tensors(shapes_of(model), weights, "its tensors do not fit its config")
+
+
+def check_tensors(expected: Mapping[str, tuple[int, ...]], weights: Any, complaint: str) -> None:
+    """Raises CheckpointError naming the tensors that are missing, extra, misshapen or not finite, the first five."""
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise CheckpointError("its weights are not a state dict")
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = [f"missing {name}" for name in expected if name not in weights]
     wrong += [f"unexpected {name}" for name in weights if name not in expected]
     for name, tensor in weights.items():
@@ -186,4 +229,4 @@ def _check_weights(model: ConsistencyModel, weights: Any) -> None:
             wrong.append(f"{name} is not finite")
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise CheckpointError("its tensors do not fit its config: " + "; ".join(wrong[:5]) + more)
+        raise CheckpointError(f"{complaint}: " + "; ".join(wrong[:5]) + more)

@@ -14,6 +14,7 @@ EXTRAS = {
     "onnx": "train",
     "onnxscript": "train",
     "pooch": "train",
+    "safetensors": "train",
     "tensorboard": "train",
     "tomli_w": "train",
 }

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,12 +25,20 @@ class NetworkShape(BaseModel):
     channels: int = Field(gt=0, le=4096, description="of the outermost level")
     channel_mult: tuple[int, ...] = Field(min_length=1, max_length=8)
     res_blocks: int = Field(gt=0, le=16, description="per level")
-    attention: tuple[int, ...] = Field((), description="feature-map sizes with attention; the middle always has it")
+    attention: tuple[int, ...] = Field((), description="feature-map sizes with attention, descending")
+    middle_attention: bool = Field(True, description="between the two middle blocks, whatever their size")
     head_channels: int = Field(64, gt=0)
     scale_shift: bool = Field(True, description="the embedding scales and shifts the second norm; else it is added")
     resample: Literal["conv", "resblock"] = "conv"
+    norm_groups: int | None = Field(None, gt=0, description="of a normalisation; None: 32, or as many as divide")
+    norm_eps: float = Field(1e-5, gt=0, lt=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     patch: Literal[1, 2] = Field(1, description="pixel-unshuffle in, pixel-shuffle out, by this factor")
+
+    @field_validator("attention")
+    @classmethod
+    def _descending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(sizes), reverse=True))  # one network, one config
 
 
 class UNetConfig(NetworkShape):
@@ -51,17 +59,19 @@ class UNetConfig(NetworkShape):
         if unmet := set(self.attention) - set(sizes):
             raise ValueError(f"attention at {sorted(unmet)}, but the feature maps are {sizes}")
         attended = [m for m, size in zip(self.channel_mult, sizes, strict=True) if size in self.attention]
-        for mult in {*attended, self.channel_mult[-1]}:
+        for mult in {*attended, *self.channel_mult[-1:] * self.middle_attention}:
             if self.channels * mult % self.head_channels:
                 raise ValueError(f"{self.channels * mult} channels do not split into heads of {self.head_channels}")
+        if self.norm_groups and self.channels % self.norm_groups:
+            raise ValueError(f"{self.channels} channels do not split into norm_groups {self.norm_groups}")
         return self
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation over 32 groups, or as many as divide the channels, its statistics in float32."""
+    """Group normalisation over the config's groups (32, or as many as divide the channels), statistics in float32."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(math.gcd(32, channels), channels)
+    def __init__(self, channels: int, config: NetworkShape) -> None:
+        super().__init__(config.norm_groups or math.gcd(32, channels), channels, config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).type(x.dtype) if x.dtype == torch.float16 else super().forward(x)
@@ -152,17 +162,16 @@ class ResBlock(nn.Module):
         self,
         channels: int,
         out: int,
-        embedding: int,
         dropout: Dropout,
-        scale_shift: bool,
+        config: NetworkShape,
         resample: type[Upsample] | type[Downsample] | None = None,
     ) -> None:
         super().__init__()
-        self.scale_shift = scale_shift
-        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), conv3x3(channels, out))
+        self.scale_shift = config.scale_shift
+        self.in_layers = nn.Sequential(GroupNorm(channels, config), nn.SiLU(), conv3x3(channels, out))
         self.resample = resample() if resample else None
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * out if scale_shift else out))
-        self.out_layers = nn.Sequential(GroupNorm(out), nn.SiLU(), dropout, zeroed(conv3x3(out, out)))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.channels, (1 + config.scale_shift) * out))
+        self.out_layers = nn.Sequential(GroupNorm(out, config), nn.SiLU(), dropout, zeroed(conv3x3(out, out)))
         self.skip_connection = nn.Identity() if out == channels else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None) -> Tensor:
@@ -184,10 +193,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels of a feature map, with a residual connection."""
 
-    def __init__(self, channels: int, head_channels: int) -> None:
+    def __init__(self, channels: int, config: NetworkShape) -> None:
         super().__init__()
-        self.heads = channels // head_channels
-        self.norm = GroupNorm(channels)
+        self.heads = channels // config.head_channels
+        self.norm = GroupNorm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
 
@@ -231,11 +240,11 @@ class UNet(nn.Module):
 
         def res(channels: int, out: int, resample: type[Upsample] | type[Downsample] | None = None) -> ResBlock:
             dropout = Dropout(config.dropout, next(layers))
-            return ResBlock(channels, out, embedding, dropout, config.scale_shift, resample)
+            return ResBlock(channels, out, dropout, config, resample)
 
         def attention(channels: int, size: int) -> Iterator[AttentionBlock]:
             if size in config.attention:
-                yield AttentionBlock(channels, config.head_channels)
+                yield AttentionBlock(channels, config)
 
         size = config.image_size // config.patch
         widths = [config.channels * mult for mult in config.channel_mult]
@@ -252,9 +261,8 @@ class UNet(nn.Module):
                 self.input_blocks.append(Block(down))
                 skips.append(channels)
                 size //= 2
-        self.middle_block = Block(
-            res(channels, channels), AttentionBlock(channels, config.head_channels), res(channels, channels)
-        )
+        attended = [AttentionBlock(channels, config)] if config.middle_attention else []
+        self.middle_block = Block(res(channels, channels), *attended, res(channels, channels))
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for i in range(config.res_blocks + 1):
@@ -264,7 +272,7 @@ class UNet(nn.Module):
                     block.append(Upsample(channels) if config.resample == "conv" else res(channels, channels, Upsample))
                     size *= 2
                 self.output_blocks.append(block)
-        self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), zeroed(conv3x3(channels, patched)))
+        self.out = nn.Sequential(GroupNorm(channels, config), nn.SiLU(), zeroed(conv3x3(channels, patched)))
 
     def forward(
         self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, dropout_key: Tensor | None = None

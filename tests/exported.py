@@ -22,7 +22,7 @@ import torch
 
 from cm_runtime import export
 from cm_runtime.artifact import TrainingSummary
-from cm_runtime.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cm_runtime.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from cm_runtime.export import denoiser
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
 from cm_runtime.unet import UNetConfig
@@ -106,7 +106,7 @@ class Files:
         return self._made("half.onnx", lambda path: _export(self.half_checkpoint, path))
 
     def model(self) -> ConsistencyModel:
-        return load_checkpoint(self.checkpoint).model()
+        return read_checkpoint(self.checkpoint).model()
 
     def _made(self, name: str, write: Callable[[Path], object]) -> Path:
         """The file, made by the first of pytest's workers that wants it."""
@@ -124,7 +124,7 @@ class Files:
 def _export(source: Path, target: Path, inline: bool = False) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(denoiser, "build_graph", build_graph_once)
-        export.onnx(load_checkpoint(source), target, inline=inline)
+        export.onnx(read_checkpoint(source), target, inline=inline)
 
 
 def environment() -> dict[str, str]:

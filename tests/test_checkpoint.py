@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cm_runtime.artifact import TrainingSummary
-from cm_runtime.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_plain, save_checkpoint, save_plain
+from cm_runtime.checkpoint import FORMAT, Checkpoint, load_plain, read_checkpoint, save_checkpoint, save_plain
 from cm_runtime.errors import CheckpointError, OutputError, RequestError
 from cm_runtime.files import sha256
 from cm_runtime.model import build
@@ -66,7 +66,7 @@ def refusal(path, content=None):
     if content is not None:
         torch.save(content, path)
     with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(path)
+        read_checkpoint(path)
     message = str(caught.value)
     assert "\n" not in message and str(path) in message and len(message) < 1000
     return message
@@ -76,7 +76,7 @@ def refusal(path, content=None):
 
 
 def test_what_was_saved_comes_back_bit_for_bit(saved, checkpoint, config):
-    found = load_checkpoint(saved)
+    found = read_checkpoint(saved)
     assert found.config == config and found.training == TRAINING and found.default_ema == "0.999"
     assert list(found.ema) == ["0.999", "0.9999"]
     for rate, weights in checkpoint.ema.items():
@@ -84,7 +84,7 @@ def test_what_was_saved_comes_back_bit_for_bit(saved, checkpoint, config):
         for name, tensor in weights.items():
             assert found.ema[rate][name].dtype == tensor.dtype and torch.equal(found.ema[rate][name], tensor), name
     assert found.sha256 == sha256(saved)
-    assert load_checkpoint(str(saved)).sha256 == found.sha256
+    assert read_checkpoint(str(saved)).sha256 == found.sha256
 
 
 def test_the_file_is_plain_torch_and_the_documented_layout(saved, weights):
@@ -97,7 +97,7 @@ def test_the_file_is_plain_torch_and_the_documented_layout(saved, weights):
 
 def test_a_file_that_only_torch_wrote_is_read(tmp_path, content, weights):
     torch.save(content, tmp_path / "x.pt")
-    found = load_checkpoint(tmp_path / "x.pt")
+    found = read_checkpoint(tmp_path / "x.pt")
     assert torch.equal(found.ema["0.999"][BIAS], weights[BIAS])
 
 
@@ -110,7 +110,7 @@ def test_the_same_checkpoint_is_the_same_bytes(tmp_path, saved, checkpoint):
 def test_the_model_of_a_rate_computes_with_its_weights(saved, checkpoint, config, rng):
     x = torch.from_numpy(rng.standard_normal((3, 1, 4, 4))).float()
     sigma, label = torch.tensor([0.01, 1.0, 80.0]), torch.tensor([0, 1, 2])
-    loaded = load_checkpoint(saved)
+    loaded = read_checkpoint(saved)
     for rate, chosen in (("0.999", None), ("0.999", "0.999"), ("0.9999", "0.9999")):
         reference = build(config)
         reference.load_state_dict(checkpoint.ema[rate])
@@ -124,9 +124,9 @@ def test_the_model_of_a_rate_computes_with_its_weights(saved, checkpoint, config
 def test_weights_of_another_precision_are_kept_and_computed_in_float32(tmp_path, content, weights, dtype):
     stored = {name: tensor.to(dtype) for name, tensor in weights.items()}
     torch.save({**content, "ema": {"0.999": stored}}, tmp_path / "x.pt")
-    found = load_checkpoint(tmp_path / "x.pt")
+    found = read_checkpoint(tmp_path / "x.pt")
     save_checkpoint(found, tmp_path / "y.pt")
-    again = load_checkpoint(tmp_path / "y.pt")
+    again = read_checkpoint(tmp_path / "y.pt")
     for name, tensor in again.ema["0.999"].items():
         assert tensor.dtype == dtype and torch.equal(tensor, stored[name])
     for name, tensor in again.model().state_dict().items():
@@ -232,7 +232,7 @@ def repacked(source, target, change=None, compression=zipfile.ZIP_STORED):
 
 
 def test_repacking_alone_changes_nothing(tmp_path, saved):
-    assert load_checkpoint(repacked(saved, tmp_path / "x.pt")).default_ema == "0.999"
+    assert read_checkpoint(repacked(saved, tmp_path / "x.pt")).default_ema == "0.999"
 
 
 def test_a_zip_bomb_is_refused_without_inflating_it(tmp_path, saved):
@@ -513,4 +513,4 @@ def test_a_pickle_of_another_protocol_is_refused_without_warnings(tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(CheckpointError, match="pickle that could run code"):
-            load_checkpoint(where)
+            read_checkpoint(where)

@@ -178,7 +178,8 @@ class Reference:
         return self.state[f"{name}.weight"], self.state[f"{name}.bias"]
 
     def norm(self, x, name):
-        return group_norm(x, *self.pair(name), math.gcd(32, x.shape[1]))
+        groups = self.config.norm_groups or math.gcd(32, x.shape[1])
+        return group_norm(x, *self.pair(name), groups, self.config.norm_eps)
 
     def res(self, x, e, name, resample=None):
         h = silu(self.norm(x, f"{name}.in_layers.0"))
@@ -237,8 +238,9 @@ class Reference:
                 skips.append(h)
                 number += 1
         h = self.res(h, e, "middle_block.0")
-        h = self.attention(h, "middle_block.1")
-        h = self.res(h, e, "middle_block.2")
+        if config.middle_attention:
+            h = self.attention(h, "middle_block.1")
+        h = self.res(h, e, f"middle_block.{1 + config.middle_attention}")
         number = 0
         for level in reversed(range(len(config.channel_mult))):
             for i in range(config.res_blocks + 1):
@@ -275,6 +277,8 @@ class Reference:
         {"channel_mult": (1,), "image_size": 1, "image_channels": 1},
         {"channels": 7, "head_channels": 7, "channel_mult": (1, 3)},
         {"channels": 24, "head_channels": 12, "channel_mult": (2, 1), "res_blocks": 2, "image_size": 12},
+        {"middle_attention": False, "head_channels": 24, "norm_groups": 4, "norm_eps": 1e-2},
+        {"middle_attention": False, "attention": (8,), "norm_groups": 1, "channels": 7, "head_channels": 7},
     ],
     ids=str,
 )
@@ -303,7 +307,7 @@ def test_the_network_is_the_one_written_out(changes, rng, randomised):
 def test_attention_reads_three_heads_dim_and_not_heads_three_dim(heads, rng, randomised):
     from cm_runtime.unet import AttentionBlock
 
-    block = randomised(AttentionBlock(12 * heads, 12))
+    block = randomised(AttentionBlock(12 * heads, tiny(head_channels=12, channels=12)))
     x = rng.standard_normal((3, 12 * heads, 3, 7))
     reference = Reference(tiny(head_channels=12, channels=12), {})
     reference.state = {f"a.{name}": tensor.double().numpy() for name, tensor in block.state_dict().items()}
@@ -323,7 +327,7 @@ def test_timestep_embedding_is_cosines_then_sines(dim):
 
 @pytest.mark.parametrize(("channels", "groups"), [(32, 32), (64, 32), (48, 16), (7, 1), (3, 1), (255, 1), (24, 8)])
 def test_group_norm_has_32_groups_or_what_divides(channels, groups, rng):
-    norm = GroupNorm(channels)
+    norm = GroupNorm(channels, tiny())
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, channels))
         norm.bias.copy_(torch.linspace(-1, 1, channels))
@@ -335,7 +339,7 @@ def test_group_norm_has_32_groups_or_what_divides(channels, groups, rng):
 
 def test_group_norms_statistics_are_float32_for_halves(rng):
     """60000^2 does not fit in a half: only float32 statistics survive."""
-    norm = GroupNorm(32)
+    norm = GroupNorm(32, tiny())
     x = torch.from_numpy(60000 * rng.uniform(0.9, 1, (3, 32, 7, 7))).half()
     found = norm(x)
     assert found.dtype == torch.float16
@@ -384,6 +388,9 @@ def test_dropout_is_heard_in_training_only(rng, randomised):
         {"head_channels": 16},
         {"scale_shift": False},
         {"resample": "resblock"},
+        {"middle_attention": False},
+        {"norm_groups": 8},
+        {"norm_eps": 0.1},
         {"patch": 2},
         {"num_classes": 3},
         {"image_channels": 1},
@@ -424,6 +431,9 @@ def test_every_choice_changes_the_network(changes, rng, randomised):
         ({"head_channels": 0}, "head_channels"),
         ({"head_channels": 24}, "64 channels do not split into heads of 24"),
         ({"head_channels": 64, "attention": (8,)}, "32 channels do not split into heads of 64"),
+        ({"norm_groups": 5}, "32 channels do not split into norm_groups 5"),
+        ({"norm_groups": 0}, "norm_groups"),
+        ({"norm_eps": 0.0}, "norm_eps"),
         ({"resample": "bilinear"}, "resample"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": float("nan")}, "dropout"),
@@ -437,6 +447,10 @@ def test_every_choice_changes_the_network(changes, rng, randomised):
 def test_impossible_networks_are_refused_by_name(changes, complaint):
     with pytest.raises(ValidationError, match=complaint):
         tiny(**changes)
+
+
+def test_the_order_of_attention_sizes_does_not_matter():
+    assert tiny(attention=(4, 8, 4)) == tiny(attention=(8, 4))
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------

@@ -27,12 +27,12 @@ def load(
     device: str = "auto",
     threads: int = 0,
 ) -> Backend:
-    """The model in ``path`` on an engine, ready to denoise: an exported ``.onnx``, or a ``.pt`` checkpoint.
+    """The model in ``path`` on an engine, ready to denoise: an exported ``.onnx``, or a checkpoint.
 
-    path: None is the bundled model. backend: auto takes ONNX Runtime for ``.onnx`` and torch for checkpoints.
-    device: auto (a GPU where the engine can use one, else the CPU), cpu or cuda:N. threads: 0 is one per core.
-    Raises ArtifactError, CheckpointError, EngineError, MissingExtraError, and RequestError for a backend that
-    cannot run such a file.
+    path: None is the bundled model; a checkpoint is whatever `importers.load_checkpoint` reads. backend: auto takes
+    ONNX Runtime for ``.onnx`` and torch for checkpoints. device: auto (a GPU where the engine can use one, else the
+    CPU), cpu or cuda:N. threads: 0 is one per core. Raises ArtifactError, CheckpointError, EngineError,
+    MissingExtraError, and RequestError for a backend that cannot run such a file.
     """
     where = DEFAULT_MODEL if path is None else Path(path)
     if backend not in ("auto", "ort", "torch"):
@@ -40,7 +40,7 @@ def load(
     checked_threads(threads)
     if not where.exists():
         raise ArtifactError(f"{where}: no such model")
-    if where.suffix == ".pt":
+    if is_checkpoint(where):
         if backend == "ort":
             raise RequestError(f"{where} is a checkpoint; ONNX Runtime runs what cm-runtime export makes of it")
         return _torch(where, device, threads)
@@ -51,10 +51,15 @@ def load(
     return OrtBackend(where, manifest, chosen, threads)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a folder, or named as torch and safetensors files are, and so no exported file."""
+    return path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.is_dir()
+
+
 def _torch(path: Path, device: str, threads: int) -> TorchBackend:
     torch = require("torch", f"running the checkpoint {path}")
     from cm_runtime.backends.torch import TorchBackend, chosen_device
-    from cm_runtime.checkpoint import load_checkpoint
+    from cm_runtime.importers import load_checkpoint
 
     if threads:
         torch.set_num_threads(threads)

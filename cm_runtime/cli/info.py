@@ -30,14 +30,14 @@ def info(
     import json
 
     from cm_runtime.artifact import read_manifest
-    from cm_runtime.backends import DEFAULT_MODEL
+    from cm_runtime.backends import DEFAULT_MODEL, is_checkpoint
 
     where = path or DEFAULT_MODEL
-    if where.suffix == ".pt":
+    if is_checkpoint(where):
         from cm_runtime.extras import require
 
         require("torch", f"reading the checkpoint {where}")
-        from cm_runtime.checkpoint import load_checkpoint
+        from cm_runtime.importers import load_checkpoint
 
         checkpoint = load_checkpoint(where)
         content = describe(checkpoint.manifest())

@@ -1,7 +1,8 @@
 """What a training run is: a TOML file, checked whole before anything starts. Unknown keys are refused.
 
 A run is a list of phases, each a method with its own budget. A phase starts from the averaged weights of the one
-before, the first from ``init`` where there is one; cd takes that same model for its teacher.
+before, the first from ``init`` where there is one (anybody's checkpoint, see `importers`); cd takes that same model
+for its teacher.
 """
 
 from __future__ import annotations
@@ -165,9 +166,14 @@ class TrainConfig(_Strict):
     """A whole run."""
 
     data: DataConfig
-    network: NetworkShape
+    network: NetworkShape | None = Field(None, description="None: that of init")
     phase: tuple[Annotated[Phase, Field(discriminator="method")], ...] = Field(min_length=1)
-    init: str | None = Field(None, description="a checkpoint to start from; None: fresh weights")
+    init: str | None = Field(
+        None, description="a checkpoint to start from, ours, OpenAI's or a diffusers folder; None: fresh weights"
+    )
+    init_precond: Form | None = Field(None, description="the form of an init that does not say its own")
+    init_head_channels: int | None = Field(None, gt=0, description="of an OpenAI init's attention; None: 64")
+    init_image_size: int | None = Field(None, gt=0, description="of an OpenAI init; None: innermost feature map 8x8")
     precond: Form = Field("edm", description="of the consistency function; an edm phase always trains the edm form")
     sigma_data: float = Field(0.5, gt=0)
     seed: int = Field(0, ge=0, lt=1 << 63)
@@ -182,6 +188,12 @@ class TrainConfig(_Strict):
     @model_validator(mode="after")
     def _starts_sound(self) -> TrainConfig:
         first = self.phase[0]
+        if self.init is None:
+            for key in ("init_precond", "init_head_channels", "init_image_size"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} tells of an init, and there is none")
+            if self.network is None:
+                raise ValueError("give a network, or an init whose network it is")
         if self.init is None and (first.method == "ect" or (first.method == "cd" and first.teacher == "before")):
             raise ValueError(
                 f"a {first.method} phase starts from a trained denoiser: give init, or put an edm phase before it"

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from cm_runtime import schedule
 from cm_runtime.artifact import TrainingSummary
-from cm_runtime.checkpoint import Checkpoint, load_checkpoint
+from cm_runtime.checkpoint import Checkpoint, read_checkpoint
 from cm_runtime.errors import Interrupted, TrainingError
+from cm_runtime.importers import load_checkpoint
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
 from cm_runtime.training import grids, ode, record
 from cm_runtime.training.config import Phase, TrainConfig
@@ -25,7 +26,7 @@ from cm_runtime.training.step import Stepper, dtype_of, finite, learning_rate_fa
 from cm_runtime.training.stopping import stop_signals
 from cm_runtime.training.stream import Stream
 from cm_runtime.training.workers import Workers, joined
-from cm_runtime.unet import UNetConfig
+from cm_runtime.unet import NetworkShape, UNetConfig
 
 GRID_IMAGES = 64
 _LOG_EVERY = 10
@@ -62,7 +63,10 @@ def train(
         for index, phase in enumerate(config.phase):
             if phase.batch < workers.world:
                 raise TrainingError(f"phase.{index}.batch {phase.batch} is less than the {workers.world} workers")
-        start = None if config.init is None else load_checkpoint(config.init)
+        start = _start(config)
+        if config.network is None and start is not None:
+            shape = start.config.network.model_dump(include=set(NetworkShape.model_fields))
+            config = config.model_copy(update={"network": NetworkShape(**shape)})
         model_config_of(config, data)
         folder = RunFolder(out)
         inputs = {"data": record.fingerprint(data), "init": "" if start is None else start.sha256}
@@ -77,6 +81,18 @@ def train(
     return folder.checkpoint
 
 
+def _start(config: TrainConfig) -> Checkpoint | None:
+    """The model that the first phase starts from, where there is one."""
+    if config.init is None:
+        return None
+    return load_checkpoint(
+        config.init,
+        precond=config.init_precond,
+        head_channels=config.init_head_channels,
+        image_size=config.init_image_size,
+    )
+
+
 def model_config_of(config: TrainConfig, data: ImageSet, phase: Phase | None = None) -> ModelConfig:
     """The model that a phase of ``config`` (default: the last) makes of ``data``.
 
@@ -86,6 +102,7 @@ def model_config_of(config: TrainConfig, data: ImageSet, phase: Phase | None = N
     channels, height, width = data.image_shape
     if height != width:
         raise TrainingError(f"images must be square, not {height}x{width}; set data.image_size to crop and resize")
+    assert config.network is not None  # `train` takes that of init where none is given
     try:
         network = UNetConfig(
             **config.network.model_dump(),
@@ -137,7 +154,7 @@ class _Run:
     def _before(self, index: int) -> Checkpoint:
         """What phase ``index`` starts from, as the file holds it: stopped and resumed or not, it is the same."""
         path = self.folder.kept(index - 1, self.config.phase[index - 1].method)
-        return self.workers.from_lead(load_checkpoint(path) if self.workers.lead else None)  # type: ignore[return-value]
+        return self.workers.from_lead(read_checkpoint(path) if self.workers.lead else None)  # type: ignore[return-value]
 
     def _phase(self, index: int, before: Checkpoint | None, state: dict[str, Any] | None) -> None:
         """Trains one phase, from ``state`` where it had begun."""

@@ -9,16 +9,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cm_runtime.checkpoint import STORED, load_torch
+from cm_runtime.checkpoint import STORED, load_safetensors, load_torch
 from cm_runtime.errors import CheckpointError
 
 CHANNELS = (64, 128, 256, 512, 512)  # of the five stages
@@ -88,7 +86,7 @@ def read_weights(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Tensor]:
 def _named(path: Path) -> dict[str, Tensor]:
     """The tensors in a file by their published names, without VGG's classifier."""
     try:
-        content = _safetensors(path) if path.suffix == ".safetensors" else load_torch(path)
+        content = load_safetensors(path) if path.suffix == ".safetensors" else load_torch(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {HINT}") from error
     if isinstance(content, list):
@@ -98,16 +96,3 @@ def _named(path: Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path} holds no tensors by name; {HINT}")
     return {name: tensor for name, tensor in content.items() if not name.startswith("classifier.")}
-
-
-def _safetensors(path: Path) -> Any:
-    try:
-        package = importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise CheckpointError(f"{path} needs the safetensors package: pip install safetensors") from error
-    try:
-        return package.load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except Exception as error:  # the package's own error derives from nothing narrower
-        raise CheckpointError(f"{path} is not a safetensors file, or is damaged") from error

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from cm_runtime.backends.torch import TorchBackend
-from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import EngineError, RequestError
 
 
 @pytest.fixture
 def backend(boundary: exported.Files) -> TorchBackend:
-    ours = load_checkpoint(boundary.checkpoint)
+    ours = read_checkpoint(boundary.checkpoint)
     return TorchBackend(ours.model(), ours.manifest())
 
 
@@ -47,7 +47,7 @@ def test_one_sigma_and_one_label_serve_every_image(backend: TorchBackend) -> Non
 
 def test_dropout_is_off_while_it_is_asked_and_the_module_stays_as_it_was(boundary: exported.Files) -> None:
     """Training draws its sample grids through this backend, from a module in training mode."""
-    ours = load_checkpoint(boundary.checkpoint)
+    ours = read_checkpoint(boundary.checkpoint)
     model = ours.model().train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -59,7 +59,7 @@ def test_dropout_is_off_while_it_is_asked_and_the_module_stays_as_it_was(boundar
 
 
 def test_a_refused_input_leaves_the_module_as_it_was(boundary: exported.Files) -> None:
-    ours = load_checkpoint(boundary.checkpoint)
+    ours = read_checkpoint(boundary.checkpoint)
     model = ours.model().train()
     with pytest.raises(RequestError, match="sigma"):
         TorchBackend(model, ours.manifest()).denoise(image(), -1.0, 1)
@@ -78,7 +78,7 @@ def test_the_answer_belongs_to_the_caller_and_inputs_may_be_read_only(backend: T
 
 
 def test_no_gradient_is_kept(boundary: exported.Files) -> None:
-    ours = load_checkpoint(boundary.checkpoint)
+    ours = read_checkpoint(boundary.checkpoint)
     model = ours.model().requires_grad_(True)
     x0 = TorchBackend(model, ours.manifest()).denoise(image(), 2.0, 1)
     assert isinstance(x0, np.ndarray)
@@ -88,7 +88,7 @@ def test_no_gradient_is_kept(boundary: exported.Files) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("device", ["cuda:0", "cuda", "cuda:99"])
 def test_cuda_without_a_gpu_is_one_error_and_not_the_cpu(boundary: exported.Files, device: str) -> None:
-    ours = load_checkpoint(boundary.checkpoint)
+    ours = read_checkpoint(boundary.checkpoint)
     with pytest.raises(EngineError, match=f"torch cannot use device {device}") as caught:
         TorchBackend(ours.model(), ours.manifest(), device)
     assert len(str(caught.value).splitlines()) == 1
@@ -96,14 +96,14 @@ def test_cuda_without_a_gpu_is_one_error_and_not_the_cpu(boundary: exported.File
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cpu:x", "0", "tpu", "xla", "meta", "mps", "xpu"])
 def test_a_device_that_is_no_device_is_one_error(boundary: exported.Files, device: str) -> None:
-    ours = load_checkpoint(boundary.checkpoint)
+    ours = read_checkpoint(boundary.checkpoint)
     with pytest.raises(EngineError, match="device") as caught:
         TorchBackend(ours.model(), ours.manifest(), device)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_network_of_another_shape_than_the_manifest_says_is_an_engine_error(boundary: exported.Files) -> None:
-    ours = load_checkpoint(boundary.checkpoint)
+    ours = read_checkpoint(boundary.checkpoint)
     lying = ours.manifest().model_copy(update={"image_shape": (4, 8, 8)})
     with pytest.raises(EngineError, match="torch: ") as caught:
         TorchBackend(ours.model(), lying).denoise(np.zeros((1, 4, 8, 8), np.float32), 1.0, 0)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cm_runtime import cli
-from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.training.config import Phase, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +169,7 @@ def test_the_preset_trains_from_the_command_line(method: str, tmp_path: Path) ->
     np.savez(data, images=images)
     quick = [word for i in range(len(PRESETS[method])) for word in ("--set", f"phase.{i}.steps=3")]
     assert run_cli("train", f"gaussian-{method}", "--data", data, "--out", out, *quick) == 0
-    found = load_checkpoint(out / "ckpt.pt")
+    found = read_checkpoint(out / "ckpt.pt")
     assert found.config.image_shape == (1, 8, 8) and found.training.method == method
     assert [path.name for path in sorted(out.glob("phase-*"))] == [
         f"phase-{i}-{name}.pt" for i, name in enumerate(PRESETS[method])

@@ -153,9 +153,9 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 ) -> None:
     if words[0] == "teacher.onnx":
         save_checkpoint(exported.checkpoint("boundary", method="edm"), place / "teacher.pt")
-        from cm_runtime.checkpoint import load_checkpoint
+        from cm_runtime.checkpoint import read_checkpoint
 
-        export_onnx(load_checkpoint(place / "teacher.pt"), place / "teacher.onnx")
+        export_onnx(read_checkpoint(place / "teacher.pt"), place / "teacher.onnx")
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     outcome = cli("tune", *PLAIN, *words)
     assert outcome.code == 1 and message in outcome.err, outcome

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cm_runtime import export
 from cm_runtime.artifact import read_manifest
-from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import OutputError, RequestError
 from cm_runtime.export import denoiser
 
@@ -128,7 +128,7 @@ def test_openvino_runs_the_inlined_file(each: exported.Files, form: str, tmp_pat
         path = tmp_path / "half-inline.onnx"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(denoiser, "build_graph", exported.build_graph_once)
-            export.onnx(load_checkpoint(each.half_checkpoint), path, inline=True)
+            export.onnx(read_checkpoint(each.half_checkpoint), path, inline=True)
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for n in BATCHES:
         given = inputs(each, n)
@@ -215,7 +215,7 @@ def test_the_manifest_is_json_that_any_onnx_reader_finds(each: exported.Files) -
 
 
 def test_export_returns_the_manifest_it_wrote(boundary: exported.Files, tmp_path: Path, quick_build: None) -> None:
-    manifest = export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+    manifest = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
     assert manifest == read_manifest(tmp_path / "m.onnx")
 
 
@@ -227,7 +227,7 @@ def test_the_file_names_no_folder_of_the_machine_that_made_it(boundary: exported
 
 def test_exporting_twice_gives_the_same_bytes(boundary: exported.Files, tmp_path: Path) -> None:
     """With torch's exporter run anew; also when nothing of it is remembered."""
-    export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / "again.onnx")
+    export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "again.onnx")
     first, again = onnx.load(boundary.onnx), onnx.load(tmp_path / "again.onnx")
     said = [json.loads(graph.metadata_props[0].value) for graph in (first, again)]
     for manifest in said:
@@ -307,13 +307,13 @@ def test_another_ending_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(denoiser, "build_graph", pytest.fail)
     with pytest.raises(RequestError, match=r"ends in \.onnx"):
-        export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / name)
+        export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_precision_that_is_not_there_yet_is_refused(boundary: exported.Files, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="fp16"):
-        export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / "m.onnx", precision="fp16")  # type: ignore[arg-type]
+        export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx", precision="fp16")  # type: ignore[arg-type]
 
 
 def test_an_existing_file_is_replaced_only_with_force(
@@ -321,7 +321,7 @@ def test_an_existing_file_is_replaced_only_with_force(
 ) -> None:
     target = tmp_path / "m.onnx"
     target.write_bytes(b"somebody's work")
-    ours = load_checkpoint(boundary.checkpoint)
+    ours = read_checkpoint(boundary.checkpoint)
     with pytest.raises(OutputError, match=r"exists.*--force"):
         export.onnx(ours, target)
     assert target.read_bytes() == b"somebody's work"
@@ -337,13 +337,13 @@ def test_a_folder_that_cannot_be_written_is_one_error(
     (tmp_path / "file").write_text("not a folder")
     target = tmp_path / folder / "m.onnx"
     with pytest.raises(OutputError, match=r"m\.onnx cannot be written"):
-        export.onnx(load_checkpoint(boundary.checkpoint), target)
+        export.onnx(read_checkpoint(boundary.checkpoint), target)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_disk_that_fills_up_leaves_nothing(boundary: exported.Files, tmp_path: Path, quick_build: None) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ours = load_checkpoint(boundary.checkpoint)
+    ours = read_checkpoint(boundary.checkpoint)
     resource.setrlimit(resource.RLIMIT_FSIZE, (boundary.onnx.stat().st_size // 2, limits[1]))
     try:
         with pytest.raises(OutputError, match=r"m\.onnx cannot be written"):
@@ -369,7 +369,7 @@ def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
 
     def run() -> None:
         try:
-            outcomes.append(export.onnx(load_checkpoint(boundary.checkpoint), tmp_path / "m.onnx"))
+            outcomes.append(export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx"))
         except Exception as error:
             outcomes.append(error)
 

@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from cm_runtime import export
 from cm_runtime.artifact import Manifest, read_manifest
-from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import ParityError
 from cm_runtime.export import denoiser
 from cm_runtime.model import ConsistencyModel
@@ -41,7 +41,7 @@ def exporting(
     force: bool = False,
 ) -> Manifest:
     monkeypatch.setattr(denoiser, "build_graph", build)
-    return export.onnx(load_checkpoint(files.checkpoint), target, force=force)
+    return export.onnx(read_checkpoint(files.checkpoint), target, force=force)
 
 
 def test_the_recorded_parity_covers_the_whole_range_of_noise_and_two_batch_sizes(each: exported.Files) -> None:

@@ -5,7 +5,6 @@ No published weights are at hand: they are random here, under the published name
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pickle
 import sys
@@ -20,7 +19,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from cm_runtime.errors import CheckpointError, RequestError
+from cm_runtime.errors import CheckpointError, MissingExtraError, RequestError
 from cm_runtime.training.lpips import Lpips, load_lpips
 from cm_runtime.training.lpips_weights import read_weights
 
@@ -276,7 +275,6 @@ def test_published_files_are_read(folder: Path, small: Lpips, weights: Weights, 
     assert torch.equal(loaded(a, b), small(a, b))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="needs safetensors")
 def test_safetensors_are_read(tmp_path: Path, vgg: Weights, heads: Weights, weights: Weights) -> None:
     from safetensors.torch import save_file
 
@@ -289,8 +287,9 @@ def test_safetensors_are_read(tmp_path: Path, vgg: Weights, heads: Weights, weig
 
 
 def test_without_the_package_safetensors_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert "pip install safetensors" in refusal(tmp_path / "x.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(MissingExtraError, match=r"x.safetensors needs safetensors: pip install 'cm-runtime\[train\]'"):
+        read_weights([tmp_path / "x.safetensors"])
 
 
 # --- hostile files and wrong ones -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import CheckpointError
 from cm_runtime.model import build
 from cm_runtime.training import distances, lpips
@@ -205,7 +205,7 @@ def test_two_steps_of_each_made_small(data: str, tmp_path: Path) -> None:
     for method in METHODS:
         name = f"{data}-{method}"
         config = small(name, size, tmp_path / "edm" / "ckpt.pt" if method in ("cd", "ect") else None)
-        found = load_checkpoint(train(config, pictures, tmp_path / method))
+        found = read_checkpoint(train(config, pictures, tmp_path / method))
         assert found.training.method == method and found.training.steps == 2
         assert found.default_ema == f"{config.phase[0].ema[0]:g}"
         assert all(bool(torch.isfinite(weight).all()) for weight in found.ema[found.default_ema].values())

@@ -17,7 +17,7 @@ import pytest
 from run_folders import assert_same, left_behind, log_of, pt
 
 from cm_runtime import cli
-from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -109,7 +109,7 @@ def test_a_run_interrupted_in_both_phases_ends_as_the_one_never_interrupted(conf
         assert f"stopped at phase {phase} step " in line and f"--resume --out {out}" in line
         state = pt(out / "state.pt")
         assert state["phase"] == phase and 10 <= state["step"] <= (30, 50)[phase]
-        assert load_checkpoint(out / "ckpt.pt").training.steps == state["step"] + 30 * phase
+        assert read_checkpoint(out / "ckpt.pt").training.steps == state["step"] + 30 * phase
         assert (out / "phase-0-edm.pt").exists() == (phase == 1)
     assert run(config, "--out", out, "--resume").returncode == 0
     assert_same(left_behind(out), left_behind(whole))
@@ -120,7 +120,7 @@ LIVES = """
 import os, random, signal, sys, time
 import torch
 from cm_runtime import cli
-from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.training import loop
 
 config, whole, killed, lives = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -160,7 +160,7 @@ for life in range(lives):
     time.sleep(chance.uniform(0, 0.03))
     os.kill(child, signal.SIGKILL)
     killed_in_time += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    load_checkpoint(f"{killed}/ckpt.pt")
+    read_checkpoint(f"{killed}/ckpt.pt")
 if killed_in_time < 4:
     sys.exit(f"only {killed_in_time} runs were killed before they ended")
 for child in start(killed, "--resume"), start(whole, "--force"):
@@ -298,7 +298,7 @@ PATHS = ["plain.npz", "sp ace.npz", "it's.npz", 'a "quoted".npz', 'it\'s "both".
 def test_data_may_lie_at_any_path(config: Path, tmp_path: Path, name: str) -> None:
     os.rename(tmp_path / "data.npz", tmp_path / name)
     assert in_process(config, "--data", tmp_path / name, "--out", tmp_path / "out", *QUICK) == 0
-    assert load_checkpoint(tmp_path / "out" / "ckpt.pt").training.data == name
+    assert read_checkpoint(tmp_path / "out" / "ckpt.pt").training.data == name
 
 
 def test_data_overrides_the_configuration_and_every_setting(config: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_the_excerpt_of_real_images_trains_from_the_preset(tmp_path: Path) -> No
     quick = [f"phase.{i}.{key}" for i in (0, 1) for key in ("steps=2", "batch=4", "precision=fp32")]
     words = [word for setting in [*tiny, *quick] for word in ("--set", setting)]
     assert in_process("fashion-mnist", "--data", excerpt, "--out", tmp_path / "out", *words) == 0
-    found = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    found = read_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert found.config.image_shape == (1, 28, 28) and found.config.network.num_classes == 10
     assert [line["images"] for line in log_of(tmp_path / "out")] == [8, 16]
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cm_runtime import files, noise
 from cm_runtime.backends.torch import chosen_device
-from cm_runtime.checkpoint import load_checkpoint
+from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import CheckpointError, CmRuntimeError, EngineError, Interrupted, OutputError, TrainingError
 from cm_runtime.training import loop, ode, record, step
 from cm_runtime.training.config import TrainConfig, parse_config
@@ -163,10 +163,10 @@ def test_every_step_is_reported_and_every_tenth_is_logged(
     assert all(line["gradient_norm"] > 0 and line["images_per_second"] > 0 for line in lines)
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds) and seconds[-1] > 0
-    summary = load_checkpoint(tmp_path / "ckpt.pt").training
+    summary = read_checkpoint(tmp_path / "ckpt.pt").training
     assert (summary.method, summary.data, summary.steps, summary.images) == ("ect", "toy", 33, 76)
     assert summary.config["seed"] == 0 and "source" not in summary.config["data"]
-    teacher = load_checkpoint(tmp_path / "phase-0-edm.pt").training
+    teacher = read_checkpoint(tmp_path / "phase-0-edm.pt").training
     assert (teacher.method, teacher.steps, teacher.images) == ("edm", 23, 46)
 
 
@@ -221,7 +221,7 @@ def test_grids_are_what_the_averaged_weights_draw_from_the_seeds_noise(
     label = torch.tensor([0, 1, 2, 0])
 
     def f(name: str) -> Callable[[np.ndarray, float], np.ndarray]:
-        model = load_checkpoint(tmp_path / name).model()
+        model = read_checkpoint(tmp_path / name).model()
 
         def call(x: np.ndarray, sigma: float) -> np.ndarray:
             with torch.no_grad():
@@ -259,7 +259,7 @@ def test_checkpoints_are_stored_as_asked(
     for name, tensor in pt(tmp_path / "ckpt.pt")["ema"]["0.5"].items():
         assert tensor.dtype == getattr(torch, weights) and exact[name].dtype == torch.float32
         assert torch.equal(tensor, exact[name].to(tensor.dtype))
-    model = load_checkpoint(tmp_path / "ckpt.pt").model()
+    model = read_checkpoint(tmp_path / "ckpt.pt").model()
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
@@ -268,7 +268,7 @@ def test_every_form_of_preconditioning_trains(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, form: str
 ) -> None:
     train(tiny_config(precond=form, sigma_data=0.6), toy_images, tmp_path)
-    found = load_checkpoint(tmp_path / "ckpt.pt").config
+    found = read_checkpoint(tmp_path / "ckpt.pt").config
     assert (found.precond, found.sigma_data) == (form, 0.6)
     assert found.sigma_boundary == (0.0 if form == "edm" else 0.002)
 
@@ -276,7 +276,7 @@ def test_every_form_of_preconditioning_trains(
 def test_images_without_labels_make_a_model_without_classes(tmp_path: Path, tiny_config: Config) -> None:
     data = ImageSet(np.random.default_rng(0).integers(0, 256, (9, 1, 8, 8)).astype(np.uint8), None, 0, "bare")
     train(tiny_config(), data, tmp_path)
-    assert load_checkpoint(tmp_path / "ckpt.pt").config.network.num_classes == 0
+    assert read_checkpoint(tmp_path / "ckpt.pt").config.network.num_classes == 0
 
 
 def test_images_of_any_number_of_channels_train_or_are_refused_before_the_run(
@@ -288,7 +288,7 @@ def test_images_of_any_number_of_channels_train_or_are_refused_before_the_run(
     except TrainingError:
         assert not (tmp_path / "run").exists()
     else:
-        assert load_checkpoint(tmp_path / "run" / "ckpt.pt").config.image_shape == (2, 8, 8)
+        assert read_checkpoint(tmp_path / "run" / "ckpt.pt").config.image_shape == (2, 8, 8)
 
 
 def test_another_thread_can_train(tmp_path: Path, tiny_config: Config, toy_images: ImageSet) -> None:
@@ -327,7 +327,7 @@ def test_gaussian_data_teach_the_exact_denoiser_and_then_ects_fixed_point(
     )
     images = s * np.random.default_rng(0).standard_normal((8192, 1, 4, 4)).astype(np.float32)
     train(config, ImageSet(images, None, 0, "gauss"), tmp_path)
-    D, f = (load_checkpoint(tmp_path / name).model() for name in ("phase-0-edm.pt", "ckpt.pt"))
+    D, f = (read_checkpoint(tmp_path / name).model() for name in ("phase-0-edm.pt", "ckpt.pt"))
     generator = torch.Generator().manual_seed(0)
     for t in (0.1, 0.2, 0.5, 1.0):
         x = math.hypot(s, t) * torch.randn(2000, 1, 4, 4, generator=generator)
@@ -376,7 +376,7 @@ def test_a_run_stopped_at_every_step_ends_as_the_one_never_stopped(
     for count, (phase, at) in enumerate(stops):
         with pytest.raises(Interrupted, match=f"phase {phase} step {at};.*--resume --out {tmp_path / 'stopped'}"):
             train(config, toy_images, tmp_path / "stopped", resume=count > 0, report=stop_at(phase, at))
-        assert load_checkpoint(tmp_path / "stopped" / "ckpt.pt").training.steps == at + 11 * phase
+        assert read_checkpoint(tmp_path / "stopped" / "ckpt.pt").training.steps == at + 11 * phase
     # asked to stop at its last step, a run is simply done
     train(config, toy_images, tmp_path / "stopped", resume=True, report=stop_at(1, 3))
     assert_same(left_behind(tmp_path / "stopped"), left_behind(tmp_path / "whole"))
@@ -465,7 +465,7 @@ def test_every_method_starts_from_the_checkpoint_given(
     wanted = pt(Path(first))["ema"]["0.999"]
     assert all(torch.equal(seen[-1].weights[name], tensor.float()) for name, tensor in wanted.items())
     digest = hashlib.sha256(Path(first).read_bytes()).hexdigest()
-    assert load_checkpoint(out / "ckpt.pt").training.config["init"] == digest
+    assert read_checkpoint(out / "ckpt.pt").training.config["init"] == digest
     assert json.loads((out / "run.json").read_text())[0]["inputs"]["init"] == digest
 
 
@@ -582,7 +582,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path, tiny_config: Config, t
     train(config, toy_images, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(config, toy_images, tmp_path / "run", report=twice)
-    assert load_checkpoint(tmp_path / "run" / "ckpt.pt").training.steps == 1
+    assert read_checkpoint(tmp_path / "run" / "ckpt.pt").training.steps == 1
     train(config, toy_images, tmp_path / "run", resume=True)
     assert_same(left_behind(tmp_path / "run"), left_behind(tmp_path / "whole"))
 
@@ -627,7 +627,7 @@ def test_a_run_killed_at_any_write_ends_as_the_one_never_killed(
             train(config, toy_images, out)
         last = -1
         if (out / "ckpt.pt").exists():
-            load_checkpoint(out / "ckpt.pt")
+            read_checkpoint(out / "ckpt.pt")
         resume = (out / "state.pt").exists()
         train(config, toy_images, out, resume=resume, force=not resume)
         assert_same(left_behind(out), whole, f"killed {moment} {name} was written")
@@ -667,7 +667,7 @@ def test_a_run_whose_disk_fills_up_ends_in_one_line_and_goes_on_as_the_one_that_
             train(config, toy_images, out, report=report)
         assert re.fullmatch(rf"{out}/(\w+/)?{named}\S* cannot be written: File too large", str(caught.value))
         saved = (at - 1) // 2 * 2
-        assert load_checkpoint(out / "ckpt.pt").training.steps == saved + 2 * (named == "state.pt")
+        assert read_checkpoint(out / "ckpt.pt").training.steps == saved + 2 * (named == "state.pt")
         assert pt(out / "state.pt")["step"] == saved
         train(config, toy_images, out, resume=True)
         assert_same(left_behind(out), whole, named)
@@ -733,7 +733,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
 
     train(tiny_config(), toy_images, tmp_path / "run", report=second)
     assert len(refusals) == 18
-    assert load_checkpoint(tmp_path / "run" / "ckpt.pt").training.steps == 6
+    assert read_checkpoint(tmp_path / "run" / "ckpt.pt").training.steps == 6
 
 
 # failing
@@ -775,7 +775,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays_go
     line = str(caught.value)
     assert "\n" not in line and "not finite" in line and str(tmp_path / "run") in line
     assert f"phase {phase} step {at};" in line and f"of step {saved} " in line
-    found = load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    found = read_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert found.training.steps == saved + 7 * phase
     assert all(weight.isfinite().all() for weight in found.model().parameters())
     # and the run goes on from there once the cause is gone
@@ -805,12 +805,12 @@ def test_a_run_that_diverges_never_writes_a_checkpoint_that_does_not_load(
 
     def readable(_: Report) -> None:
         if (tmp_path / "ckpt.pt").exists():
-            load_checkpoint(tmp_path / "ckpt.pt")
+            read_checkpoint(tmp_path / "ckpt.pt")
 
     with pytest.raises(TrainingError):
         train(config, toy_images, tmp_path, report=readable)
     if (tmp_path / "ckpt.pt").exists():
-        load_checkpoint(tmp_path / "ckpt.pt").model()
+        read_checkpoint(tmp_path / "ckpt.pt").model()
 
 
 def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cm_runtime import files
 from cm_runtime.artifact import TrainingSummary
-from cm_runtime.checkpoint import Checkpoint, load_checkpoint, load_plain
+from cm_runtime.checkpoint import Checkpoint, load_plain, read_checkpoint
 from cm_runtime.errors import CheckpointError, CmRuntimeError, OutputError, TrainingError
 from cm_runtime.model import ModelConfig, build
 from cm_runtime.training import loop, record
@@ -89,7 +89,7 @@ def test_what_a_run_writes_can_be_read_back(tmp_path: Path, tiny_config: Config,
         folder.log({"step": 9, "images": 9})
         folder.keep(7, "edm")
         folder.grid("9", np.zeros((4, 8, 8, 1), np.uint8), {"seed": 9, "images": 9})
-    assert load_checkpoint(folder.checkpoint).training.steps == 9
+    assert read_checkpoint(folder.checkpoint).training.steps == 9
     assert load_plain(tmp_path / "run" / "state.pt")["step"] == 9
     assert (tmp_path / "run" / "phase-7-edm.pt").read_bytes() == folder.checkpoint.read_bytes()
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1]) == {"step": 9, "images": 9}
@@ -387,7 +387,7 @@ def test_save_writes_the_checkpoint_before_the_state(
     monkeypatch.setattr("cm_runtime.training.run.save_plain", killed)
     with folder.open(tiny_config(), INPUTS, resume=True, force=False), pytest.raises(Killed):
         folder.save({"step": 2}, checkpoint(steps=2))
-    assert load_checkpoint(folder.checkpoint).training.steps == 2
+    assert read_checkpoint(folder.checkpoint).training.steps == 2
     assert (tmp_path / "state.pt").read_bytes() == old
 
 

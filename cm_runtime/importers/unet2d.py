@@ -1,0 +1,403 @@
+"""diffusers' UNet2DModel and CMStochasticIterativeScheduler in our terms, and ours in theirs: options and tensor names.
+
+Both networks are the ADM UNet under other names; only the attention differs in how its tensors are cut: three matrices
+there, one 1x1 convolution of three times the channels here.
+Source: diffusers 0.42, models/unets/unet_2d.py and schedulers/scheduling_consistency_models.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from cm_runtime.checkpoint import check_tensors, shapes_of
+from cm_runtime.errors import CheckpointError
+from cm_runtime.model import ModelConfig
+from cm_runtime.unet import GroupNorm, UNet, UNetConfig
+
+# Every option of a UNet2DModel with its default, which older files leave out.
+OPTIONS: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,  # of embeddings that are learned, which ours are not
+}
+FIXED = (
+    "center_input_sample",
+    "time_embedding_type",
+    "freq_shift",
+    "flip_sin_to_cos",
+    "mid_block_type",
+    "mid_block_scale_factor",
+    "class_embed_type",
+)
+
+SCHEDULER = "CMStochasticIterativeScheduler"
+SCHEDULER_OPTIONS: dict[str, Any] = {
+    "num_train_timesteps": 40,
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "s_noise": 1.0,
+    "rho": 7.0,
+    "clip_denoised": True,
+}
+
+RESAMPLED = {"conv": "conv", "resnet": "resblock"}  # their word: ours
+DOWN = {"DownBlock2D": "conv", "ResnetDownsampleBlock2D": "resnet", "AttnDownBlock2D": None}
+UP = {"UpBlock2D": "conv", "ResnetUpsampleBlock2D": "resnet", "AttnUpBlock2D": None}  # None: the model's option says
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def network_of(given: Mapping[str, Any]) -> UNetConfig:
+    """Our network for a UNet2DModel's config.json; raises CheckpointError naming the first option that has no place."""
+    config = _options(given, OPTIONS, "UNet2DModel")
+    for option in FIXED:
+        if config[option] != OPTIONS[option]:
+            raise _unmapped(option, config[option], f"only {OPTIONS[option]}")
+    if config["act_fn"] not in ("silu", "swish"):
+        raise _unmapped("act_fn", config["act_fn"], "only silu")
+    if config["in_channels"] != config["out_channels"]:
+        raise _unmapped("out_channels", config["out_channels"], f"only as many as in_channels, {config['in_channels']}")
+    size = config["sample_size"]
+    if isinstance(size, list) and len(set(map(str, size))) == 1:
+        size = size[0]
+    if not isinstance(size, int):
+        raise _unmapped("sample_size", size, "only the side of a square in pixels")
+    widths = config["block_out_channels"]
+    if not isinstance(widths, list) or not widths or not all(type(w) is int and w > 0 for w in widths):
+        raise _unmapped("block_out_channels", widths, "only a list of whole numbers")
+    if (odd := next((w for w in widths if w % widths[0]), None)) is not None:
+        raise _unmapped("block_out_channels", widths, f"only multiples of the first, and {odd} is none")
+    if config["time_embedding_dim"] not in (None, 4 * widths[0]):
+        raise _unmapped("time_embedding_dim", config["time_embedding_dim"], f"only {4 * widths[0]}")
+    if config["resnet_time_scale_shift"] not in ("default", "scale_shift"):
+        raise _unmapped("resnet_time_scale_shift", config["resnet_time_scale_shift"], "only default or scale_shift")
+    attended, resample = _levels(config, len(widths))
+    network = _checked(
+        image_size=size,
+        image_channels=config["in_channels"],
+        num_classes=config["num_class_embeds"] or 0,
+        channels=widths[0],
+        channel_mult=tuple(width // widths[0] for width in widths),
+        res_blocks=config["layers_per_block"],
+        attention=tuple(size >> level for level, there in enumerate(attended) if there),
+        middle_attention=config["add_attention"],
+        head_channels=_head_channels(config, attended),
+        scale_shift=config["resnet_time_scale_shift"] == "scale_shift",
+        resample=RESAMPLED[resample],
+        norm_groups=_norm_groups(config),
+        norm_eps=config["norm_eps"],
+        dropout=config["dropout"],
+    )
+    # One network, one config: where the default's groups are these, the default it is.
+    plain = network.model_copy(update={"norm_groups": None})
+    return plain if groups_of(plain) == {config["norm_num_groups"]} else network
+
+
+def unet2d_of(network: UNetConfig) -> dict[str, Any]:
+    """A UNet2DModel's config.json for our network; raises CheckpointError with the reason where there is none."""
+    if network.patch != 1:
+        raise CheckpointError(f"diffusers' UNet2DModel cannot unshuffle pixels, as patch {network.patch} does")
+    if network.channel_mult[0] != 1:
+        raise CheckpointError(
+            f"diffusers' UNet2DModel embeds the noise level in as many channels as the outermost level has, and this"
+            f" network's channel_mult begins with {network.channel_mult[0]}"
+        )
+    groups = groups_of(network)
+    if len(groups) > 1:
+        raise CheckpointError(
+            f"diffusers' UNet2DModel has one norm_num_groups, and this network's normalisations have {sorted(groups)}"
+        )
+    last = len(network.channel_mult) - 1
+    attended = [network.image_size >> level in network.attention for level in range(last + 1)]
+    plain, resampled = ("", "conv") if network.resample == "conv" else ("Resnet", "resnet")
+    down = ["AttnDownBlock2D" if there else f"{plain}Down{'sample' if plain else ''}Block2D" for there in attended]
+    up = ["AttnUpBlock2D" if there else f"{plain}Up{'sample' if plain else ''}Block2D" for there in attended[::-1]]
+    return {
+        **OPTIONS,
+        "_class_name": "UNet2DModel",
+        "sample_size": network.image_size,
+        "in_channels": network.image_channels,
+        "out_channels": network.image_channels,
+        "down_block_types": down,
+        "up_block_types": up,
+        "block_out_channels": [network.channels * mult for mult in network.channel_mult],
+        "layers_per_block": network.res_blocks,
+        "downsample_type": resampled,
+        "upsample_type": resampled,
+        "dropout": network.dropout,
+        "attention_head_dim": network.head_channels,
+        "norm_num_groups": max(groups),
+        "attn_norm_num_groups": max(groups),
+        "norm_eps": network.norm_eps,
+        "resnet_time_scale_shift": "scale_shift" if network.scale_shift else "default",
+        "add_attention": network.middle_attention,
+        "num_class_embeds": network.num_classes or None,
+    }
+
+
+def sampler_of(given: Mapping[str, Any]) -> dict[str, float]:
+    """{num_train_timesteps, sigma_min, sigma_max, sigma_data, rho} of a scheduler_config.json.
+
+    Raises CheckpointError for another scheduler, or one whose images our sampler would not draw.
+    """
+    if given.get("_class_name") != SCHEDULER:
+        raise CheckpointError(
+            f"its scheduler is {given.get('_class_name')}, not that of consistency models, {SCHEDULER}"
+        )
+    config = _options(given, SCHEDULER_OPTIONS, SCHEDULER)
+    for option in ("s_noise", "clip_denoised"):
+        if config[option] != SCHEDULER_OPTIONS[option]:
+            raise _unmapped(option, config[option], f"only {SCHEDULER_OPTIONS[option]}")
+    for option in config.keys() - {"clip_denoised"}:
+        if isinstance(config[option], bool) or not isinstance(config[option], int | float):
+            raise _unmapped(option, config[option], "only a number")
+    return {option: config[option] for option in config if option not in ("s_noise", "clip_denoised")}
+
+
+def scheduler_of(config: ModelConfig, num_train_timesteps: int) -> dict[str, Any]:
+    """A scheduler_config.json for our model; raises CheckpointError with the reason where there is none."""
+    if config.precond != "boundary":
+        raise CheckpointError(
+            f"diffusers' {SCHEDULER} has the boundary form alone, and this model the {config.precond} form"
+        )
+    if config.sigma_boundary != config.sigma_min:
+        raise CheckpointError(
+            f"diffusers' {SCHEDULER} has its boundary at sigma_min, and this model's are {config.sigma_boundary:g} and"
+            f" {config.sigma_min:g}"
+        )
+    return {
+        **SCHEDULER_OPTIONS,
+        "_class_name": SCHEDULER,
+        "num_train_timesteps": num_train_timesteps,
+        "sigma_min": config.sigma_min,
+        "sigma_max": config.sigma_max,
+        "sigma_data": config.sigma_data,
+        "rho": config.rho,
+    }
+
+
+def groups_of(network: UNetConfig) -> set[int]:
+    """How many groups the network's normalisations have."""
+    with torch.device("meta"):
+        return {module.num_groups for module in UNet(network).modules() if isinstance(module, GroupNorm)}
+
+
+def _options(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """``given`` over the defaults; those with an underscore are diffusers' own notes."""
+    options = {key: value for key, value in given.items() if not key.startswith("_")}
+    if unknown := options.keys() - known.keys():
+        raise CheckpointError(f"{min(unknown)} is no option of {what} that cm-runtime knows")
+    return {**known, **options}
+
+
+def _levels(config: Mapping[str, Any], count: int) -> tuple[list[bool], str]:
+    """Which levels have attention, outermost first, and how all of them are resampled, in their word."""
+    attended, resamplers = {}, set()
+    for option, kinds, default in (
+        ("down_block_types", DOWN, "downsample_type"),
+        ("up_block_types", UP, "upsample_type"),
+    ):
+        names = config[option]
+        if not isinstance(names, list) or len(names) != count:
+            raise _unmapped(option, names, f"only a list as long as block_out_channels, {count}")
+        plain = [str(name).removeprefix("UNetRes") for name in names]
+        if unknown := [name for name in plain if name not in kinds]:
+            raise _unmapped(option, unknown[0], f"only {', '.join(kinds)}")
+        resamplers |= {kinds[name] or config[default] for name in plain[: count - 1] or plain}
+        attended[option] = [kinds[name] is None for name in plain]
+    if attended["down_block_types"] != attended["up_block_types"][::-1]:
+        raise _unmapped(
+            "up_block_types", config["up_block_types"], "only with attention where down_block_types have it"
+        )
+    if len(resamplers) > 1 or not resamplers <= RESAMPLED.keys():
+        mixed = " and ".join(sorted(map(str, resamplers)))
+        raise _unmapped("down_block_types, downsample_type, upsample_type", mixed, "only conv or only resnet")
+    (resample,) = resamplers
+    if resample == "conv" and count > 1 and config["downsample_padding"] != 1:
+        raise _unmapped("downsample_padding", config["downsample_padding"], "only 1")
+    return attended["down_block_types"], resample
+
+
+def _head_channels(config: Mapping[str, Any], attended: list[bool]) -> int:
+    """Of every attention; where the option is null, theirs have one head of all their channels."""
+    if config["attention_head_dim"] is not None:
+        return config["attention_head_dim"]  # type: ignore[no-any-return]
+    widths = config["block_out_channels"]
+    used = {width for width, there in zip(widths, attended, strict=True) if there}
+    used |= {widths[-1]} if config["add_attention"] else set()
+    if len(used) > 1:
+        raise _unmapped(
+            "attention_head_dim", None, f"only where all attention has the same channels, not {sorted(used)}"
+        )
+    return used.pop() if used else widths[0]  # type: ignore[no-any-return]
+
+
+def _norm_groups(config: Mapping[str, Any]) -> Any:
+    groups = config["norm_num_groups"]
+    if not isinstance(groups, int):
+        raise _unmapped("norm_num_groups", groups, "only a whole number")
+    # Without a number of its own, the middle attention has no norm at all beside scale_shift.
+    default = groups if config["resnet_time_scale_shift"] == "default" else None
+    in_the_middle = config["attn_norm_num_groups"] or default
+    if config["add_attention"] and in_the_middle != groups:
+        raise _unmapped("attn_norm_num_groups", config["attn_norm_num_groups"], f"only {groups}, as norm_num_groups")
+    return groups
+
+
+def _checked(**options: Any) -> UNetConfig:
+    try:
+        return UNetConfig(**options)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"no network of ours: {field + ': ' if field else ''}{reason}") from error
+
+
+def _unmapped(option: str, value: Any, possible: str) -> CheckpointError:
+    return CheckpointError(f"{option} {str(value)[:200]} has no counterpart in cm-runtime's UNet: {possible}")
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+RES = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+ATTENTION = {"norm": "group_norm", "qkv": "to_q to_k to_v", "proj_out": "to_out.0"}
+ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
+
+
+def to_ours(given: Mapping[str, Tensor], network: UNetConfig) -> dict[str, Tensor]:
+    """A UNet2DModel's state dict under our UNet's names.
+
+    Raises CheckpointError listing the tensors, by their names, that are missing, extra or misshapen.
+    """
+    with torch.device("meta"):
+        shapes = shapes_of(UNet(network))
+    names = _tensors(network, shapes)
+    weights = {_modern(name): tensor for name, tensor in given.items()}
+    expected = {name: _cut(shapes[mine], mine, len(theirs)) for mine, theirs in names.items() for name in theirs}
+    check_tensors(expected, weights, "its tensors do not fit its config.json")
+    found = {}
+    for mine, theirs in names.items():
+        parts = [weights[name] for name in theirs]
+        found[mine] = (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shapes[mine])
+    return found
+
+
+def to_theirs(weights: Mapping[str, Tensor], network: UNetConfig) -> dict[str, Tensor]:
+    """Our UNet's state dict under a UNet2DModel's names; no two tensors share memory, which safetensors asks for."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    found = {}
+    for mine, theirs in _tensors(network, shapes).items():
+        shape = _cut(shapes[mine], mine, len(theirs))
+        for name, part in zip(theirs, weights[mine].chunk(len(theirs)), strict=True):
+            found[name] = part.reshape(shape).clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def _tensors(network: UNetConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+    """For each of our tensors the one of theirs, or the three that are its equal parts."""
+    found = {}
+    for mine, theirs in _layers(network):
+        for kind in ("weight", "bias"):
+            if f"{mine}.{kind}" in shapes:
+                found[f"{mine}.{kind}"] = tuple(f"{name}.{kind}" for name in theirs)
+    return found
+
+
+def _layers(network: UNetConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Our layers with weights, and theirs, in the order of our network."""
+
+    def inside(mine: str, theirs: str, names: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+        for name, other in names.items():
+            yield f"{mine}.{name}", tuple(f"{theirs}.{part}" for part in other.split())
+
+    def resampler(mine: str, theirs: str, own: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        yield from inside(mine, theirs, RES if network.resample == "resblock" else {own: "conv"})
+
+    for mine, theirs in ENDS.items():
+        yield mine, (theirs,)
+    last = len(network.channel_mult) - 1
+    attended = [network.image_size >> level in network.attention for level in range(last + 1)]
+    block = 0
+    for level in range(last + 1):
+        for i in range(network.res_blocks):
+            block += 1
+            yield from inside(f"input_blocks.{block}.0", f"down_blocks.{level}.resnets.{i}", RES)
+            if attended[level]:
+                yield from inside(f"input_blocks.{block}.1", f"down_blocks.{level}.attentions.{i}", ATTENTION)
+        if level < last:
+            block += 1
+            yield from resampler(f"input_blocks.{block}.0", f"down_blocks.{level}.downsamplers.0", "op")
+    yield from inside("middle_block.0", "mid_block.resnets.0", RES)
+    if network.middle_attention:
+        yield from inside("middle_block.1", "mid_block.attentions.0", ATTENTION)
+    yield from inside(f"middle_block.{1 + network.middle_attention}", "mid_block.resnets.1", RES)
+    block = 0
+    for up, level in enumerate(range(last, -1, -1)):
+        for i in range(network.res_blocks + 1):
+            yield from inside(f"output_blocks.{block}.0", f"up_blocks.{up}.resnets.{i}", RES)
+            if attended[level]:
+                yield from inside(f"output_blocks.{block}.1", f"up_blocks.{up}.attentions.{i}", ATTENTION)
+            block += 1
+        if level:
+            mine = f"output_blocks.{block - 1}.{1 + attended[level]}"
+            yield from resampler(mine, f"up_blocks.{up}.upsamplers.0", "conv")
+
+
+def _cut(shape: tuple[int, ...], mine: str, parts: int) -> tuple[int, ...]:
+    """The shape of theirs for one of our tensors: attention projects by matrices there, by 1x1 convolutions here."""
+    projection = mine.rpartition(".")[0].rpartition(".")[2] in ("qkv", "proj_out")
+    return (shape[0] // parts, *(shape[1:2] if projection else shape[1:]))
+
+
+def _modern(name: str) -> str:
+    """The present name of a tensor that older versions of diffusers saved under another."""
+    return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{OLD[m[2]]}.", name)

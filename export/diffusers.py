@@ -1,0 +1,86 @@
+"""checkpoint -> a folder that diffusers' ``ConsistencyModelPipeline.from_pretrained`` opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cm_runtime import files
+from cm_runtime.checkpoint import Checkpoint
+from cm_runtime.errors import OutputError
+from cm_runtime.extras import require
+from cm_runtime.importers import unet2d
+
+GRID = 40  # diffusers' own default for num_train_timesteps, where the checkpoint does not know
+INDEX = {
+    "_class_name": "ConsistencyModelPipeline",
+    "scheduler": ["diffusers", unet2d.SCHEDULER],
+    "unet": ["diffusers", "UNet2DModel"],
+}
+
+
+def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Writes the folder ``path``, whole or not at all, the weights as the checkpoint stores them.
+
+    Raises CheckpointError with the reason where diffusers has no such model (patch 2, another form than boundary), and
+    OutputError when ``path`` cannot be written, exists without ``force``, or is no such folder that could be replaced.
+    """
+    require("safetensors", "the export to diffusers")
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    _check_replaceable(target, force)
+    config = checkpoint.config
+    N = checkpoint.training.config.get("num_train_timesteps", GRID)
+    scheduler = unet2d.scheduler_of(config, N)
+    unet = unet2d.unet2d_of(config.network)
+    weights = {name.removeprefix("F."): tensor for name, tensor in checkpoint.ema[checkpoint.default_ema].items()}
+    temporary = target.with_name(f"{files.TEMPORARY}{secrets.token_hex(4)}")
+    try:
+        (temporary / "unet").mkdir(parents=True)
+        (temporary / "scheduler").mkdir()
+        _write(temporary / "model_index.json", INDEX)
+        _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        _write(temporary / "unet" / "config.json", unet)
+        file = temporary / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file(unet2d.to_theirs(weights, config.network), file, metadata={"format": "pt"})
+        _replace(temporary, target)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, force: bool) -> None:
+    """Raises OutputError; a folder is replaced only where it holds such a pipeline, and ``force`` says so."""
+    if not target.exists():
+        files.check_writable(target)
+        return
+    if not force:
+        raise OutputError(f"{target} exists; replace it with --force")
+    if not (target / "model_index.json").is_file():
+        raise OutputError(f"{target} is not a folder that diffusers saved, and is not replaced")
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Moves ``new`` to ``target``; what is there already is moved aside first, and removed last."""
+    if not target.exists():
+        new.rename(target)
+        return
+    old = target.with_name(f"{files.TEMPORARY}{secrets.token_hex(4)}")
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
