@@ -2,15 +2,30 @@
 
 An ``.onnx`` carries it as JSON under the metadata key ``cm_runtime``. It is read and replaced here
 straight in the protobuf's outermost fields, so that asking a 2 GB file what it is takes no memory and no package.
+Large weights are in a data file beside the ``.onnx``, which the manifest names; the two appear and go together.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from cm_runtime import files, protobuf
 from cm_runtime.errors import ArtifactError
@@ -24,7 +39,7 @@ _MANIFEST_LIMIT = 1 << 20
 _METADATA_PROPS = 14  # field of onnx.ModelProto
 _GRAPH = 7
 _PIECE = 1 << 20
-
+_DATA_FILE = re.compile(r"[\w .+-]+-[0-9a-f]{12}\.data")  # only such files are ever overwritten or removed
 
 Size = Annotated[int, Field(gt=0, le=4096)]
 
@@ -71,6 +86,16 @@ class Manifest(_Frozen):
     parity: Parity | None = None
     source_sha256: str = Field("", description="of the checkpoint")
     training: TrainingSummary | None = None
+    data_file: str = Field(
+        "", max_length=255, description="beside this file, holds the weights; empty: they are inside"
+    )
+
+    @field_validator("data_file")
+    @classmethod
+    def _is_ours(cls, name: str) -> str:
+        if name and (not _DATA_FILE.fullmatch(name) or ".." in name):
+            raise ValueError("it must be the name of a data file in the same folder, as cm-runtime export gives them")
+        return name
 
     @model_validator(mode="after")
     def _fits(self) -> Manifest:
@@ -87,6 +112,11 @@ class Manifest(_Frozen):
     def is_teacher(self) -> bool:
         """True for a denoiser that was never made consistent: it needs an ODE solver, not a few steps."""
         return self.training is not None and self.training.method == "edm"
+
+    @model_serializer(mode="wrap")
+    def _stored(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the data file's name where there is none, as before there were any."""
+        return {name: value for name, value in whole(self).items() if name != "data_file" or value}
 
 
 def parse_manifest(text: str | bytes, where: str | os.PathLike[str]) -> Manifest:
@@ -119,16 +149,41 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     return parse_manifest(found[METADATA_KEY], where)
 
 
+def data_path(path: str | os.PathLike[str], manifest: Manifest) -> Path | None:
+    """The file that holds the weights of the exported file ``path``, or None where they are inside.
+
+    Raises ArtifactError when it is missing.
+    """
+    if not manifest.data_file:
+        return None
+    data = Path(path).with_name(manifest.data_file)
+    if not data.is_file():
+        raise ArtifactError(f"{path}: its weights are not there: put {data.name} beside it, or export it again")
+    return data
+
+
+def data_name(path: str | os.PathLike[str], sha256: str) -> str:
+    """What the data file of the exported file ``path`` is called, by the hash of its content.
+
+    Other weights have another name, so that no ``.onnx`` ever reads those of the export that replaced it.
+    """
+    stem = re.sub(r"[^\w .+-]|\.{2,}", "_", Path(path).stem)
+    stem = stem.encode()[:200].decode(errors="ignore")  # a name has at most 255 bytes
+    return f"{stem}-{sha256[:12]}.data"
+
+
 def write_manifest(
     source: str | os.PathLike[str], target: str | os.PathLike[str], manifest: Manifest, *, force: bool = False
 ) -> None:
     """A copy of the exported file ``source`` that carries ``manifest`` instead of its own; they may be one path.
 
-    The rest is copied as it is, a piece at a time, so it takes no memory either; the copy appears whole or not at
-    all. Raises ArtifactError where `read_manifest` would, OutputError where ``target`` exists without ``force``.
+    The rest is copied as it is, a piece at a time, so it takes no memory either, and so is its data file if it has
+    one and ``target`` is in another folder; the copy appears whole or not at all. Raises ArtifactError where
+    `read_manifest` and `data_path` would, OutputError where ``target`` exists without ``force``.
     """
-    read_manifest(source)
-    with files.written(target, force=force) as temporary:
+    data = data_path(source, read_manifest(source))
+    manifest = manifest.model_copy(update={"data_file": data.name if data else ""})
+    with written(target, force=force) as (temporary, temporary_data):
         with Path(source).open("rb") as old, temporary.open("wb") as new:
             for field in fields(old, os.fstat(old.fileno()).st_size):
                 if not _is_manifest(field, old):
@@ -137,6 +192,64 @@ def write_manifest(
             new.write(write_entry(_METADATA_PROPS, METADATA_KEY, manifest.model_dump_json().encode()))
         if read_manifest(temporary) != manifest:
             raise ArtifactError(f"{target}: the manifest does not read back as it was written")
+        if data and not _same_size(data, Path(target).with_name(data.name)):
+            _link(data, temporary_data)
+
+
+@contextmanager
+def written(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Temporary paths of an ``.onnx`` and of its data file, moved to their names when the block ends well.
+
+    The name of the data file is in the manifest; it may be left unwritten where a file of that name is there. An older
+    data file that no ``.onnx`` of the folder names any more is removed. Raises OutputError as `files.written` does.
+    """
+    target = Path(path)
+    with files.drafted(target, force=force) as temporary, files.drafted(target, ".data", force=force) as data:
+        yield temporary, data
+        manifest = read_manifest(temporary)
+        files.sync(temporary)
+        if data.exists():
+            files.sync(data)
+        with files.locked(target.parent):
+            older = _named_by(target)
+            try:
+                if data.exists():
+                    os.replace(data, target.with_name(manifest.data_file))
+                data_path(target, manifest)
+                files.place(temporary, target, force=force)
+            finally:
+                _remove_unnamed(target.parent, {manifest.data_file, older})
+
+
+def _named_by(path: Path) -> str:
+    """The data file of an exported file, a later version's too; "" if it has none or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            said = json.loads(_metadata(file, path.stat().st_size)[METADATA_KEY])
+        return str(said.get("data_file", ""))
+    except (OSError, MalformedError, KeyError, ValueError, AttributeError, RecursionError):
+        return ""
+
+
+def _remove_unnamed(folder: Path, names: set[str]) -> None:
+    """Removes the data files of ours that no ``.onnx`` of the folder names, and no file of another kind."""
+    doubtful = {name for name in names if _DATA_FILE.fullmatch(name)}
+    if doubtful:
+        graphs = [path for path in folder.glob("*.onnx") if not path.name.startswith(files.TEMPORARY)]
+        for name in doubtful - {_named_by(path) for path in graphs}:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _same_size(one: Path, other: Path) -> bool:
+    return other.is_file() and one.stat().st_size == other.stat().st_size
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the two folders are not on one disk."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _metadata(file: BinaryIO, size: int) -> dict[str, bytes]:

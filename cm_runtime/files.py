@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cm_runtime.errors import OutputError
@@ -21,24 +21,58 @@ def written(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Pat
     The name's ending is kept, for writers that choose a format by it. Raises OutputError when the folder
     cannot be written, the disk is full, or ``path`` exists and ``force`` is off.
     """
+    with drafted(path, force=force) as temporary:
+        yield temporary
+        sync(temporary)
+        place(temporary, path, force=force)
+
+
+@contextmanager
+def drafted(path: str | os.PathLike[str], suffix: str | None = None, *, force: bool = True) -> Iterator[Path]:
+    """A temporary path beside ``path`` with its ending, or ``suffix``; removed when the block ends, unless moved.
+
+    Raises OutputError, which names ``path``, where `written` does.
+    """
     target = Path(path)
     check_writable(target, force=force)
-    temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}{target.suffix}")
+    temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}{target.suffix if suffix is None else suffix}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        if force:
-            os.replace(temporary, target)
-        else:
-            os.link(temporary, target)  # fails if another process was first
-            temporary.unlink()
     except FileExistsError as error:
         raise OutputError(f"{target} exists; replace it with --force") from error
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when the file's bytes are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def place(temporary: Path, path: str | os.PathLike[str], *, force: bool = True) -> None:
+    """Moves ``temporary`` onto ``path`` in one step; raises FileExistsError if it exists and ``force`` is off."""
+    if force:
+        os.replace(temporary, path)
+    else:
+        os.link(temporary, path)  # fails if another process was first
+        temporary.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, and one thread, is in a block of the same ``folder``; where locks work at all."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have none
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(path: str | os.PathLike[str], *, force: bool = True) -> None:

@@ -63,8 +63,13 @@ def write_entry(number: int, key: str, value: bytes) -> bytes:
     return _delimited(number, _delimited(1, key.encode()) + _delimited(2, value))
 
 
+def write_head(number: int, length: int) -> bytes:
+    """What stands before the ``length`` bytes of a string or message that is field ``number``."""
+    return _number(number << 3 | _DELIMITED) + _number(length)
+
+
 def _delimited(number: int, payload: bytes) -> bytes:
-    return _number(number << 3 | _DELIMITED) + _number(len(payload)) + payload
+    return write_head(number, len(payload)) + payload
 
 
 def _number(value: int) -> bytes:

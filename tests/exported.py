@@ -6,6 +6,7 @@ The weights are float16-representable, so that a checkpoint and its float16 copy
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import shutil
@@ -21,9 +22,10 @@ import pytest
 import torch
 
 from cm_runtime import export
-from cm_runtime.artifact import TrainingSummary
+from cm_runtime.artifact import TrainingSummary, read_manifest
 from cm_runtime.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from cm_runtime.export import denoiser
+from cm_runtime.export.weights import Network
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
 from cm_runtime.unet import UNetConfig
 
@@ -60,16 +62,16 @@ def halved(full: Checkpoint) -> Checkpoint:
     return replace(full, ema={rate: {k: v.half() for k, v in w.items()} for rate, w in full.ema.items()})
 
 
-_graphs: dict[str, bytes] = {}
+_networks: dict[str, Network] = {}
 
 
-def build_graph_once(model: ConsistencyModel) -> onnx.ModelProto:
+def build_graph_once(model: ConsistencyModel) -> Network:
     """`denoiser.build_graph`, remembered by config and weights: torch's exporter takes seconds."""
     digest = [f"{float(tensor.double().sum()):.17g}" for tensor in model.state_dict().values()]
     key = model.config.model_dump_json() + ",".join(digest)
-    if key not in _graphs:
-        _graphs[key] = _real_build_graph(model).SerializeToString()
-    return onnx.ModelProto.FromString(_graphs[key])
+    if key not in _networks:
+        _networks[key] = _real_build_graph(model)
+    return Network(copy.deepcopy(_networks[key].graph), dict(_networks[key].weights))
 
 
 _real_build_graph = denoiser.build_graph
@@ -79,7 +81,8 @@ _real_build_graph = denoiser.build_graph
 class Files:
     """One kind's files, each made through the public functions when it is first asked for. Tests must not change them.
 
-    ckpt.pt and half.pt hold the same numbers in float32 and float16; model.onnx, inline.onnx and half.onnx are exports.
+    ckpt.pt and half.pt hold the same numbers in float32 and float16; model.onnx, inline.onnx and half.onnx are exports,
+    and so are those with apart in their name, whose weights are in a data file beside them.
     """
 
     kind: str
@@ -105,6 +108,18 @@ class Files:
     def half(self) -> Path:
         return self._made("half.onnx", lambda path: _export(self.half_checkpoint, path))
 
+    @property
+    def apart(self) -> Path:
+        return self._made("apart.onnx", lambda path: _export(self.checkpoint, path, inside=0))
+
+    @property
+    def half_apart(self) -> Path:
+        return self._made("half-apart.onnx", lambda path: _export(self.half_checkpoint, path, inside=0))
+
+    @property
+    def inline_apart(self) -> Path:
+        return self._made("inline-apart.onnx", lambda path: _export(self.checkpoint, path, inline=True, inside=0))
+
     def model(self) -> ConsistencyModel:
         return read_checkpoint(self.checkpoint).model()
 
@@ -121,8 +136,9 @@ class Files:
         return path
 
 
-def _export(source: Path, target: Path, inline: bool = False) -> None:
+def _export(source: Path, target: Path, inline: bool = False, inside: int = denoiser.LARGEST_INSIDE) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser, "LARGEST_INSIDE", inside)
         patch.setattr(denoiser, "build_graph", build_graph_once)
         export.onnx(read_checkpoint(source), target, inline=inline)
 
@@ -162,5 +178,14 @@ def with_metadata(source: Path, target: Path, manifest: str) -> Path:
 
 
 def copied(source: Path, folder: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy that a test may damage, with its data file if it has one."""
+    if source.suffix == ".onnx" and (name := read_manifest(source).data_file):
+        shutil.copy(source.with_name(name), folder / name)
     return Path(shutil.copy(source, folder / source.name))
+
+
+def data_file(path: Path) -> Path:
+    """The file that holds an export's weights."""
+    name = read_manifest(path).data_file
+    assert name
+    return path.with_name(name)

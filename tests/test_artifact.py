@@ -10,7 +10,15 @@ import pytest
 from onnx import TensorProto, helper
 from pydantic import ValidationError
 
-from cm_runtime.artifact import Manifest, Parity, TrainingSummary, parse_manifest, read_manifest, write_manifest
+from cm_runtime.artifact import (
+    Manifest,
+    Parity,
+    TrainingSummary,
+    data_name,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
 from cm_runtime.errors import ArtifactError, CmRuntimeError, OutputError
 
 # What an exported file says of itself, as a reader of the format would write it down.
@@ -259,6 +267,24 @@ def change(**changes: object) -> str:
     return json.dumps({key: value for key, value in {**PLAIN, **changes}.items() if value != "left out"})
 
 
+BAD_NAMES = [
+    "weights.data",
+    "../m-0123456789ab.data",
+    "/tmp/m-0123456789ab.data",
+    "a/m-0123456789ab.data",
+    "..\\m-0123456789ab.data",
+    "..m-0123456789ab.data",
+    "C:m-0123456789ab.data",
+    "m\n-0123456789ab.data",
+    "m\0-0123456789ab.data",
+    "m-0123456789ab.data\n",
+    "m-0123456789AB.data",
+    "m" * 240 + "-0123456789ab.data",
+    "..",
+    7,
+]
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -296,6 +322,7 @@ def change(**changes: object) -> str:
         (change(sigmas={"two": [80.0, 1.0]}), "sigmas"),
         (change(precision="fp64"), "precision"),
         (change(parity={"engine": "x", "max_abs": -1, "sigmas": [], "batches": []}), "parity.max_abs"),
+        *[(change(data_file=name), "data_file") for name in BAD_NAMES],
         (change(training={**PLAIN["training"], "steps": -1}), "training.steps"),
         (change(training={**PLAIN["training"], "epochs": 3}), "training.epochs"),
         (change(**{"two\nlines": 1}), "Extra inputs"),
@@ -408,3 +435,117 @@ def test_a_large_file_is_copied_in_pieces(tmp_path, content):
     tracemalloc.stop()
     assert peak < 8 << 20
     assert read_manifest(path).sigmas == {3: (80.0, 5.0, 0.7)}
+
+
+# --- weights in a file beside it --------------------------------------------------------------------------------------
+
+DATA = "m-0123456789ab.data"
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """A small file whose manifest names a data file, and that file, in a folder of their own."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "m.onnx").write_bytes(model({"cm_runtime": json.dumps({**PLAIN, "data_file": DATA})}).SerializeToString())
+    (folder / DATA).write_bytes(b"weights" * 1023)
+    return folder / "m.onnx"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_name_of_the_data_file_is_stored_only_where_there_is_one(make_manifest):
+    assert "data_file" not in json.loads(make_manifest().model_dump_json())
+    assert json.loads(make_manifest(data_file=DATA).model_dump_json())["data_file"] == DATA
+    for name in ("", DATA):
+        assert parse_manifest(make_manifest(data_file=name).model_dump_json(), "m.onnx").data_file == name
+
+
+@pytest.mark.parametrize("stem", ["m", "a b+c", "v1..2", "x\n", "x" * 250, "\u5b57" * 80, "a:b\\c", ".hidden"])
+def test_every_export_has_a_data_files_name_that_a_manifest_takes(make_manifest, stem):
+    name = data_name(f"folder/{stem}.onnx", "0123456789abcdef" * 4)
+    assert name.endswith("-0123456789ab.data") and len(name.encode()) <= 255
+    assert make_manifest(data_file=name).data_file == name
+
+
+def test_a_copy_in_another_folder_brings_its_data_file(tmp_path, apart):
+    target = tmp_path / "target" / "new.onnx"
+    target.parent.mkdir()
+    write_manifest(apart, target, tuned(apart))
+    found = contents(target.parent)
+    assert set(found) == {"new.onnx", DATA} and found[DATA] == (apart.parent / DATA).read_bytes()
+    assert read_manifest(target).data_file == DATA and read_manifest(target).sigmas == {3: (80.0, 5.0, 0.7)}
+    (apart.parent / DATA).unlink()
+    assert set(contents(target.parent)) == {"new.onnx", DATA}
+    write_manifest(target, target, tuned(target), force=True)  # again, in place
+    assert contents(target.parent)[DATA] == found[DATA]
+
+
+def test_a_data_file_is_copied_where_it_cannot_be_linked(tmp_path, apart, monkeypatch):
+    def refuse(*_):
+        raise OSError("another disk")
+
+    (tmp_path / "target").mkdir()
+    monkeypatch.setattr(os, "link", refuse)
+    write_manifest(apart, tmp_path / "target" / "m.onnx", tuned(apart), force=True)
+    assert contents(tmp_path / "target")[DATA] == (apart.parent / DATA).read_bytes()
+
+
+def test_a_copy_in_the_same_folder_shares_the_data_file(apart):
+    node = os.stat(apart.parent / DATA).st_ino
+    write_manifest(apart, apart.with_name("new.onnx"), tuned(apart))
+    assert set(contents(apart.parent)) == {"m.onnx", "new.onnx", DATA}
+    assert os.stat(apart.parent / DATA).st_ino == node
+
+
+@pytest.mark.parametrize("length", [7161, 100, 0])
+def test_a_data_file_that_is_there_is_taken_if_it_has_the_size(tmp_path, apart, length):
+    (tmp_path / "target").mkdir()
+    there = tmp_path / "target" / DATA
+    there.write_bytes(bytes(length))
+    write_manifest(apart, tmp_path / "target" / "m.onnx", tuned(apart))
+    assert there.read_bytes() == (bytes(length) if length == 7161 else (apart.parent / DATA).read_bytes())
+
+
+def test_a_copy_without_its_data_file_is_refused(tmp_path, apart):
+    (apart.parent / DATA).unlink()
+    before = contents(apart.parent)
+    for target in (apart, tmp_path / "new.onnx"):
+        with pytest.raises(ArtifactError, match=f"m.onnx: its weights are not there: put {DATA} beside it") as caught:
+            write_manifest(apart, target, tuned(apart), force=True)
+        assert "\n" not in str(caught.value)
+    assert contents(apart.parent) == before and not list(tmp_path.glob("*.onnx")) and not list(tmp_path.glob(".cm-*"))
+
+
+def test_a_copy_that_fails_leaves_neither_file(tmp_path, apart, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "target").mkdir()
+    monkeypatch.setattr("cm_runtime.files.place", fail)
+    with pytest.raises(OutputError, match=r"new\.onnx cannot be written: No space left on device"):
+        write_manifest(apart, tmp_path / "target" / "new.onnx", tuned(apart))
+    assert contents(tmp_path / "target") == {}
+
+
+@pytest.mark.parametrize("other", ["a reader", "a later version", "nobody", "not ours"])
+def test_the_data_file_of_a_file_that_is_replaced_goes_unless_another_names_it(tmp_path, content, apart, other):
+    (tmp_path / "small.onnx").write_bytes(content)
+    if other != "nobody":
+        said = {**PLAIN, "data_file": DATA} | ({"format_version": 2} if other == "a later version" else {})
+        third = model({} if other == "not ours" else {"cm_runtime": json.dumps(said)})
+        apart.with_name("third.onnx").write_bytes(third.SerializeToString())
+    write_manifest(tmp_path / "small.onnx", apart, tuned(tmp_path / "small.onnx"), force=True)
+    assert (apart.parent / DATA).exists() is (other in ("a reader", "a later version"))
+
+
+def test_no_file_but_a_data_file_of_ours_is_removed_whatever_a_manifest_says(tmp_path, content):
+    (tmp_path / "small.onnx").write_bytes(content)
+    (tmp_path / "thesis.txt").touch()
+    target = tmp_path / "m.onnx"
+    for name in ("thesis.txt", "../thesis.txt", str(tmp_path / "thesis.txt")):
+        target.write_bytes(model({"cm_runtime": json.dumps({**PLAIN, "data_file": name})}).SerializeToString())
+        write_manifest(tmp_path / "small.onnx", target, tuned(tmp_path / "small.onnx"), force=True)
+        assert set(contents(tmp_path)) == {"m.onnx", "small.onnx", "thesis.txt"}

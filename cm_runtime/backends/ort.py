@@ -8,8 +8,8 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from cm_runtime.artifact import Manifest, read_manifest
-from cm_runtime.backends.base import checked_inputs, checked_threads
+from cm_runtime.artifact import Manifest, data_path, read_manifest
+from cm_runtime.backends.base import checked_inputs, checked_threads, images_at_once
 from cm_runtime.errors import ArtifactError, EngineError
 from cm_runtime.extras import require
 from cm_runtime.steps import Array
@@ -25,8 +25,9 @@ class OrtBackend:
     """An exported ``.onnx`` behind the Denoiser protocol.
 
     model: a path, or the file's bytes with their ``manifest``; device: cpu or cuda:N; threads: 0 leaves it to ONNX
-    Runtime (one per core). Raises ArtifactError for a file that is not ours or damaged, and EngineError when ONNX
-    Runtime cannot load it or the device is not there: it never falls back to another.
+    Runtime (one per core). Raises ArtifactError for a file that is not ours or damaged, or whose data file is missing
+    or too short, and EngineError when ONNX Runtime cannot load it or the device is not there: it never falls back to
+    another.
     """
 
     name = "ort"
@@ -43,13 +44,20 @@ class OrtBackend:
         self.manifest = manifest or read_manifest(where)
         self.device = device
         self.version = f"onnxruntime {ort.__version__}"
-        self._session = open_session(model, where, device, threads)
+        data = None if isinstance(model, bytes) else data_path(where, self.manifest)
+        try:
+            self._session = open_session(model, where, device, threads)
+        except (ArtifactError, EngineError) as error:
+            if data and "External" in str(error):  # as ONNX Runtime calls an initializer, or the path of its data
+                raise ArtifactError(
+                    f"{where}: its weights in {data} are damaged or cut short; export it again"
+                ) from error
+            raise
 
     @property
     def micro_batch(self) -> int:
-        """Images at once: as many pixels as 64 of 32x32 on a CPU, where speed hardly depends on it; more on a GPU."""
-        _, height, width = self.manifest.image_shape
-        return max(1, min(256, (64 if self.device == "cpu" else 512) * 32 * 32 // (height * width)))
+        """Images at once, by their size."""
+        return images_at_once(self.manifest, self.device)
 
     def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
         """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped."""
@@ -75,7 +83,7 @@ def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str,
     ort = require("onnxruntime", "the ONNX Runtime backend")
     options = ort.SessionOptions()
     options.intra_op_num_threads = checked_threads(threads)
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
     provider = _provider(ort, device)
     try:
         # Without enable_fallback=0 it would print on standard output and go on with other providers.

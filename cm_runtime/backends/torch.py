@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from cm_runtime.artifact import Manifest
-from cm_runtime.backends.base import checked_inputs
+from cm_runtime.backends.base import checked_inputs, images_at_once
 from cm_runtime.errors import EngineError
 from cm_runtime.model import ConsistencyModel
 from cm_runtime.steps import Array
@@ -17,12 +17,16 @@ class TorchBackend:
     """A torch module behind the Denoiser protocol; the module is put in evaluation mode while it is asked."""
 
     name = "torch"
-    micro_batch = 64
 
     def __init__(self, model: ConsistencyModel, manifest: Manifest, device: str = "cpu") -> None:
         self._model = model.to(chosen_device(device))
         self.manifest = manifest
         self.device = device
+
+    @property
+    def micro_batch(self) -> int:
+        """Images at once, by their size."""
+        return images_at_once(self.manifest, self.device)
 
     def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
         """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped."""

@@ -78,11 +78,16 @@ def export(
         typer.echo(f"{target}: now ConsistencyModelPipeline.from_pretrained({str(target)!r})")
         return
     target = output or (checkpoint if checkpoint.name else name).with_suffix(".onnx")
-    files.check_writable(target, force=force)
+    if checkpoint.exists():
+        files.check_writable(target, force=force)  # before minutes of reading
     manifest = exporting.onnx(load(), target, inline=inline, force=force)
     assert manifest.parity is not None  # no file is written without its proof
+    size = target.stat().st_size
+    data = f" with {manifest.data_file} beside it" if manifest.data_file else ""
+    if manifest.data_file:
+        size += (target.parent / manifest.data_file).stat().st_size
     typer.echo(
-        f"{target}: {target.stat().st_size / 1e6:.1f} MB, within {manifest.parity.max_abs:.1e} of torch at"
+        f"{target}{data}: {size / 1e6:.1f} MB, within {manifest.parity.max_abs:.1e} of torch at"
         f" {len(manifest.parity.sigmas)} noise levels ({manifest.parity.engine});"
         f" now cm-runtime sample {target}"
     )

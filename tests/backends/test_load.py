@@ -140,7 +140,7 @@ NOT_MODELS: dict[str, tuple[Callable[[Path], Path], type[CmRuntimeError], str]] 
     "empty": (lambda f: text(f, "m.onnx", b""), ArtifactError, "not an ONNX file"),
     "text": (lambda f: text(f, "m.onnx", b"hello, world\n" * 20), ArtifactError, "m.onnx"),
     "zeros": (lambda f: text(f, "m.onnx", bytes(1000)), ArtifactError, "not an ONNX file"),
-    "a folder": (lambda f: folder_of(f, "m.onnx"), ArtifactError, "cannot be read"),
+    "a folder": (lambda f: folder_of(f, "m.onnx"), CheckpointError, "is no diffusers folder of a UNet2DModel"),
     "a checkpoint folder": (lambda f: folder_of(f, "m.pt"), CheckpointError, "m.pt"),
     "a text checkpoint": (lambda f: text(f, "m.pt", b"hello"), CheckpointError, "not a torch checkpoint"),
     "an empty checkpoint": (lambda f: text(f, "m.pt", b""), CheckpointError, "not a torch checkpoint"),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import exported
@@ -194,3 +195,42 @@ def test_bytes_are_taken_with_a_manifest(boundary: exported.Files, backend: OrtB
 def test_bytes_that_are_no_graph_are_an_artifact_error(backend: OrtBackend, content: bytes) -> None:
     with pytest.raises(ArtifactError, match="exported graph"):
         OrtBackend(content, backend.manifest)
+
+
+# Weights in a file beside the graph
+
+
+def test_weights_beside_the_graph_compute_what_those_inside_do(backend: OrtBackend, boundary: exported.Files) -> None:
+    beside = OrtBackend(boundary.apart)
+    assert np.array_equal(beside.denoise(image(3), 2.0, 1), backend.denoise(image(3), 2.0, 1))
+
+
+def test_a_missing_data_file_is_one_line_that_names_it(boundary: exported.Files, tmp_path: Path) -> None:
+    path = exported.copied(boundary.apart, tmp_path)
+    data = exported.data_file(path)
+    data.unlink()
+    for _ in ("missing", "a folder"):
+        with pytest.raises(ArtifactError, match=rf"apart\.onnx: its weights are not there: put {data.name} ") as caught:
+            OrtBackend(path)
+        assert "\n" not in str(caught.value)
+        data.mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("damage", ["cut in half", "a byte short", "empty", "another file", "a link outside"])
+def test_a_damaged_data_file_is_one_line_that_names_it(
+    boundary: exported.Files, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m").mkdir()
+    path = exported.copied(boundary.apart, tmp_path / "m")
+    data = exported.data_file(path)
+    whole = data.read_bytes()
+    given = {"cut in half": whole[: len(whole) // 2], "a byte short": whole[:-1], "another file": b"<html>not found"}
+    if damage == "a link outside":  # which ONNX Runtime does not follow
+        data.rename(tmp_path / "elsewhere")
+        data.symlink_to(tmp_path / "elsewhere")
+    else:
+        data.write_bytes(given.get(damage, b""))
+    with pytest.raises(ArtifactError, match=rf"apart\.onnx: its weights in \S*{data.name} are damaged") as caught:
+        OrtBackend(path)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""

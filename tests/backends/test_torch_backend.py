@@ -108,3 +108,10 @@ def test_a_network_of_another_shape_than_the_manifest_says_is_an_engine_error(bo
     with pytest.raises(EngineError, match="torch: ") as caught:
         TorchBackend(ours.model(), lying).denoise(np.zeros((1, 4, 8, 8), np.float32), 1.0, 0)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_large_images_come_in_small_batches(backend: TorchBackend) -> None:
+    """256x256 images 64 at a time, of a published network, would take some 30 GB."""
+    for size, expected in {8: 256, 28: 83, 32: 64, 64: 16, 256: 1}.items():
+        backend.manifest = backend.manifest.model_copy(update={"image_shape": (3, size, size)})
+        assert backend.micro_batch == expected

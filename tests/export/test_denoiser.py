@@ -1,16 +1,22 @@
 """The exported file: what a stock engine that knows nothing of cm-runtime computes from it, and how it is written."""
 
+import hashlib
 import json
 import os
 import resource
 import subprocess
 import sys
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import exported
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -18,10 +24,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cm_runtime import export
-from cm_runtime.artifact import read_manifest
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.artifact import Parity, read_manifest, write_manifest
+from cm_runtime.checkpoint import Checkpoint, read_checkpoint
 from cm_runtime.errors import OutputError, RequestError
-from cm_runtime.export import denoiser
+from cm_runtime.export import denoiser, parity, weights
+from cm_runtime.model import ConsistencyModel
 
 TOLERANCE = 1e-4
 BATCHES = (1, 3, 7)
@@ -91,7 +98,7 @@ def without_metadata(path: Path) -> bytes:
 # What the file computes
 
 
-@pytest.mark.parametrize("form", ["onnx", "inline", "half"])
+@pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
 def test_a_stock_onnx_runtime_without_our_code_computes_what_the_torch_model_computes(
     each: exported.Files, form: str, tmp_path: Path
 ) -> None:
@@ -120,10 +127,10 @@ def test_every_input_matters(each: exported.Files) -> None:
         assert (changed[np.array(LEVELS) > 0.01] > 1e-3).all(), name
 
 
-@pytest.mark.parametrize("form", ["inline", "half"])
+@pytest.mark.parametrize("form", ["inline", "half", "inline_apart"])
 def test_openvino_runs_the_inlined_file(each: exported.Files, form: str, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
-    path = each.inline
+    path = each.inline if form == "half" else getattr(each, form)
     if form == "half":
         path = tmp_path / "half-inline.onnx"
         with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +142,7 @@ def test_openvino_runs_the_inlined_file(each: exported.Files, form: str, tmp_pat
         assert largest_difference(compiled(given)["denoised"], expected(each, given)) < TOLERANCE
 
 
-@pytest.mark.parametrize("form", ["onnx", "inline", "half"])
+@pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart"])
 def test_tensorrt_parses_the_file(each: exported.Files, form: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     logger = trt.Logger(trt.Logger.ERROR)
@@ -173,6 +180,11 @@ def test_the_checker_and_strict_shape_inference_accept_it(each: exported.Files) 
         graph = onnx.load(path)
         onnx.checker.check_model(graph, full_check=True)
         onnx.shape_inference.infer_shapes(graph, check_type=True, strict_mode=True, data_prop=True)
+
+
+@pytest.mark.parametrize("form", ["apart", "half_apart", "inline_apart"])
+def test_the_checker_accepts_weights_beside_the_file(each: exported.Files, form: str) -> None:
+    onnx.checker.check_model(str(getattr(each, form)), full_check=True)
 
 
 def test_only_the_plain_file_has_a_function_and_only_the_half_file_has_casts_of_weights(
@@ -240,9 +252,9 @@ def test_exporting_twice_gives_the_same_bytes(boundary: exported.Files, tmp_path
 
 
 def test_a_float16_checkpoint_makes_a_file_of_half_the_weights(each: exported.Files) -> None:
-    weights = sum(tensor.numel() for tensor in exported.checkpoint(each.kind).ema["0.999"].values())
+    count = sum(tensor.numel() for tensor in exported.checkpoint(each.kind).ema["0.999"].values())
     saved = each.onnx.stat().st_size - each.half.stat().st_size
-    assert saved == pytest.approx(2 * weights, rel=0.03)
+    assert saved == pytest.approx(2 * count, rel=0.03)
 
 
 def test_the_float16_file_computes_in_float32_to_the_last_bit(each: exported.Files) -> None:
@@ -252,12 +264,31 @@ def test_the_float16_file_computes_in_float32_to_the_last_bit(each: exported.Fil
     assert np.array_equal(full, half)
 
 
+@pytest.mark.parametrize(("inside", "apart"), [("onnx", "apart"), ("half", "half_apart"), ("inline", "inline_apart")])
+def test_weights_beside_the_file_are_those_inside_it(each: exported.Files, inside: str, apart: str) -> None:
+    """The onnx package joins the two to the same graph, and an engine computes the same to the last bit."""
+    one, other = getattr(each, inside), getattr(each, apart)
+    assert other.stat().st_size < one.stat().st_size / 5
+    assert one.stat().st_size < other.stat().st_size + exported.data_file(other).stat().st_size
+    joined = onnx.load(other)  # with its data
+    for tensor in joined.graph.initializer:
+        tensor.ClearField("data_location")  # said to be inside, which is the default
+    plain = onnx.load(one)
+    assert read_manifest(other).model_copy(update={"data_file": ""}) == read_manifest(one)
+    for graph in (plain, joined):
+        del graph.metadata_props[:]
+    assert joined == plain
+    given = inputs(each, 7)
+    (a,), (b,) = (session(path).run(None, given) for path in (one, other))
+    assert np.array_equal(a, b)
+
+
 def stored(*arrays: NDArray[np.generic]) -> onnx.ModelProto:
     """A graph that adds nothing to its weights: each w_i is an initializer and y_i a copy of it."""
-    weights = [numpy_helper.from_array(array, f"w{i}") for i, array in enumerate(arrays)]
+    tensors = [numpy_helper.from_array(array, f"w{i}") for i, array in enumerate(arrays)]
     nodes = [helper.make_node("Identity", [f"w{i}"], [f"y{i}"]) for i in range(len(arrays))]
-    outputs = [helper.make_tensor_value_info(f"y{i}", w.data_type, list(w.dims)) for i, w in enumerate(weights)]
-    graph = helper.make_graph(nodes, "g", [], outputs, weights)
+    outputs = [helper.make_tensor_value_info(f"y{i}", w.data_type, list(w.dims)) for i, w in enumerate(tensors)]
+    graph = helper.make_graph(nodes, "g", [], outputs, tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
@@ -281,11 +312,13 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_weight_is_stored_in_float16_only_where_that_loses_nothing(name: str) -> None:
+def test_a_weight_is_stored_in_float16_only_where_that_loses_nothing(name: str, tmp_path: Path) -> None:
     array, is_half = WEIGHTS[name]
     neighbour = np.array([0.75, 3.0], np.float32)
-    graph = stored(array, neighbour)
-    denoiser.store_halves(graph)
+    network = weights.detach(onnx_ir.from_proto(stored(array, neighbour)))
+    denoiser.store_halves(network)
+    weights.write(network, tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx")
     onnx.checker.check_model(graph, full_check=True)
     types = {weight.name.partition(".")[0]: weight.data_type for weight in graph.graph.initializer}
     assert types["w1"] == TensorProto.FLOAT16
@@ -359,7 +392,7 @@ def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
     """Both are past the check that nothing is there when either writes."""
     both = threading.Barrier(2, timeout=60)
 
-    def build(model: object) -> onnx.ModelProto:
+    def build(model: object) -> weights.Network:
         both.wait()
         return exported.build_graph_once(model)  # type: ignore[arg-type]
 
@@ -383,3 +416,141 @@ def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
     assert "exists" in str(lost)
     assert os.listdir(tmp_path) == ["m.onnx"]
     assert without_metadata(tmp_path / "m.onnx") == without_metadata(boundary.onnx)
+
+
+def test_torch_has_let_go_of_the_weights_when_the_engine_loads_them(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what its exporter keeps, but for the vectors of normalisations that it folded into others."""
+    alive: list[weakref.ref[object]] = []
+    real_build, real_measure = exported._real_build_graph, parity.measure
+
+    def build(model: ConsistencyModel) -> weights.Network:
+        network = real_build(model)
+        held = (*model.parameters(), *network.weights.values())
+        alive.extend(weakref.ref(weight) for weight in held if weight.ndim in (2, 4))
+        return network
+
+    def measure(*given: Any) -> Parity:
+        assert len(alive) > 30
+        assert [kept for kept in alive if kept() is not None] == []
+        return real_measure(*given)
+
+    monkeypatch.setattr(denoiser, "build_graph", build)
+    monkeypatch.setattr(parity, "measure", measure)
+    export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+
+
+# With the weights in a file beside it
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch, quick_build: None) -> None:
+    """Weights of any size go beside the file."""
+    monkeypatch.setattr(denoiser, "LARGEST_INSIDE", 0)
+
+
+def other_weights(files: exported.Files) -> Checkpoint:
+    """The same network with one weight changed."""
+    ours = read_checkpoint(files.checkpoint)
+    changed = {name: tensor.clone() for name, tensor in ours.ema["0.999"].items()}
+    changed["F.out.2.weight"] += 0.25
+    return replace(ours, ema={"0.999": changed})
+
+
+def names(folder: Path) -> set[str]:
+    return set(os.listdir(folder))
+
+
+def test_the_weights_go_into_one_file_named_after_the_export_and_its_content(
+    boundary: exported.Files, tmp_path: Path, apart: None
+) -> None:
+    manifest = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+    assert manifest == read_manifest(tmp_path / "m.onnx")
+    assert names(tmp_path) == {"m.onnx", manifest.data_file}
+    checksum = hashlib.sha256((tmp_path / manifest.data_file).read_bytes()).hexdigest()
+    assert manifest.data_file == f"m-{checksum[:12]}.data"
+
+
+def test_force_replaces_both_files_and_the_older_data_file_goes(
+    boundary: exported.Files, tmp_path: Path, apart: None
+) -> None:
+    target = tmp_path / "m.onnx"
+    first = export.onnx(read_checkpoint(boundary.checkpoint), target)
+    with pytest.raises(OutputError, match="--force"):
+        export.onnx(other_weights(boundary), target)
+    assert names(tmp_path) == {"m.onnx", first.data_file}
+    second = export.onnx(other_weights(boundary), target, force=True)
+    assert second.data_file != first.data_file
+    assert names(tmp_path) == {"m.onnx", second.data_file}
+    session(target)
+    export.onnx(other_weights(boundary), target, force=True)  # the same again keeps its data file
+    assert names(tmp_path) == {"m.onnx", second.data_file}
+
+
+def test_force_back_to_weights_inside_removes_the_data_file(
+    boundary: exported.Files, tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+    monkeypatch.setattr(denoiser, "LARGEST_INSIDE", 1 << 30)
+    export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx", force=True)
+    assert names(tmp_path) == {"m.onnx"}
+
+
+def test_a_data_file_that_another_export_names_stays(boundary: exported.Files, tmp_path: Path, apart: None) -> None:
+    first = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+    write_manifest(tmp_path / "m.onnx", tmp_path / "tuned.onnx", first)
+    second = export.onnx(other_weights(boundary), tmp_path / "m.onnx", force=True)
+    assert names(tmp_path) == {"m.onnx", "tuned.onnx", first.data_file, second.data_file}
+    session(tmp_path / "tuned.onnx")
+
+
+@pytest.mark.parametrize("step", ["write", "check", "parity", "manifest"])
+def test_whatever_fails_leaves_nothing_and_keeps_what_was_there(
+    boundary: exported.Files, tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    first = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"m.onnx", first.data_file}
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    steps = {
+        "write": "cm_runtime.export.weights.write",
+        "check": "onnx.checker.check_model",
+        "parity": "cm_runtime.export.parity.measure",
+        "manifest": "cm_runtime.files.place",
+    }
+    monkeypatch.setattr(steps[step], interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.onnx(other_weights(boundary), tmp_path / "m.onnx", force=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_fills_up_with_weights_leaves_nothing(
+    boundary: exported.Files, tmp_path: Path, apart: None
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ours = read_checkpoint(boundary.checkpoint)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (exported.data_file(boundary.apart).stat().st_size // 2, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"m\.onnx cannot be written"):
+            export.onnx(ours, tmp_path / "m.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_exports_at_once_the_one_that_stays_has_its_weights(
+    boundary: exported.Files, tmp_path: Path, apart: None
+) -> None:
+    sources = [read_checkpoint(boundary.checkpoint), other_weights(boundary)] * 2
+    for source in sources[:2]:
+        exported.build_graph_once(source.model())
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda source: export.onnx(source, tmp_path / "m.onnx", force=True), sources))
+    kept = read_manifest(tmp_path / "m.onnx")
+    assert kept.data_file in {manifest.data_file for manifest in made}
+    assert names(tmp_path) == {"m.onnx", kept.data_file}
+    session(tmp_path / "m.onnx")

@@ -5,30 +5,30 @@ from pathlib import Path
 
 import exported
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from cm_runtime import export
 from cm_runtime.artifact import Manifest, read_manifest
 from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import ParityError
-from cm_runtime.export import denoiser
+from cm_runtime.export import denoiser, parity
+from cm_runtime.export.weights import Network
 from cm_runtime.model import ConsistencyModel
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
-def shifted(name: str, by: float, row: int | None = None) -> Callable[[ConsistencyModel], onnx.ModelProto]:
+def shifted(name: str, by: float, row: int | None = None) -> Callable[[ConsistencyModel], Network]:
     """A graph builder that adds ``by`` to one weight (to one row of it)."""
 
-    def build(model: ConsistencyModel) -> onnx.ModelProto:
-        graph = exported.build_graph_once(model)
-        (weight,) = [tensor for tensor in graph.graph.initializer if tensor.name.endswith(name)]
-        values = numpy_helper.to_array(weight).copy()
+    def build(model: ConsistencyModel) -> Network:
+        network = exported.build_graph_once(model)
+        (weight,) = [weight for weight in network.weights if weight.endswith(name)]
+        values = network.weights[weight].astype(np.float32)
         values[slice(None) if row is None else row] += np.float32(by)
-        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-        return graph
+        network.weights[weight] = values
+        return network
 
     return build
 
@@ -37,7 +37,7 @@ def exporting(
     files: exported.Files,
     target: Path,
     monkeypatch: pytest.MonkeyPatch,
-    build: Callable[[ConsistencyModel], onnx.ModelProto],
+    build: Callable[[ConsistencyModel], Network],
     force: bool = False,
 ) -> Manifest:
     monkeypatch.setattr(denoiser, "build_graph", build)
@@ -106,12 +106,13 @@ def test_a_graph_that_mixes_the_noise_levels_of_a_batch_is_noticed(
 ) -> None:
     """Right for every batch of one: the skip-scale takes the batch's largest sigma for all."""
 
-    def mixing(model: ConsistencyModel) -> onnx.ModelProto:
-        graph = exported.build_graph_once(model)
+    def mixing(model: ConsistencyModel) -> Network:
+        network = exported.build_graph_once(model)
+        graph = network.graph
         (node,) = [node for node in graph.graph.node if node.op_type == "SkipScale"]
         node.input[2] = "largest"
         graph.graph.node.insert(0, helper.make_node("ReduceMax", ["sigma"], ["largest"], keepdims=1))
-        return graph
+        return network
 
     with pytest.raises(ParityError):
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, mixing)
@@ -122,12 +123,34 @@ def test_a_graph_of_another_boundary_is_noticed(
 ) -> None:
     """EDM's form in place of the consistency model's: the two differ by 0.4% of F at sigma 0.002."""
 
-    def edm(model: ConsistencyModel) -> onnx.ModelProto:
-        graph = exported.build_graph_once(model)
+    def edm(model: ConsistencyModel) -> Network:
+        network = exported.build_graph_once(model)
+        graph = network.graph
         (node,) = [node for node in graph.graph.node if node.op_type == "SkipScale"]
         (attribute,) = [a for a in node.attribute if a.name == "sigma_boundary"]
         attribute.f = 0.0
-        return graph
+        return network
 
     with pytest.raises(ParityError):
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, edm)
+
+
+def test_an_error_in_weights_beside_the_file_is_noticed_and_neither_is_written(
+    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser, "LARGEST_INSIDE", 0)
+    with pytest.raises(ParityError, match="nothing was written"):
+        exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("F.out.2.weight", 1e-3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_answers_all_that_the_export_is_asked(boundary: exported.Files) -> None:
+    """Its answers are kept, so that it need not be: seven batches of 1 and one of 7."""
+    manifest = read_manifest(boundary.onnx)
+    answers = parity.expected(boundary.model(), manifest)
+    assert [answer.shape for answer in answers] == [(1, 3, 8, 8)] * 7 + [(7, 3, 8, 8)]
+    assert np.abs(np.concatenate(answers[:7]) - answers[7]).max() < 1e-5
+    assert parity.measure(boundary.onnx, manifest, answers).max_abs < 1e-5
+    assert parity.measure(boundary.apart, manifest, answers).max_abs < 1e-5
+    with pytest.raises(ParityError, match="differs from its checkpoint by 1 at sigma 80 "):
+        parity.measure(boundary.onnx, manifest, [*answers[:6], answers[6] + 1, answers[7]])

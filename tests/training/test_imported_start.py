@@ -13,6 +13,7 @@ from run_folders import pt
 
 import cm_runtime as cm
 from cm_runtime.errors import CheckpointError, CmRuntimeError, TrainingError
+from cm_runtime.importers import openai
 from cm_runtime.training import loop
 from cm_runtime.training.config import TrainConfig, parse_config
 from cm_runtime.training.data import ImageSet
@@ -105,3 +106,19 @@ def test_another_network_than_the_images_need_is_refused_by_name(tmp_path: Path,
     folder = save_pipeline(tmp_path / "pipe", IMAGENET)
     with pytest.raises(TrainingError, match="pipe is of another network: image_size 16, not 8"):
         train(config(folder, "ect"), toy_images, tmp_path / "run")
+
+
+@pytest.mark.parametrize("preset", ["imagenet64-cd", "imagenet64-ect", "lsun256-cd", "lsun256-ect"])
+def test_presets_have_the_networks_of_the_published_teachers(preset: str) -> None:
+    """So `cm-runtime train imagenet64-cd --set init=edm_imagenet64_ema.pt` starts; dropout has no weights."""
+    from cm_runtime.training.config import load_config
+
+    network = load_config(preset).network
+    assert network is not None
+    ends = {"imagenet64": {"image_size": 64, "num_classes": 1000}, "lsun256": {"image_size": 256}}[preset.split("-")[0]]
+    config = UNetConfig(**network.model_dump(), image_channels=3, **ends)
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in UNet(config).state_dict().items()}
+    parameters = {"imagenet64": 295_899_267, "lsun256": 526_304_771}[preset.split("-")[0]]
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
+    assert openai.infer(shapes).model_dump() | {"dropout": network.dropout} == config.model_dump()
