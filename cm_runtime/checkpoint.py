@@ -54,7 +54,7 @@ class Checkpoint:
         if rate not in self.ema:
             raise RequestError(f"there is no EMA rate {rate}; the checkpoint holds {', '.join(self.ema)}")
         model = build(self.config, "meta")
-        weights = {name: tensor.float() for name, tensor in self.ema[rate].items()}
+        weights = {name: tensor.detach().float() for name, tensor in self.ema[rate].items()}
         check_weights(model, weights)
         model.load_state_dict(weights, assign=True)
         return model.eval().requires_grad_(False)

@@ -68,8 +68,10 @@ def onnx(
             sha256 = weights.write_apart(network, data)
         end = weights.write(network, temporary)
         expected = parity.expected(model, manifest)
+        for parameter in model.parameters():  # torch's exporter remembers some, and one keeps a whole file mapped
+            parameter.data = torch.empty(0)
         del model
-        gc.collect()  # torch's exporter leaves cycles
+        gc.collect()
         onnx_package.checker.check_model(str(temporary), full_check=True)
         manifest = manifest.model_copy(update={"parity": parity.measure(temporary, manifest, expected)})
         if is_apart:

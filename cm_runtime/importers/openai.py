@@ -65,6 +65,8 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{wanted}: its {name} is a {type(value).__name__}, where tensors by name should be")
+    if "conv_in.weight" in content and "time_embedding.linear_1.weight" in content:
+        raise CheckpointError("these are the weights of a diffusers model; give the folder that diffusers saved")
     for name in ("time_embed.0.weight", "input_blocks.0.0.weight"):
         if name not in content:
             raise CheckpointError(f"{wanted}: it has no {name}, but {next(iter(content), 'nothing at all')}")

@@ -76,8 +76,8 @@ def form(known: Published | None, asked: Form | None) -> Form:
         return known.precond
     if asked is None:
         raise CheckpointError(
-            "such a file does not say its preconditioning form: give --precond boundary (a consistency model),"
-            " --precond edm, or --model-name with the published model that it is"
+            "such a file does not say its preconditioning form: export it with --precond boundary (a consistency"
+            " model), --precond edm, or --model-name and the published model that it is"
         )
     return asked
 

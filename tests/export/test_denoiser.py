@@ -421,7 +421,7 @@ def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
 def test_torch_has_let_go_of_the_weights_when_the_engine_loads_them(
     boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what its exporter keeps, but for the vectors of normalisations that it folded into others."""
+    """Also what its exporter keeps; the vectors of normalisations, which it remembers for ever, are empty."""
     alive: list[weakref.ref[object]] = []
     real_build, real_measure = exported._real_build_graph, parity.measure
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+import resource
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from cm_runtime.artifact import Manifest
 from cm_runtime.backends.torch import TorchBackend
 from cm_runtime.cli import main
 from cm_runtime.errors import CheckpointError, CmRuntimeError, RequestError
+from cm_runtime.export import parity
 from cm_runtime.schedule import sigmas_of_timesteps
 
 SIGMAS = (0.002, 0.0021, 0.03, 0.5, 1.382368, 10.0, 80.0)
@@ -180,7 +184,7 @@ def test_bin_files_and_shards_hold_the_same(imagenet: Path, tmp_path: Path) -> N
 
 def test_a_bare_unet_takes_the_scheduler_beside_it_or_is_told_the_form(imagenet: Path, tmp_path: Path) -> None:
     bare = Path(shutil.copytree(imagenet / "unet", tmp_path / "bare"))
-    assert "give --precond boundary (a consistency model), --precond edm, or --model-name" in refusal(bare)
+    assert "export it with --precond boundary (a consistency model), --precond edm" in refusal(bare)
     told = cm.load_checkpoint(bare, precond="boundary")
     assert same(told, cm.load_checkpoint(imagenet))
     edm = cm.load_checkpoint(bare, precond="edm")
@@ -217,6 +221,10 @@ def test_old_names_of_attention_are_read(copy: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in weights.items()}, file)
     found = cm.load_checkpoint(copy).ema["imported"]
     assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+
+
+def test_the_weights_alone_are_refused_with_what_to_give(imagenet: Path) -> None:
+    assert "give the folder that diffusers saved" in refusal(imagenet / "unet" / f"{WEIGHTS}.safetensors")
 
 
 def test_halves_stay_halves_and_are_computed_in_float32(tmp_path: Path) -> None:
@@ -336,8 +344,13 @@ class Bomb:
         return (Path("/tmp/cm-runtime-was-executed").touch, ())
 
 
-def test_damaged_and_hostile_files_are_one_line(copy: Path) -> None:
-    """And what `cm-runtime export` makes of them: exit 1, one line, nothing written."""
+def peak() -> int:
+    """Bytes that this process has ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_damaged_and_hostile_files_are_one_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From Python and from `cm-runtime export`: exit 1, one line, nothing written, no memory taken."""
     file = copy / "unet" / f"{WEIGHTS}.safetensors"
     whole = file.read_bytes()
     (length,) = struct.unpack("<Q", whole[:8])
@@ -357,9 +370,17 @@ def test_damaged_and_hostile_files_are_one_line(copy: Path) -> None:
         "10 GB of a tensor": with_header(large),
         "not JSON": struct.pack("<Q", 3) + b"abc",
     }
+    cm.load_checkpoint(copy)
+    capsys.readouterr()
+    before = peak()
     for name, content in cases.items():
         file.write_bytes(content)
-        assert "is not a safetensors file, or is damaged" in refusal(copy), name
+        line = refusal(copy)
+        assert "is not a safetensors file, or is damaged" in line, name
+        assert run("export", copy) == 1
+        assert capsys.readouterr().err == f"error: {line}\n"
+    assert peak() - before < 64 << 20
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
     file.unlink()
     assert f"it has no {WEIGHTS}.safetensors or .bin" in refusal(copy)
     bin_file = copy / "unet" / f"{WEIGHTS}.bin"
@@ -403,6 +424,31 @@ def test_options_that_the_folder_answers_itself_are_refused(imagenet: Path) -> N
     for option, value in (("head_channels", 64), ("image_size", 64)):
         with pytest.raises(RequestError, match=f"leave --{option.replace('_', '-')} out"):
             cm.load_checkpoint(imagenet, **{option: value})
+
+
+def test_the_weights_are_unmapped_before_an_engine_loads_its_own(
+    imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of weights is mapped into memory; one tensor that somebody remembers would keep all of it."""
+    mapped: list[bool] = []
+
+    def watching(real: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*given: Any) -> Any:
+            gc.collect()
+            mapped.append(str(imagenet) in Path("/proc/self/maps").read_text())
+            return real(*given)
+
+        return watched
+
+    for name in ("expected", "measure"):
+        monkeypatch.setattr(parity, name, watching(getattr(parity, name)))
+    kept = cm.load_checkpoint(imagenet)
+    weights = {name: tensor.clone() for name, tensor in kept.ema["imported"].items()}
+    cm.export.onnx(kept, tmp_path / "kept.onnx")
+    assert all(torch.equal(kept.ema["imported"][name], tensor) for name, tensor in weights.items())  # they are its own
+    del kept
+    cm.export.onnx(cm.load_checkpoint(imagenet), tmp_path / "m.onnx")
+    assert mapped == [True, True, True, False]
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
+import resource
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,7 +133,7 @@ def test_the_form_is_decided_by_the_name_or_told_and_never_guessed(tmp_path: Pat
     weights = weights_of(TINY)
     unnamed = saved(tmp_path, weights, "model.pt")
     line = refusal(unnamed, head_channels=16)
-    assert "does not say its preconditioning form: give --precond boundary" in line and "--model-name" in line
+    assert "does not say its preconditioning form: export it with --precond boundary" in line and "--model-name" in line
     for form, boundary in (("boundary", 0.002), ("edm", 0.0), ("piecewise", 0.002)):
         config = cm.load_checkpoint(unnamed, precond=form, head_channels=16).config
         assert (config.precond, config.sigma_boundary) == (form, boundary)
@@ -337,6 +340,17 @@ def test_a_wrong_file_is_one_line(name: str, tmp_path: Path, capsys: pytest.Capt
 def test_damaged_and_hostile_files_are_one_line(tmp_path: Path) -> None:
     path = saved(tmp_path, weights_of(TINY), "cd_imagenet64_l2.pt")
     whole = path.read_bytes()
+    cm.load_checkpoint(path, head_channels=16)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            with new.open(entry.filename, "w", force_zip64=True) as file:
+                file.write(old.read(entry))
+        with new.open("cd_imagenet64_l2/data/999", "w", force_zip64=True) as file:
+            for _ in range(32):
+                file.write(bytes(10 << 20))  # as little of 10 GB would be left as of this
+    assert re.search(r"it claims 3\d{8} bytes of content", refusal(tmp_path / "bomb.pt"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
     path.write_bytes(whole[: len(whole) // 2])
     assert "is not a torch checkpoint, or is damaged" in refusal(path)
     for content in (pickle.dumps(Bomb()), pickle.dumps({"time_embed.0.weight": Bomb()})):
