@@ -30,6 +30,7 @@ from cm_runtime.evaluate.measure import observe
 from cm_runtime.evaluate.preparation import METADATA_KEY, Preparation
 from cm_runtime.evaluate.sources import array_batches
 from cm_runtime.evaluate.statistics import write_statistics
+from cm_runtime.export import weights
 from cm_runtime.export.denoiser import quiet, store_halves, strip
 from cm_runtime.files import check_writable, written
 
@@ -73,17 +74,18 @@ def export(classifier: Classifier, path: Path) -> None:
             verbose=False,
         )
     assert program is not None  # the exporter's type allows it for another mode
-    graph = program.model_proto
+    network = weights.detach(program.model)
+    graph = network.graph
     for value in (*graph.graph.input, *graph.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"
     del graph.graph.value_info[:]
     strip(graph)
-    store_halves(graph)
+    store_halves(network)
     preparation = Preparation(layout="NHWC", value_range="0:255", resize="none", features="features", logits="logits")
     onnx.helper.set_model_props(graph, {METADATA_KEY: preparation.model_dump_json()})
-    onnx.checker.check_model(graph, full_check=True)
     with written(path) as temporary:
-        temporary.write_bytes(graph.SerializeToString(deterministic=True))
+        weights.write(network, temporary)
+        onnx.checker.check_model(str(temporary), full_check=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -170,7 +170,9 @@ class ResBlock(nn.Module):
         self.scale_shift = config.scale_shift
         self.in_layers = nn.Sequential(GroupNorm(channels, config), nn.SiLU(), conv3x3(channels, out))
         self.resample = resample() if resample else None
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.channels, (1 + config.scale_shift) * out))
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(4 * config.channels, 2 * out if config.scale_shift else out)
+        )
         self.out_layers = nn.Sequential(GroupNorm(out, config), nn.SiLU(), dropout, zeroed(conv3x3(out, out)))
         self.skip_connection = nn.Identity() if out == channels else nn.Conv2d(channels, out, 1)
 

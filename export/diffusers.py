@@ -14,12 +14,12 @@ from cm_runtime import files
 from cm_runtime.checkpoint import Checkpoint
 from cm_runtime.errors import OutputError
 from cm_runtime.extras import require
-from cm_runtime.importers import unet2d
+from cm_runtime.importers import unet2d_options, unet2d_tensors
 
 GRID = 40  # diffusers' own default for num_train_timesteps, where the checkpoint does not know
 INDEX = {
     "_class_name": "ConsistencyModelPipeline",
-    "scheduler": ["diffusers", unet2d.SCHEDULER],
+    "scheduler": ["diffusers", unet2d_options.SCHEDULER],
     "unet": ["diffusers", "UNet2DModel"],
 }
 
@@ -36,9 +36,9 @@ def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bo
     target = Path(path)
     _check_replaceable(target, force)
     config = checkpoint.config
-    N = checkpoint.training.config.get("num_train_timesteps", GRID)
-    scheduler = unet2d.scheduler_of(config, N)
-    unet = unet2d.unet2d_of(config.network)
+    N = checkpoint.training.config.get("num_train_timesteps")
+    scheduler = unet2d_options.scheduler_of(config, N if isinstance(N, int) else GRID)
+    unet = unet2d_options.unet2d_of(config.network)
     weights = {name.removeprefix("F."): tensor for name, tensor in checkpoint.ema[checkpoint.default_ema].items()}
     temporary = target.with_name(f"{files.TEMPORARY}{secrets.token_hex(4)}")
     try:
@@ -48,7 +48,7 @@ def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bo
         _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
         _write(temporary / "unet" / "config.json", unet)
         file = temporary / "unet" / "diffusion_pytorch_model.safetensors"
-        save_file(unet2d.to_theirs(weights, config.network), file, metadata={"format": "pt"})
+        save_file(unet2d_tensors.to_theirs(weights, config.network), file, metadata={"format": "pt"})
         _replace(temporary, target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error

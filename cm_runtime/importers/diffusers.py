@@ -20,12 +20,13 @@ from torch import Tensor
 from cm_runtime import files
 from cm_runtime.checkpoint import Checkpoint, load_safetensors, load_torch
 from cm_runtime.errors import CheckpointError
-from cm_runtime.importers import published, unet2d
+from cm_runtime.importers import published, unet2d_options, unet2d_tensors
+from cm_runtime.importers.network import reason
 from cm_runtime.importers.openai import EMA
 from cm_runtime.importers.published import Published
 from cm_runtime.model import ModelConfig
 from cm_runtime.precond import Form
-from cm_runtime.schedule import SIGMA_MIN
+from cm_runtime.schedule import RHO, SIGMA_MAX, SIGMA_MIN
 
 WEIGHTS = "diffusion_pytorch_model"
 SCHEDULER = "scheduler_config.json"
@@ -45,37 +46,37 @@ def read(folder: Path, precond: Form | None = None, known: Published | None = No
     if kind != "UNet2DModel":
         raise CheckpointError(f"{where}: its config.json is of a {kind}, and cm-runtime reads a UNet2DModel")
     try:
-        network = unet2d.network_of(config)
+        network = unet2d_options.network_of(config)
         form, sampler = _form(scheduler, precond, known)
         chosen = _weights(where)
-        weights = unet2d.to_ours(_tensors(chosen), network)
+        weights = unet2d_tensors.to_ours(_tensors(chosen), network)
         N = sampler.pop("num_train_timesteps", None)
         boundary = 0.0 if form == "edm" else sampler.get("sigma_min", SIGMA_MIN)
+        model = ModelConfig(network=network, precond=form, sigma_boundary=boundary, **sampler)
+        published_range = (model.sigma_min, model.sigma_max, model.rho) == (SIGMA_MIN, SIGMA_MAX, RHO)
         return Checkpoint(
-            config=ModelConfig(network=network, precond=form, sigma_boundary=boundary, **sampler),
+            config=model,
             default_ema=EMA,
             ema={EMA: {f"F.{name}": tensor for name, tensor in weights.items()}},
-            training=published.summary(known, "diffusers", None if N is None else int(N)),
+            training=published.summary(known, "diffusers", N),
             sha256=_hash([where / "config.json", *schedulers[:1], *chosen]),
-            sigmas=known.sigmas if known else {},
+            sigmas=known.sigmas if known and published_range else {},
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "scheduler"
-        raise CheckpointError(f"{folder}: {field}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise CheckpointError(f"{folder}: its scheduler: {reason(error)}") from error
     except CheckpointError as error:
         raise error if str(where) in str(error) else CheckpointError(f"{folder}: {error}") from error
 
 
 def _form(
     scheduler: Mapping[str, Any] | None, precond: Form | None, known: Published | None
-) -> tuple[Form, dict[str, float]]:
+) -> tuple[Form, dict[str, Any]]:
     """The form, and what else the scheduler says: without one, nothing."""
     if scheduler is None:
         return published.form(known, precond), {}
     if precond not in (None, "boundary") or (known is not None and known.precond != "boundary"):
-        raise CheckpointError(f"its {unet2d.SCHEDULER} decides the preconditioning form, which is boundary")
-    return "boundary", unet2d.sampler_of(scheduler)
+        raise CheckpointError(f"its {unet2d_options.SCHEDULER} decides the preconditioning form, which is boundary")
+    return "boundary", unet2d_options.sampler_of(scheduler)
 
 
 def _weights(where: Path) -> list[Path]:

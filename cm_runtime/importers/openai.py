@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from cm_runtime import files
 from cm_runtime.checkpoint import Checkpoint, check_tensors, shapes_of
 from cm_runtime.errors import CheckpointError
 from cm_runtime.importers import published
+from cm_runtime.importers.network import checked
 from cm_runtime.importers.published import Published
 from cm_runtime.model import ModelConfig
 from cm_runtime.precond import Form
@@ -113,22 +113,16 @@ def infer(shapes: Shapes, head_channels: int = HEAD_CHANNELS, image_size: int | 
             )
     if unequal := [width for width in widths if width % channels]:
         raise CheckpointError(f"its levels have {widths} channels, and {unequal[0]} is no multiple of {channels}")
-    try:
-        return UNetConfig(
-            image_size=size,
-            image_channels=shape("input_blocks.0.0.weight", 4)[1],
-            num_classes=shape("label_emb.weight", 2)[0] if "label_emb.weight" in shapes else 0,
-            channels=channels,
-            channel_mult=tuple(width // channels for width in widths),
-            res_blocks=per_level - 1,
-            attention=tuple(size >> level for level, there in enumerate(attended) if there),
-            middle_attention="middle_block.1.qkv.weight" in shapes,
-            head_channels=head_channels,
-            scale_shift=shape(f"{levels[0]}.0.emb_layers.1.weight", 2)[0] == 2 * widths[0],
-            resample="conv" if "conv" in resamplers.values() else "resblock",
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"no network of ours: {field + ': ' if field else ''}{reason}") from error
+    return checked(
+        image_size=size,
+        image_channels=shape("input_blocks.0.0.weight", 4)[1],
+        num_classes=shape("label_emb.weight", 2)[0] if "label_emb.weight" in shapes else 0,
+        channels=channels,
+        channel_mult=tuple(width // channels for width in widths),
+        res_blocks=per_level - 1,
+        attention=tuple(size >> level for level, there in enumerate(attended) if there),
+        middle_attention="middle_block.1.qkv.weight" in shapes,
+        head_channels=head_channels,
+        scale_shift=shape(f"{levels[0]}.0.emb_layers.1.weight", 2)[0] == 2 * widths[0],
+        resample="conv" if "conv" in resamplers.values() else "resblock",
+    )

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import imported  # type: ignore[import-not-found]
 
 import cm_runtime as cm
-from cm_runtime.importers import unet2d
+from cm_runtime.importers.unet2d_options import network_of
 
 
 @pytest.fixture(scope="module")
@@ -74,5 +74,5 @@ def test_the_networks_are_the_published_ones(name: str, parameters: int) -> None
     from cm_runtime.unet import UNet
 
     with torch.device("meta"):
-        network = UNet(unet2d.network_of(imported.NETWORKS[name]))
+        network = UNet(network_of(imported.NETWORKS[name]))
     assert sum(tensor.numel() for tensor in network.parameters()) == parameters

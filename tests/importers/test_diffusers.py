@@ -202,6 +202,8 @@ def test_names_of_published_conversions_bring_their_levels(imagenet: Path, tmp_p
     assert cm.load_checkpoint(imagenet).manifest().sigmas == {}
     assert cm.load_checkpoint(imagenet, model_name="ct_cat256").manifest().sigmas[2][1] == pytest.approx(5.248503)
     assert "edm_cat256_ema" in refusal(imagenet, model_name="cd_cat")
+    edited(folder / "scheduler" / "scheduler_config.json", sigma_max=60.0)  # then those levels are not its own
+    assert cm.load_checkpoint(folder).manifest().sigmas == {}
     assert "decides the preconditioning form" in refusal(imagenet, model_name="edm_cat256_ema")
 
 
@@ -302,6 +304,9 @@ def test_convolutions_that_pad_otherwise_are_refused(tmp_path: Path) -> None:
         ({"sigma_data": "wide"}, "sigma_data wide"),
         ({"rho": True}, "rho True"),
         ({"rho": 1e9}, "rho"),
+        ({"sigma_max": float("inf")}, "sigma_max"),
+        ({"num_train_timesteps": float("inf")}, "num_train_timesteps inf"),
+        ({"num_train_timesteps": 1}, "num_train_timesteps 1 .* only a whole number from 2"),
         ({"solver": "heun"}, "solver is no option of CMStochasticIterativeScheduler"),
     ],
     ids=str,

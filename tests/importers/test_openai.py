@@ -23,7 +23,7 @@ from cm_runtime.cli import main
 from cm_runtime.errors import CmRuntimeError, RequestError
 from cm_runtime.importers import openai
 from cm_runtime.importers.published import MODELS
-from cm_runtime.importers.unet2d import to_theirs
+from cm_runtime.importers.unet2d_tensors import to_theirs
 from cm_runtime.unet import UNet, UNetConfig
 
 PUBLISHED = {

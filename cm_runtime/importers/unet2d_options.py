@@ -1,23 +1,20 @@
-"""diffusers' UNet2DModel and CMStochasticIterativeScheduler in our terms, and ours in theirs: options and tensor names.
+"""The options of diffusers' UNet2DModel and CMStochasticIterativeScheduler in our terms, and ours in theirs.
 
-Both networks are the ADM UNet under other names; only the attention differs in how its tensors are cut: three matrices
-there, one 1x1 convolution of three times the channels here.
+Whatever option has no place in our network is refused by its name.
 Source: diffusers 0.42, models/unets/unet_2d.py and schedulers/scheduling_consistency_models.py.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from torch import Tensor
 
-from cm_runtime.checkpoint import check_tensors, shapes_of
 from cm_runtime.errors import CheckpointError
+from cm_runtime.importers.network import checked
 from cm_runtime.model import ModelConfig
+from cm_runtime.schedule import GRID_LIMIT
 from cm_runtime.unet import GroupNorm, UNet, UNetConfig
 
 # Every option of a UNet2DModel with its default, which older files leave out.
@@ -77,9 +74,6 @@ DOWN = {"DownBlock2D": "conv", "ResnetDownsampleBlock2D": "resnet", "AttnDownBlo
 UP = {"UpBlock2D": "conv", "ResnetUpsampleBlock2D": "resnet", "AttnUpBlock2D": None}  # None: the model's option says
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
 def network_of(given: Mapping[str, Any]) -> UNetConfig:
     """Our network for a UNet2DModel's config.json; raises CheckpointError naming the first option that has no place."""
     config = _options(given, OPTIONS, "UNet2DModel")
@@ -105,7 +99,7 @@ def network_of(given: Mapping[str, Any]) -> UNetConfig:
     if config["resnet_time_scale_shift"] not in ("default", "scale_shift"):
         raise _unmapped("resnet_time_scale_shift", config["resnet_time_scale_shift"], "only default or scale_shift")
     attended, resample = _levels(config, len(widths))
-    network = _checked(
+    network = checked(
         image_size=size,
         image_channels=config["in_channels"],
         num_classes=config["num_class_embeds"] or 0,
@@ -168,7 +162,7 @@ def unet2d_of(network: UNetConfig) -> dict[str, Any]:
     }
 
 
-def sampler_of(given: Mapping[str, Any]) -> dict[str, float]:
+def sampler_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """{num_train_timesteps, sigma_min, sigma_max, sigma_data, rho} of a scheduler_config.json.
 
     Raises CheckpointError for another scheduler, or one whose images our sampler would not draw.
@@ -184,6 +178,9 @@ def sampler_of(given: Mapping[str, Any]) -> dict[str, float]:
     for option in config.keys() - {"clip_denoised"}:
         if isinstance(config[option], bool) or not isinstance(config[option], int | float):
             raise _unmapped(option, config[option], "only a number")
+    N = config["num_train_timesteps"]
+    if not isinstance(N, int) or not 2 <= N <= GRID_LIMIT:
+        raise _unmapped("num_train_timesteps", N, f"only a whole number from 2 to {GRID_LIMIT}")
     return {option: config[option] for option in config if option not in ("s_noise", "clip_denoised")}
 
 
@@ -277,127 +274,5 @@ def _norm_groups(config: Mapping[str, Any]) -> Any:
     return groups
 
 
-def _checked(**options: Any) -> UNetConfig:
-    try:
-        return UNetConfig(**options)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"no network of ours: {field + ': ' if field else ''}{reason}") from error
-
-
 def _unmapped(option: str, value: Any, possible: str) -> CheckpointError:
     return CheckpointError(f"{option} {str(value)[:200]} has no counterpart in cm-runtime's UNet: {possible}")
-
-
-# --- tensors ----------------------------------------------------------------------------------------------------------
-
-RES = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-ATTENTION = {"norm": "group_norm", "qkv": "to_q to_k to_v", "proj_out": "to_out.0"}
-ENDS = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb": "class_embedding",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
-
-
-def to_ours(given: Mapping[str, Tensor], network: UNetConfig) -> dict[str, Tensor]:
-    """A UNet2DModel's state dict under our UNet's names.
-
-    Raises CheckpointError listing the tensors, by their names, that are missing, extra or misshapen.
-    """
-    with torch.device("meta"):
-        shapes = shapes_of(UNet(network))
-    names = _tensors(network, shapes)
-    weights = {_modern(name): tensor for name, tensor in given.items()}
-    expected = {name: _cut(shapes[mine], mine, len(theirs)) for mine, theirs in names.items() for name in theirs}
-    check_tensors(expected, weights, "its tensors do not fit its config.json")
-    found = {}
-    for mine, theirs in names.items():
-        parts = [weights[name] for name in theirs]
-        found[mine] = (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shapes[mine])
-    return found
-
-
-def to_theirs(weights: Mapping[str, Tensor], network: UNetConfig) -> dict[str, Tensor]:
-    """Our UNet's state dict under a UNet2DModel's names; no two tensors share memory, which safetensors asks for."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    found = {}
-    for mine, theirs in _tensors(network, shapes).items():
-        shape = _cut(shapes[mine], mine, len(theirs))
-        for name, part in zip(theirs, weights[mine].chunk(len(theirs)), strict=True):
-            found[name] = part.reshape(shape).clone(memory_format=torch.contiguous_format)
-    return found
-
-
-def _tensors(network: UNetConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
-    """For each of our tensors the one of theirs, or the three that are its equal parts."""
-    found = {}
-    for mine, theirs in _layers(network):
-        for kind in ("weight", "bias"):
-            if f"{mine}.{kind}" in shapes:
-                found[f"{mine}.{kind}"] = tuple(f"{name}.{kind}" for name in theirs)
-    return found
-
-
-def _layers(network: UNetConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Our layers with weights, and theirs, in the order of our network."""
-
-    def inside(mine: str, theirs: str, names: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-        for name, other in names.items():
-            yield f"{mine}.{name}", tuple(f"{theirs}.{part}" for part in other.split())
-
-    def resampler(mine: str, theirs: str, own: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-        yield from inside(mine, theirs, RES if network.resample == "resblock" else {own: "conv"})
-
-    for mine, theirs in ENDS.items():
-        yield mine, (theirs,)
-    last = len(network.channel_mult) - 1
-    attended = [network.image_size >> level in network.attention for level in range(last + 1)]
-    block = 0
-    for level in range(last + 1):
-        for i in range(network.res_blocks):
-            block += 1
-            yield from inside(f"input_blocks.{block}.0", f"down_blocks.{level}.resnets.{i}", RES)
-            if attended[level]:
-                yield from inside(f"input_blocks.{block}.1", f"down_blocks.{level}.attentions.{i}", ATTENTION)
-        if level < last:
-            block += 1
-            yield from resampler(f"input_blocks.{block}.0", f"down_blocks.{level}.downsamplers.0", "op")
-    yield from inside("middle_block.0", "mid_block.resnets.0", RES)
-    if network.middle_attention:
-        yield from inside("middle_block.1", "mid_block.attentions.0", ATTENTION)
-    yield from inside(f"middle_block.{1 + network.middle_attention}", "mid_block.resnets.1", RES)
-    block = 0
-    for up, level in enumerate(range(last, -1, -1)):
-        for i in range(network.res_blocks + 1):
-            yield from inside(f"output_blocks.{block}.0", f"up_blocks.{up}.resnets.{i}", RES)
-            if attended[level]:
-                yield from inside(f"output_blocks.{block}.1", f"up_blocks.{up}.attentions.{i}", ATTENTION)
-            block += 1
-        if level:
-            mine = f"output_blocks.{block - 1}.{1 + attended[level]}"
-            yield from resampler(mine, f"up_blocks.{up}.upsamplers.0", "conv")
-
-
-def _cut(shape: tuple[int, ...], mine: str, parts: int) -> tuple[int, ...]:
-    """The shape of theirs for one of our tensors: attention projects by matrices there, by 1x1 convolutions here."""
-    projection = mine.rpartition(".")[0].rpartition(".")[2] in ("qkv", "proj_out")
-    return (shape[0] // parts, *(shape[1:2] if projection else shape[1:]))
-
-
-def _modern(name: str) -> str:
-    """The present name of a tensor that older versions of diffusers saved under another."""
-    return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{OLD[m[2]]}.", name)
