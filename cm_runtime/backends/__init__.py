@@ -56,6 +56,13 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.is_dir()
 
 
+def is_model(path: Path) -> bool:
+    """Whether ``path`` is a model, exported or not, and no data set, by its name; of folders, what diffusers saved."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in ("model_index.json", "config.json"))
+    return path.suffix == ".onnx" or is_checkpoint(path)
+
+
 def _torch(path: Path, device: str, threads: int) -> TorchBackend:
     torch = require("torch", f"running the checkpoint {path}")
     from cm_runtime.backends.torch import TorchBackend, chosen_device

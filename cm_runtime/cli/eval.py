@@ -20,7 +20,7 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="MODEL|IMAGES",
-            help="A model (.onnx, .pt), samples (.npz), or a data set: path or name. [default: the bundled model]",
+            help="A model or checkpoint, samples (.npz), or a data set: path or name. [default: the bundled model]",
         ),
     ] = None,
     reference: Annotated[
@@ -68,7 +68,7 @@ def evaluate(
     for path, suffix in ((save_statistics, ".npz"), (output, ".json")):
         if path is not None and path.suffix != suffix:
             raise RequestError(f"{path}: the name must end in {suffix}")
-    from cm_runtime import __version__, files
+    from cm_runtime import __version__, backends, files
     from cm_runtime.cli.progress import waiting
     from cm_runtime.evaluate import measure, statistics
     from cm_runtime.evaluate.features import Extractor
@@ -80,7 +80,7 @@ def evaluate(
         raise RequestError(f"--manifold must be at least 4, one more than the neighbours, not {manifold}")
     workers = values.threads(threads)
     drawing = judged.Drawing(steps, sigmas, ts, timesteps, grid, count, seed, labels, micro_batch, backend)
-    if images is None or Path(images).suffix in judged.MODELS:
+    if images is None or backends.is_model(Path(images)):
         if split is not None:
             raise RequestError("--split is for data sets, and a model is measured; leave it out")
         found = judged.drawn(Path(images) if images else None, drawing, device, workers)

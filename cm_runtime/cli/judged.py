@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from cm_runtime.evaluate.measure import Observation
     from cm_runtime.sampling import Batch
 
-MODELS = (".onnx", ".pt")
-
 
 @dataclass(frozen=True)
 class Drawing:

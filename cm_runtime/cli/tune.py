@@ -48,16 +48,17 @@ def tune(
 
     Example: cm-runtime tune model.onnx --steps 2 -o tuned.onnx
     """
+    from cm_runtime import backends, files, sampling
+
     wanted = _steps(steps)
-    if model is not None and model.suffix == ".pt":
-        raise RequestError(f"{model} is a checkpoint, which carries no levels; tune what cm-runtime export makes of it")
+    if model is not None and backends.is_checkpoint(model):
+        raise RequestError(f"{model} is a checkpoint; tune what cm-runtime export makes of it")
     if model is None and output is None:
         raise RequestError("give -o OUT.onnx: the bundled model is not replaced")
     if output is None and not force:
         raise RequestError(f"give -o OUT.onnx for a copy, or --force to store the levels in {model} itself")
     if output is not None and output.suffix != ".onnx":
         raise RequestError(f"{output}: an ONNX file's name ends in .onnx")
-    from cm_runtime import backends, files, sampling
     from cm_runtime.artifact import write_manifest
     from cm_runtime.cli.progress import tracked
     from cm_runtime.evaluate import tuning

@@ -484,6 +484,21 @@ def test_an_imported_model_is_exported_sampled_and_described(
     assert manifest.training is not None and manifest.training.config["imported_from"] == "diffusers"
 
 
+def test_a_folder_of_diffusers_is_a_model_to_every_command(
+    imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (imagenet, imagenet / "unet"):
+        assert run("eval", folder, "--ts", "0,22", "--grid", 40) == 1
+        err = capsys.readouterr().err
+        assert "would leave noise" in err or "does not say its preconditioning form" in err
+        assert run("tune", folder, "-o", tmp_path / "t.onnx") == 1
+        assert "is a checkpoint; tune what cm-runtime export makes of it" in capsys.readouterr().err
+    pictures = tmp_path / "pictures"  # a folder of anything else is a data set
+    pictures.mkdir()
+    assert run("eval", pictures) == 1
+    assert "holds no data that can be read" in capsys.readouterr().err
+
+
 def test_export_to_diffusers_and_back_by_the_command_line(
     imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
