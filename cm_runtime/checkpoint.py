@@ -123,7 +123,7 @@ def parse_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "config"
         raise CheckpointError(f"{where} is damaged: {field}: {first['msg']}") from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where} is damaged: sigmas: they are not levels by the number of steps") from error
     if not isinstance(checkpoint.ema, Mapping) or checkpoint.default_ema not in checkpoint.ema:
         raise CheckpointError(f"{where} is damaged: it has no weights for EMA rate {checkpoint.default_ema}")

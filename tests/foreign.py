@@ -108,3 +108,13 @@ def f_of(unet: Any, scheduler: Any, x: torch.Tensor, sigma: float, label: torch.
     with torch.no_grad():
         F = unet(scaled, timestep, class_labels=label, return_dict=False)[0]
     return c_out * F + c_skip * x  # type: ignore[no-any-return]
+
+
+class Bomb:
+    """Makes the file ``canary`` where it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (self.canary.touch, ())

@@ -330,6 +330,13 @@ def test_an_archive_without_its_parts_is_refused(tmp_path, saved):
     refusal(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("sigmas", ["abc", 3, [1, 2], {2: "x"}, {2: [80.0]}, {2: [80.0, 90.0]}, {"two": [80.0, 1.0]}])
+def test_levels_that_are_none_are_refused(tmp_path, content, sigmas):
+    torch.save({**content, "sigmas": sigmas}, tmp_path / "x.pt")
+    line = refusal(tmp_path / "x.pt")
+    assert "is damaged" in line and "sigmas" in line
+
+
 def test_files_of_other_programs_are_refused(tmp_path, rng):
     np.savez(tmp_path / "x.npz", a=np.arange(7))
     refusal(tmp_path / "x.npz")

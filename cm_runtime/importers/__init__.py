@@ -10,7 +10,6 @@ from cm_runtime import checkpoint as ours
 from cm_runtime.checkpoint import Checkpoint
 from cm_runtime.errors import CheckpointError, RequestError
 from cm_runtime.importers import diffusers, openai, published
-from cm_runtime.importers.published import Published
 from cm_runtime.precond import Form
 
 
@@ -41,7 +40,8 @@ def load_checkpoint(
         _refuse(where, "a cm-runtime checkpoint", "itself", **told)
         return ours.parse_checkpoint(content, where)
     try:
-        return openai.convert(content, where, known, precond, head_channels or openai.HEAD_CHANNELS, image_size)
+        heads = openai.HEAD_CHANNELS if head_channels is None else head_channels
+        return openai.convert(content, where, known, precond, heads, image_size)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
 
@@ -52,6 +52,3 @@ def _refuse(where: Path, what: str, source: str, **told: object) -> None:
         if value is not None:
             option = name.replace("_", "-")
             raise RequestError(f"{where} is {what} and says its {option} {source}; leave --{option} out")
-
-
-__all__ = ["Published", "load_checkpoint"]

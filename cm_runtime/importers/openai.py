@@ -103,7 +103,7 @@ def infer(shapes: Shapes, head_channels: int = HEAD_CHANNELS, image_size: int | 
         raise CheckpointError(f"its {depth} output blocks, resampled after {list(resamplers)}, are no equal levels")
     levels = blocks[::per_level][::-1]  # outermost first
     widths = [shape(f"{block}.0.out_layers.3.weight", 4)[0] for block in levels]
-    size = image_size or INNERMOST << (len(levels) - 1)
+    size = INNERMOST << (len(levels) - 1) if image_size is None else image_size
     attended = [f"{block}.1.qkv.weight" in shapes for block in levels]
     for name in (f"{block}.1.qkv.weight" for block, there in zip(levels, attended, strict=True) if there):
         if len(shapes[name]) == 3:

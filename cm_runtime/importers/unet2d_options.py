@@ -222,7 +222,8 @@ def _options(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> d
 
 def _levels(config: Mapping[str, Any], count: int) -> tuple[list[bool], str]:
     """Which levels have attention, outermost first, and how all of them are resampled, in their word."""
-    attended, resamplers = {}, set()
+    attended: dict[str, list[bool]] = {}
+    resamplers: set[str] = set()
     for option, kinds, default in (
         ("down_block_types", DOWN, "downsample_type"),
         ("up_block_types", UP, "upsample_type"),
@@ -233,14 +234,14 @@ def _levels(config: Mapping[str, Any], count: int) -> tuple[list[bool], str]:
         plain = [str(name).removeprefix("UNetRes") for name in names]
         if unknown := [name for name in plain if name not in kinds]:
             raise _unmapped(option, unknown[0], f"only {', '.join(kinds)}")
-        resamplers |= {kinds[name] or config[default] for name in plain[: count - 1] or plain}
+        resamplers |= {kinds[name] or str(config[default]) for name in plain[: count - 1] or plain}
         attended[option] = [kinds[name] is None for name in plain]
     if attended["down_block_types"] != attended["up_block_types"][::-1]:
         raise _unmapped(
             "up_block_types", config["up_block_types"], "only with attention where down_block_types have it"
         )
     if len(resamplers) > 1 or not resamplers <= RESAMPLED.keys():
-        mixed = " and ".join(sorted(map(str, resamplers)))
+        mixed = " and ".join(sorted(resamplers))
         raise _unmapped("down_block_types, downsample_type, upsample_type", mixed, "only conv or only resnet")
     (resample,) = resamplers
     if resample == "conv" and count > 1 and config["downsample_padding"] != 1:

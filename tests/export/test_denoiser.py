@@ -374,16 +374,21 @@ def test_a_folder_that_cannot_be_written_is_one_error(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_disk_that_fills_up_leaves_nothing(boundary: exported.Files, tmp_path: Path, quick_build: None) -> None:
+def fails_where_files_are_small(boundary: exported.Files, folder: Path, limit: int) -> None:
+    """An export into ``folder``, where no file may have more than ``limit`` bytes, leaves nothing there."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ours = read_checkpoint(boundary.checkpoint)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (boundary.onnx.stat().st_size // 2, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         with pytest.raises(OutputError, match=r"m\.onnx cannot be written"):
-            export.onnx(ours, tmp_path / "m.onnx")
+            export.onnx(ours, folder / "m.onnx")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(boundary: exported.Files, tmp_path: Path, quick_build: None) -> None:
+    fails_where_files_are_small(boundary, tmp_path, boundary.onnx.stat().st_size // 2)
 
 
 def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
@@ -531,15 +536,7 @@ def test_whatever_fails_leaves_nothing_and_keeps_what_was_there(
 def test_a_disk_that_fills_up_with_weights_leaves_nothing(
     boundary: exported.Files, tmp_path: Path, apart: None
 ) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ours = read_checkpoint(boundary.checkpoint)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (exported.data_file(boundary.apart).stat().st_size // 2, limits[1]))
-    try:
-        with pytest.raises(OutputError, match=r"m\.onnx cannot be written"):
-            export.onnx(ours, tmp_path / "m.onnx")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(tmp_path.iterdir()) == []
+    fails_where_files_are_small(boundary, tmp_path, exported.data_file(boundary.apart).stat().st_size // 2)
 
 
 def test_of_several_exports_at_once_the_one_that_stays_has_its_weights(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign import CONFIGS, GREY, IMAGENET, SCRIPT, f_of, save_pipeline, unet2d
+from foreign import CONFIGS, GREY, IMAGENET, SCRIPT, Bomb, f_of, save_pipeline, unet2d
 
 import cm_runtime as cm
 from cm_runtime.artifact import Manifest
@@ -272,6 +272,7 @@ def test_halves_stay_halves_and_are_computed_in_float32(tmp_path: Path) -> None:
         ({"up_block_types": ["AttnUpBlock2D"] * 3}, "up_block_types .* where down_block_types have it"),
         ({"downsample_type": "conv"}, "downsample_type, upsample_type conv and resnet .* only conv or only resnet"),
         ({"downsample_type": "pool", "upsample_type": "pool"}, "pool"),
+        ({"downsample_type": ["resnet"], "upsample_type": {}}, "only conv or only resnet"),
         ({"attn_norm_num_groups": None}, "attn_norm_num_groups None .* only 32, as norm_num_groups"),
         ({"norm_num_groups": 5, "attn_norm_num_groups": 5}, "32 channels do not split into norm_groups 5"),
         ({"attention_head_dim": 20}, "do not split into heads of 20"),
@@ -344,11 +345,6 @@ def test_tensors_that_do_not_fit_are_listed_by_their_own_names(copy: Path) -> No
 # --- files that are wrong ---------------------------------------------------------------------------------------------
 
 
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path("/tmp/cm-runtime-was-executed").touch, ())
-
-
 def peak() -> int:
     """Bytes that this process has ever held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -388,12 +384,13 @@ def test_damaged_and_hostile_files_are_one_line(copy: Path, capsys: pytest.Captu
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
     file.unlink()
     assert f"it has no {WEIGHTS}.safetensors or .bin" in refusal(copy)
+    canary = copy.parent / "executed"
     bin_file = copy / "unet" / f"{WEIGHTS}.bin"
-    bin_file.write_bytes(pickle.dumps({"conv_in.weight": Bomb()}))
+    bin_file.write_bytes(pickle.dumps({"conv_in.weight": Bomb(canary)}))
     assert "is a pickle that could run code" in refusal(copy)
     torch.save([torch.zeros(3)], bin_file)
     assert "holds no tensors by name" in refusal(copy)
-    assert not Path("/tmp/cm-runtime-was-executed").exists()
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import IMAGENET, LSUN, SCRIPT, f_of, unet2d
+from foreign import IMAGENET, LSUN, SCRIPT, Bomb, f_of, unet2d
 from torch import Tensor
 
 import cm_runtime as cm
@@ -123,6 +123,8 @@ def test_what_shapes_do_not_tell_is_told(tmp_path: Path) -> None:
     larger = cm.load_checkpoint(path, **told, image_size=64).config.network
     assert (larger.image_size, larger.attention) == (64, (32, 16))
     assert "do not split into heads of 24" in refusal(path, precond="boundary", head_channels=24)
+    assert "head_channels: " in refusal(path, precond="boundary", head_channels=0)
+    assert "image_size: " in refusal(path, **told, image_size=0)
     assert "image_size 30 must be a multiple of 4" in refusal(path, **told, image_size=30)
 
 
@@ -258,11 +260,6 @@ def test_round_trip_through_diffusers_is_bit_identical(tmp_path: Path) -> None:
 # --- files that are wrong ---------------------------------------------------------------------------------------------
 
 
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path("/tmp/cm-runtime-was-executed").touch, ())
-
-
 def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     return lambda weights: {name: tensor for name, tensor in weights.items() if name not in names}
 
@@ -339,7 +336,7 @@ def test_a_wrong_file_is_one_line(name: str, tmp_path: Path, capsys: pytest.Capt
 
 def test_damaged_and_hostile_files_are_one_line(tmp_path: Path) -> None:
     path = saved(tmp_path, weights_of(TINY), "cd_imagenet64_l2.pt")
-    whole = path.read_bytes()
+    whole, canary = path.read_bytes(), tmp_path / "executed"
     cm.load_checkpoint(path, head_channels=16)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new:
@@ -353,16 +350,16 @@ def test_damaged_and_hostile_files_are_one_line(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
     path.write_bytes(whole[: len(whole) // 2])
     assert "is not a torch checkpoint, or is damaged" in refusal(path)
-    for content in (pickle.dumps(Bomb()), pickle.dumps({"time_embed.0.weight": Bomb()})):
+    for content in (pickle.dumps(Bomb(canary)), pickle.dumps({"time_embed.0.weight": Bomb(canary)})):
         path.write_bytes(content)
         assert "is a pickle that could run code" in refusal(path)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.save({"time_embed.0.weight": Bomb()}, buffer)
+        torch.save({"time_embed.0.weight": Bomb(canary)}, buffer)
     path.write_bytes(buffer.getvalue())
     assert "is a pickle that could run code" in refusal(path)
-    assert not Path("/tmp/cm-runtime-was-executed").exists()
+    assert not canary.exists()
     assert "no such file" in refusal(tmp_path / "none.pt")
 
 
