@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from cm_runtime.artifact import Manifest, data_path, read_manifest
 from cm_runtime.backends.base import checked_inputs, checked_threads, images_at_once
@@ -61,7 +62,10 @@ class OrtBackend:
 
     def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
         """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped."""
-        images, levels, labels = checked_inputs(self.manifest, x, sigma, label)
+        return self.evaluate(*checked_inputs(self.manifest, x, sigma, label))
+
+    def evaluate(self, images: Array, levels: Array, labels: NDArray[np.int64] | None) -> Array:
+        """One evaluation of the network, of inputs that `checked_inputs` made; what is measured as the network."""
         feed: dict[str, Any] = {"x": images, "sigma": levels}
         if labels is not None:
             feed["label"] = labels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cm_runtime.artifact import Manifest
 from cm_runtime.backends.base import checked_inputs, images_at_once
@@ -30,7 +30,10 @@ class TorchBackend:
 
     def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
         """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped."""
-        images, levels, labels = checked_inputs(self.manifest, x, sigma, label)
+        return self.evaluate(*checked_inputs(self.manifest, x, sigma, label))
+
+    def evaluate(self, images: Array, levels: Array, labels: NDArray[np.int64] | None) -> Array:
+        """One evaluation of the network, of inputs that `checked_inputs` made; what is measured as the network."""
         training = self._model.training
         self._model.eval()
         try:
