@@ -1,0 +1,151 @@
+"""``.onnx`` -> checkpoint: the torch model that an exported file of ours was made from, where it says its network.
+
+Most weights keep their names in the graph. The exporter renames the scales and shifts of normalisations; a graph lists
+its nodes as they run, so the network's own order of normalisations tells which is which.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from pydantic import ValidationError
+from torch import Tensor
+
+from cm_runtime.artifact import Manifest, TrainingSummary, data_path, read_manifest
+from cm_runtime.checkpoint import Checkpoint, check_tensors, shapes_of
+from cm_runtime.errors import ArtifactError, CheckpointError
+from cm_runtime.model import ModelConfig, build
+from cm_runtime.unet import GroupNorm, UNetConfig
+
+EMA = "exported"  # the rate is not in the file
+PREFIX = "model."  # of a state dict's names in the graph
+NORMALISED = ["Reshape", "Mul", "Add"]  # what follows each InstanceNormalization, as GroupNorm is exported
+
+
+def recovered(path: str | os.PathLike[str], network: UNetConfig | None = None) -> Checkpoint:
+    """The checkpoint in the exported file ``path``: its one set of weights as they are stored, in float16 or float32.
+
+    network: by default that of the training run which the manifest records. Raises ArtifactError where it records
+    none, and where the file is damaged or its graph is not that of this network, every tensor found and of its shape.
+    """
+    where = Path(path)
+    manifest = read_manifest(where)
+    config = _config(where, manifest, network)
+    graph = _graph(where)
+    model = build(config, "meta")
+    shapes = shapes_of(model)
+    norms = [name for name, module in model.named_modules() if isinstance(module, GroupNorm)]
+    affine = list(_affine(where, graph))
+    if len(affine) != len(norms):
+        raise ArtifactError(f"{where}: its graph has {len(affine)} normalisations, and its network {len(norms)}")
+    renamed = {
+        f"{name}.{kind}": place
+        for name, places in zip(norms, affine, strict=True)
+        for kind, place in zip(("weight", "bias"), places, strict=True)
+    }
+    stored, data = _stored(graph), data_path(where, manifest)
+    weights = {}
+    for name in shapes:
+        if (place := renamed.get(name, PREFIX + name)) in stored:
+            tensor = _tensor(where, data, stored[place])
+            weights[name] = _vector(tensor) if name in renamed else tensor
+    try:
+        check_tensors(shapes, weights, "its weights are not those of its network")
+    except CheckpointError as error:
+        raise ArtifactError(f"{where}: {error}") from error
+    training = manifest.training or TrainingSummary(method="unknown", data="unknown")
+    return Checkpoint(config, EMA, {EMA: weights}, training, manifest.source_sha256, manifest.sigmas)
+
+
+def _config(where: Path, manifest: Manifest, network: UNetConfig | None) -> ModelConfig:
+    """The model's config, all but the network's shape from the manifest. Raises ArtifactError."""
+    channels, height, width = manifest.image_shape
+    images = {"image_size": height, "image_channels": channels, "num_classes": manifest.num_classes}
+    if network is None:
+        shape = _recorded(manifest)
+        if shape is None:
+            raise ArtifactError(f"{where} does not say its network's shape: use the checkpoint that it was made from")
+        try:
+            network = UNetConfig.model_validate(shape | images)
+        except ValidationError as error:
+            raise ArtifactError(f"{where}: its manifest records no network of ours") from error
+    if width != height or images != network.model_dump(include=set(images)):
+        raise ArtifactError(f"{where} is for other images or classes than its network")
+    carried = ("precond", "sigma_data", "sigma_boundary", "sigma_min", "sigma_max", "rho")
+    return ModelConfig(network=network, **{name: getattr(manifest, name) for name in carried})
+
+
+def _recorded(manifest: Manifest) -> dict[str, Any] | None:
+    """The network in the configuration of the training run, or of the last where there were several."""
+    config: Any = manifest.training.config if manifest.training else {}
+    if isinstance(runs := config.get("runs"), list) and runs and isinstance(runs[-1], dict):
+        config = runs[-1].get("config")
+    network = config.get("network") if isinstance(config, dict) else None
+    return network if isinstance(network, dict) else None
+
+
+def _graph(where: Path) -> onnx.GraphProto:
+    """The graph, without what lies in a data file. Raises ArtifactError."""
+    try:
+        return onnx.load(str(where), load_external_data=False).graph
+    except Exception as error:  # protobuf's own
+        raise ArtifactError(f"{where} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _affine(where: Path, graph: onnx.GraphProto) -> Iterator[tuple[str, str]]:
+    """The names of each normalisation's scale and shift, in the order in which they run. Raises ArtifactError."""
+    user = {name: node for node in graph.node for name in node.input}
+    for node in graph.node:
+        if node.op_type != "InstanceNormalization":
+            continue
+        chain = [node]
+        while len(chain) <= len(NORMALISED) and chain[-1].output[0] in user:
+            chain.append(user[chain[-1].output[0]])
+        if [each.op_type for each in chain[1:]] != NORMALISED:
+            raise ArtifactError(f"{where}: its graph is not one that this cm-runtime exports")
+        _, reshape, scale, shift = chain
+        yield _other(scale, reshape), _other(shift, scale)
+
+
+def _other(node: onnx.NodeProto, before: onnx.NodeProto) -> str:
+    """The input of ``node`` that does not come from ``before``."""
+    return next((name for name in node.input if name != before.output[0]), "")
+
+
+def _stored(graph: onnx.GraphProto) -> dict[str, TensorProto]:
+    """Initializers by the names that nodes know them by: those stored in float16 have a Cast before them."""
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    casts = [node for node in graph.node if node.op_type == "Cast" and node.input[0] in stored]
+    return stored | {node.output[0]: stored[node.input[0]] for node in casts}
+
+
+def _tensor(where: Path, data: Path | None, stored: TensorProto) -> Tensor:
+    """An initializer's values, in memory of their own. Raises ArtifactError."""
+    try:
+        array = numpy_helper.to_array(stored) if not stored.external_data else _apart(data, stored)
+        return torch.from_numpy(np.array(array))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{where}: its weights are damaged or cut short; export it again") from error
+
+
+def _apart(data: Path | None, stored: TensorProto) -> NDArray[Any]:
+    """An initializer's values out of the data file; no other file is opened, whatever the graph says."""
+    place = {entry.key: entry.value for entry in stored.external_data}
+    if data is None or place["location"] != data.name:
+        raise ValueError("another data file than the manifest's")
+    kind = helper.tensor_dtype_to_np_dtype(stored.data_type).newbyteorder("<")
+    array = np.fromfile(data, kind, count=int(np.prod(stored.dims)), offset=int(place["offset"]))
+    return array.reshape(tuple(stored.dims))
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    """(C, 1, 1), as graphs multiply images by it, -> (C,); other shapes stay, to be refused."""
+    return tensor.reshape(-1) if tensor.ndim == 3 and tuple(tensor.shape[1:]) == (1, 1) else tensor
