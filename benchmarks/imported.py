@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import cm_runtime as cm
+from cm_runtime.bench import peers
 from cm_runtime.schedule import sigmas_of_timesteps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,56 +119,31 @@ def command(*words: object) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-class Noise:
-    """Stands in for diffusers' randn_tensor: given noise, step by step, then zeros, which the last step weighs by 0."""
+def pipeline(folder: Path, classes: int) -> Callable[[NDArray[np.float32], Sequence[float]], NDArray[np.float32]]:
+    """(noise (K,N,C,H,W), sigmas) -> images (N,H,W,C) in [-1, 1], drawn by diffusers; label i is i mod classes."""
+    opened = peers.pipeline(folder)
 
-    def __init__(self) -> None:
-        self.left: list[torch.Tensor] = []
-
-    def __call__(self, shape: Sequence[int], **_: Any) -> torch.Tensor:
-        return self.left.pop(0) if self.left else torch.zeros(tuple(shape))
-
-
-def pipeline(folder: Path) -> Callable[[NDArray[np.float32], list[int]], NDArray[np.float32]]:
-    """(noise (K,N,C,H,W), timesteps) -> images (N,H,W,C) in [-1, 1], drawn by diffusers; label i is i mod classes."""
-    made = _package("diffusers").ConsistencyModelPipeline.from_pretrained(str(folder))
-    made.set_progress_bar_config(disable=True)
-    noise = Noise()
-    for module in (
-        "pipelines.consistency_models.pipeline_consistency_models",
-        "schedulers.scheduling_consistency_models",
-    ):
-        _package(f"diffusers.{module}").randn_tensor = noise
-    classes = made.unet.config.num_class_embeds
-
-    def draw(z: NDArray[np.float32], timesteps: list[int]) -> NDArray[np.float32]:
-        noise.left = [torch.from_numpy(part) for part in z]
-        count = z.shape[1]
-        labels = [i % classes for i in range(count)] if classes else None
-        images = made(
-            batch_size=count, class_labels=labels, num_inference_steps=None, timesteps=timesteps, output_type="np"
-        ).images
-        return np.asarray(images * 2 - 1, np.float32)
+    def draw(z: NDArray[np.float32], sigmas: Sequence[float]) -> NDArray[np.float32]:
+        return opened(z, sigmas, np.arange(z.shape[1]) % classes if classes else None)
 
     return draw
 
 
 def compare(model: Any, theirs: Callable[..., Any], batch: int, steps: int, rounds: int) -> dict[str, Any]:
     """Seconds of both, alternating, after one round that warms up and must agree; SystemExit where it does not."""
-    timesteps = TIMESTEPS[steps]
-    sigmas = sigmas_of_timesteps(timesteps, GRID)
+    sigmas = sigmas_of_timesteps(TIMESTEPS[steps], GRID)
     shape = model.manifest.image_shape
     z = np.stack([cm.noise.normal(0, np.arange(batch, dtype=np.uint64), k, shape) for k in range(steps)])
 
     def ours() -> Any:
         return cm.sample(model, noise=z, sigmas=sigmas, output="float32")
 
-    apart = float(np.abs(ours() - theirs(z, timesteps)).max())
+    apart = float(np.abs(ours() - theirs(z, sigmas)).max())
     if not apart <= AGREEMENT:
         raise SystemExit(f"error: batch {batch}, {steps} steps: the images are {apart:.2g} apart; nothing is timed")
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(rounds):
-        for name, draw in (("ours", ours), ("theirs", lambda: theirs(z, timesteps))):
+        for name, draw in (("ours", ours), ("theirs", lambda: theirs(z, sigmas))):
             began = time.perf_counter()
             draw()
             times[name].append(time.perf_counter() - began)
@@ -227,7 +203,8 @@ def _measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     for name, cost in commands.items():
         print(f"{name}: {cost['seconds']:.1f} s, peak {cost['peak_bytes'] / 1e6:.0f} MB", end=" ")
         print(f"({cost['peak_bytes'] / weights:.2f} times the weights)", flush=True)
-    engine, theirs = cm.load(model, threads=options.threads), pipeline(folder)
+    engine = cm.load(model, threads=options.threads)
+    theirs = pipeline(folder, engine.manifest.num_classes)
     cases = []
     for batch in options.batch:
         for steps in options.steps:

@@ -17,6 +17,9 @@ EXTRAS = {
     "safetensors": "train",
     "tensorboard": "train",
     "tomli_w": "train",
+    "diffusers": "bench",
+    "jinja2": "report",
+    "matplotlib": "report",
 }
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cm_runtime.cli.bench import app as bench
 from cm_runtime.cli.doctor import doctor
 from cm_runtime.cli.eval import evaluate
 from cm_runtime.cli.export import export
@@ -28,6 +29,7 @@ app = typer.Typer(
 for command in (sample, export, train, tune, info, doctor):
     app.command()(command)
 app.command("eval")(evaluate)  # eval is Python's own
+app.add_typer(bench, name="bench")
 
 
 def _version(asked: bool) -> None:

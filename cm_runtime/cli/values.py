@@ -90,3 +90,14 @@ def threads(count: int | None) -> int:
     if count is not None and count < 1:
         raise RequestError(f"--threads must be at least 1, not {count}")
     return count or 0
+
+
+def share(option: str, text: str) -> float:
+    """A percentage from 0 to 100 as a share: 5% or 5 -> 0.05. Raises RequestError."""
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError as error:
+        raise RequestError(f"{option} takes a percentage, as 5%, not {text!r}") from error
+    if not 0 <= number <= 100:
+        raise RequestError(f"{option} takes a percentage from 0% to 100%, not {text!r}")
+    return number / 100

@@ -1,0 +1,109 @@
+"""Is the p50 that `cm-runtime bench run` reports what a plain loop around onnxruntime measures?
+
+    python benchmarks/independent.py --batch 1 8 64 --rounds 8
+
+The loop below knows nothing of cm-runtime: onnxruntime, NumPy, an exported file, two noise levels. It and the command,
+each in a process of its own, take turns; a round gives a ratio of their medians.
+
+Exit status: 0 where the median ratio of every batch is within 5%; 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "cm_runtime" / "models" / "fashion-mnist.onnx"
+LEVELS = (80.0, 1.11776)  # what the bundled model stores for two steps
+WITHIN = 0.05
+
+LOOP = """
+import json, sys, time
+import numpy as np
+import onnxruntime as ort
+
+path, batch, threads, seconds, levels = json.loads(sys.argv[1])
+options = ort.SessionOptions()
+options.intra_op_num_threads = threads
+session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+given = {each.name: each for each in session.get_inputs()}
+shape = [batch, *given["x"].shape[1:]]
+rng = np.random.default_rng(0)
+label = {"label": np.arange(batch, dtype=np.int64) % 10} if "label" in given else {}
+
+def draw():
+    x0 = np.zeros(shape, np.float32)
+    for level in levels:
+        spread = level if level == levels[0] else (level**2 - 0.002**2) ** 0.5
+        x = x0 + np.float32(spread) * rng.standard_normal(shape, np.float32)
+        feed = {"x": x, "sigma": np.full(batch, level, np.float32), **label}
+        x0 = session.run(None, feed)[0].clip(-1, 1)
+    return np.rint((x0.transpose(0, 2, 3, 1) + 1) * 127.5).astype(np.uint8)
+
+times, ends = [], time.perf_counter() + seconds
+while time.perf_counter() < ends or len(times) < 10:
+    began = time.perf_counter()
+    draw()
+    times.append(time.perf_counter() - began)
+print(1e3 * float(np.median(times[len(times) // 5 :])))
+"""
+
+
+def loop_ms(batch: int, threads: int, seconds: float) -> float:
+    """The plain loop's median request, in milliseconds; its first fifth is its warm-up."""
+    told = json.dumps([str(MODEL), batch, threads, seconds, LEVELS])
+    done = subprocess.run([sys.executable, "-c", LOOP, told], stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout)
+
+
+def bench_ms(batch: int, threads: int, seconds: float, result: Path) -> float:
+    """The p50 of `cm-runtime bench run`, in milliseconds."""
+    words = ["run", str(MODEL), "--batch", batch, "--threads", threads, "--budget", seconds, "-o", result, "--force"]
+    command = [sys.executable, "-m", "cm_runtime", "bench", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    (scenario,) = json.loads(result.read_text(encoding="utf-8"))["scenarios"]
+    return float(scenario["contenders"][0]["latency"]["p50"]["value"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line ``arguments``, by default the process's own, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--seconds", type=float, default=4, help="of each, each round (%(default)s)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of both (%(default)s)")
+    options = parser.parse_args(arguments)
+    is_within = True
+    with tempfile.TemporaryDirectory() as folder:
+        for batch in options.batch:
+            pairs = []
+            for number in range(options.rounds):
+                given = batch, options.threads, options.seconds
+                if number % 2:
+                    loop = loop_ms(*given)
+                    pairs.append((bench_ms(*given, Path(folder) / "run.json"), loop))
+                else:
+                    pairs.append((bench_ms(*given, Path(folder) / "run.json"), loop_ms(*given)))
+            ratios = sorted(bench / loop for bench, loop in pairs)
+            middle = statistics.median(ratios)
+            is_within &= abs(middle - 1) <= WITHIN
+            bench, loop = (statistics.median(each) for each in zip(*pairs, strict=True))
+            print(
+                f"batch {batch}: bench run {bench:.3f} ms, loop {loop:.3f} ms, ratio {middle:.3f}"
+                f" [{ratios[0]:.3f}, {ratios[-1]:.3f}] in {options.rounds} rounds",
+                flush=True,
+            )
+    return 0 if is_within else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Measurement that can be believed: scenarios, workers, statistics, verdicts, reports."""

@@ -1,0 +1,86 @@
+"""Builds to measure: this one, and the one that ``--against`` names."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from cm_runtime import backends
+from cm_runtime.bench.process import HERE
+from cm_runtime.errors import RequestError
+
+PARTS = ("cm_runtime", "export", "kernels")  # of a checkout, what a build consists of
+
+
+@dataclass(frozen=True)
+class Build:
+    """root: the folder to import ``cm_runtime`` from; model: another model file in place of the scenario's own."""
+
+    root: Path
+    commit: str
+    model: Path | None = None
+
+
+def this_build() -> Build:
+    """The one that runs now."""
+    return Build(HERE, commit_of(HERE))
+
+
+def base_build(against: str, work: Path) -> Build:
+    """What ``--against`` names: a model file, a wheel, a source tree, or a git revision of this checkout or folder.
+
+    work: where a wheel or a revision is unpacked. Raises RequestError.
+    """
+    path = Path(against)
+    if path.suffix == ".whl" and path.is_file():
+        root = work / "base"
+        try:
+            with zipfile.ZipFile(path) as wheel:
+                wheel.extractall(root)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise RequestError(f"{against} is no wheel, or is damaged") from error
+        return Build(_with_package(root, against), path.name)
+    if (path / "cm_runtime" / "__init__.py").is_file():
+        return Build(path.resolve(), commit_of(path.resolve()))
+    if path.exists() and backends.is_model(path):
+        return Build(HERE, commit_of(HERE), path)
+    repository = HERE if commit_of(HERE) else Path.cwd()
+    commit = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{against}^{{commit}}")
+    if not commit:
+        raise RequestError(f"{against} is no model file, wheel or source tree, nor a git revision of {repository}")
+    root = work / "base"
+    root.mkdir()
+    archive = work / "base.tar"
+    top = _git(repository, "rev-parse", "--show-toplevel") or ""
+    if _git(Path(top), "archive", "--format=tar", f"--output={archive}", commit) is None:
+        raise RequestError(f"git cannot unpack {against}")
+    with tarfile.open(archive) as tar:
+        tar.extractall(root, filter="data")
+    archive.unlink()
+    return Build(_with_package(root, against), commit)
+
+
+def commit_of(root: Path) -> str:
+    """The commit of a checkout whose top is ``root``, with "+" behind it where the build's files differ; else ""."""
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != root.resolve():
+        return ""
+    changed = _git(root, "status", "--porcelain", "--", *(part for part in PARTS if (root / part).exists()))
+    return f"{_git(root, 'rev-parse', 'HEAD')}{'+' if changed else ''}"
+
+
+def _with_package(root: Path, against: str) -> Path:
+    if not (root / "cm_runtime" / "__init__.py").is_file():
+        raise RequestError(f"{against} holds no cm_runtime")
+    return root
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,113 @@
+"""The gate: is one build slower than another by more than is allowed, and can that be known?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cm_runtime.bench import machine, stats
+from cm_runtime.bench.results import BASE, SUBJECT, Contender, Estimate, Peaks, Result, ScenarioResult
+from cm_runtime.errors import RequestError
+
+Word = Literal["PASS", "REGRESSION", "INCONCLUSIVE"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """ratio: the new build's median time over the base's; reason: where it is not the ratio that decided."""
+
+    scenario: str
+    word: Word
+    ratio: Estimate | None = None
+    reason: str = ""
+
+
+def judged(ratio: Estimate, gate: float) -> Word:
+    """REGRESSION: all of the interval is above 1 + gate. PASS: none of it. INCONCLUSIVE: some, or there is none."""
+    if ratio.low is None or ratio.high is None:
+        return "INCONCLUSIVE"
+    if ratio.low > 1 + gate:
+        return "REGRESSION"
+    return "PASS" if ratio.high <= 1 + gate else "INCONCLUSIVE"
+
+
+def overall(verdicts: Sequence[Verdict]) -> Word:
+    """The worst."""
+    words = {each.word for each in verdicts}
+    return "REGRESSION" if "REGRESSION" in words else "INCONCLUSIVE" if "INCONCLUSIVE" in words else "PASS"
+
+
+def within(result: Result, gate: float) -> list[Verdict]:
+    """Of a run with ``--against``, which took turns with its base. Raises RequestError for another run."""
+    if not any(each.contender(BASE) for each in result.scenarios):
+        raise RequestError("this result holds one build only: give two results, or measure with bench run --against")
+    return [_of_pair(each, each.contender(SUBJECT), each.contender(BASE), gate) for each in result.scenarios]
+
+
+def between(base: Result, new: Result, gate: float, allow_different: bool = False) -> list[Verdict]:
+    """Of two runs, scenario by scenario of the base.
+
+    How far the machine's matrix product went apart between them, or within either, widens the intervals. Raises
+    RequestError where the runs are of different machines or packages, unless that is allowed, or share no scenario.
+    """
+    if not allow_different and (found := machine.differences(base.machine, new.machine)):
+        raise RequestError(
+            f"the results are of different machines: {'; '.join(found)} (--allow-different compares them)"
+        )
+    if not {each.name for each in base.scenarios} & {each.name for each in new.scenarios}:
+        raise RequestError("the results share no scenario")
+    verdicts = [_between(each, new.scenario(each.name), base, new, gate) for each in base.scenarios]
+    added = [each.name for each in new.scenarios if base.scenario(each.name) is None]
+    return [*verdicts, *(Verdict(name, "INCONCLUSIVE", reason="the base has no such scenario") for name in added)]
+
+
+def _of_pair(scenario: ScenarioResult, new: Contender | None, base: Contender | None, gate: float) -> Verdict:
+    name = scenario.name
+    if new is None or new.status != "measured":
+        reason = scenario.reason or (new.reason if new else "")
+        return Verdict(name, "REGRESSION", reason=f"this build could not be measured: {reason}")
+    if base is None or base.status != "measured":
+        return Verdict(name, "INCONCLUSIVE", reason=f"no base: {base.reason if base else 'it was not measured'}")
+    ratio = stats.ratio(new.block_ms, base.block_ms)
+    return Verdict(name, judged(ratio, gate), ratio, _too_few(len(new.block_ms)))
+
+
+def _between(base: ScenarioResult, new: ScenarioResult | None, old: Result, late: Result, gate: float) -> Verdict:
+    before = base.contender(SUBJECT)
+    if before is None or before.status != "measured":
+        return Verdict(base.name, "INCONCLUSIVE", reason="the base could not be measured")
+    if new is None:
+        reason = "it was left out" if late.complete else "the run ended before it"
+        return Verdict(base.name, "INCONCLUSIVE", reason=f"not in the new result: {reason}")
+    after = new.contender(SUBJECT)
+    if after is None or after.status != "measured":
+        return Verdict(base.name, "REGRESSION", reason=f"it can no longer be measured: {new.reason}")
+    for what in ("sigmas", "device", "threads"):
+        one, other = getattr(base, what), getattr(new, what)
+        if one != other:
+            return Verdict(base.name, "INCONCLUSIVE", reason=f"not the same work: {what} {one} and {other}")
+    if base.facts and new.facts and base.facts.image_shape != new.facts.image_shape:
+        return Verdict(base.name, "INCONCLUSIVE", reason="not the same work: the images are of different sizes")
+    drift = _drift(_peaks(base, old), _peaks(new, late))
+    ratio = stats.unpaired_ratio(after.block_ms, before.block_ms, drift)
+    fewest = min(len(after.block_ms), len(before.block_ms))
+    return Verdict(
+        base.name, judged(ratio, gate), ratio, _too_few(fewest) or f"the machine's own speed: {drift:.1%} apart"
+    )
+
+
+def _too_few(blocks: int) -> str:
+    return f"only {blocks} blocks; give it a larger --budget" if blocks < stats.FEWEST_BLOCKS else ""
+
+
+def _peaks(scenario: ScenarioResult, result: Result) -> Peaks | None:
+    wanted = scenario.threads, scenario.device
+    return next((each for each in result.peaks if (each.threads, each.device) == wanted), None)
+
+
+def _drift(base: Peaks | None, new: Peaks | None) -> float:
+    if base is None or new is None:
+        return 0.0
+    apart = abs(new.matrix_gflop_per_s.value / base.matrix_gflop_per_s.value - 1)
+    return max(apart, base.drift or 0.0, new.drift or 0.0)

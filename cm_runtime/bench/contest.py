@@ -1,0 +1,355 @@
+"""One scenario: its contenders draw the same images, then take turns.
+
+Nothing is timed before the first request's images have been compared. Then rounds: in each, every contender times one
+block of requests, in an order that turns round every time, so that whatever the machine does is done to all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cm_runtime.bench import machine, stats
+from cm_runtime.bench.process import HERE, Process, WorkerError
+from cm_runtime.bench.results import Agreement, Contender, Estimate, Served
+from cm_runtime.bench.scenario import Scenario
+from cm_runtime.steps import to_uint8
+
+AGREEMENT = 1e-3  # largest difference of a pixel in [-1, 1] before quantisation
+BLOCK_S = 0.25
+SETTLE_S = 0.02  # before a block, for the threads of the contender before it to stop spinning
+STABLE = 0.05
+FEWEST_ROUNDS = 3
+MOST_REQUESTS = 500  # in a block
+WINDOW = 40  # requests in a block of a server scenario
+P99_REQUESTS = 800  # that an interval of the 99th percentile takes at least, in blocks of that size
+LONGEST = 4  # times the budget, in a server scenario whose 99th percentile takes more of them
+QUICK_START = 3.0  # seconds; what starts faster is started three times
+
+Role = Literal["subject", "base", "peer"]
+
+
+@dataclass
+class Side:
+    """A contender and its worker. spec: what the worker loads; root: the build that it imports."""
+
+    name: str
+    role: Role
+    spec: dict[str, Any]
+    root: Path = HERE
+    commit: str = ""
+    model_sha256: str = ""
+    process: Process | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+    blocks: list[NDArray[np.float64]] = field(default_factory=list)
+    device_blocks: list[NDArray[np.float64]] = field(default_factory=list)
+    network_ns: int | None = 0
+    batches: list[int] = field(default_factory=list)
+    images: Any = None
+    out: WorkerError | None = None
+
+    @property
+    def medians(self) -> tuple[float, ...]:
+        """Of the blocks, in milliseconds."""
+        return tuple(float(np.median(block)) for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a scenario has been measured enough: seconds for each contender, relative half-width of the intervals."""
+
+    budget_s: float
+    interval: float
+    seed: int
+
+
+def contest(
+    scenario: Scenario,
+    sides: Sequence[Side],
+    threads: int,
+    reference: Any | str,
+    limits: Limits,
+    work: Path,
+    look: Callable[[], None],
+    tell: Callable[[float, str], None],
+    keep: Callable[[str, int, dict[str, Any]], None],
+) -> list[Contender]:
+    """Measures the sides, the first of which is the subject.
+
+    reference: images (n,H,W,C) float32 of eager torch for the first indices, or why there are none. look: called
+    between blocks; tell: (share done, what is being done); keep: (side, block, samples). Raises WorkerError where the
+    subject cannot run or draws other images than the reference.
+    """
+    with ExitStack() as stack:
+        subject = sides[0]
+        for side in sides:
+            tell(0.0, f"starting {side.name}")
+            _start(side, threads, work, stack)
+            if side.out:
+                pass
+            elif side is not subject:
+                _compare(side, subject.images, subject.name)
+            elif isinstance(reference, str):
+                side.found["reason"] = f"not compared with torch: {reference}"
+            else:
+                _compare(side, reference, "torch")
+            if subject.out:
+                raise subject.out
+        running = [side for side in sides if not side.out]
+        (_serve if scenario.kind == "server" else _rounds)(scenario, running, limits, look, tell, keep)
+        if subject.out:
+            raise subject.out
+        pids = {side.name: side.process.pid for side in running if side.process and not side.out}
+        for side in running:
+            if side.name in pids:
+                _usage(side, pids[side.name])
+    return [_contender(side, subject, scenario) for side in sides]
+
+
+def _start(side: Side, threads: int, work: Path, stack: ExitStack) -> None:
+    """Starts, loads and draws once; three times where that is quick, for the sake of the cold start's spread."""
+    starts: list[float] = []
+    images = work / "first.npy"
+    try:
+        while not starts or (side.role == "subject" and len(starts) < 3 and starts[0] < QUICK_START):
+            if side.process:
+                side.process.close()
+            began = time.perf_counter()
+            side.process = Process(threads, side.root)
+            stack.callback(side.process.close)
+            side.facts = side.process.ask("load", spec=side.spec)
+            side.found |= side.process.ask("first", path=str(images))
+            starts.append(time.perf_counter() - began)
+    except WorkerError as error:
+        side.out = error
+        return
+    side.images = np.load(images)
+    side.found["cold_start_s"] = tuple(starts)
+
+
+def _compare(side: Side, expected: Any, against: str) -> None:
+    n = min(len(expected), len(side.images))
+    if side.images.shape[1:] != expected.shape[1:]:
+        side.out = WorkerError(f"its images are {side.images.shape[1:]}, those of {against} {expected.shape[1:]}")
+        return
+    apart = float(np.abs(side.images[:n] - expected[:n]).max())
+    levels = np.abs(_levels(side.images[:n]) - _levels(expected[:n])).max()
+    side.found["agreement"] = Agreement(against=against, max_abs=apart, grey_levels=int(levels))
+    if not apart <= AGREEMENT:
+        side.out = WorkerError(f"its images differ from those of {against} by {apart:.2g}; it was not timed")
+
+
+def _levels(images: Any) -> Any:
+    return to_uint8(np.moveaxis(images, -1, 1)).astype(int)
+
+
+def _rounds(
+    scenario: Scenario,
+    sides: list[Side],
+    limits: Limits,
+    look: Callable[[], None],
+    tell: Callable[[float, str], None],
+    keep: Callable[[str, int, dict[str, Any]], None],
+) -> None:
+    plans = {}
+    for side in sides:
+        tell(0.0, f"warming {side.name} up")
+        plans[side.name] = _warm(side, limits)
+    budget = limits.budget_s * len(sides)
+    began = time.perf_counter()
+    for number in range(1 << 20):
+        spent = time.perf_counter() - began
+        if number >= FEWEST_ROUNDS and (spent >= budget or _is_narrow(sides, limits)):
+            return
+        tell(min(spent / budget, 1.0), f"round {number + 1}")
+        for side in sides if number % 2 == 0 else reversed(sides):
+            if side.out:
+                continue
+            if len(sides) > 1:
+                time.sleep(SETTLE_S)
+            requests, lead = plans[side.name]
+            answer = _ask(side, "block", requests=requests, lead=lead)
+            if answer is None:
+                continue
+            side.blocks.append(np.array(answer["ns"]) / 1e6)
+            if answer["device_ms"]:
+                side.device_blocks.append(np.array(answer["device_ms"]))
+            if side.network_ns is not None:
+                inside = answer["network_ns"]
+                side.network_ns = None if inside is None else side.network_ns + inside
+            keep(side.name, number, answer)
+            look()
+        if sides[0].out:
+            return
+
+
+def _warm(side: Side, limits: Limits) -> tuple[int, int]:
+    """Requests until two blocks in a row take the same time, or a fifth of the budget is gone -> (requests, lead)."""
+    before, requests, total = side.found["first_s"] * 1e3, 1, 0
+    began = time.perf_counter()
+    is_stable = False
+    while not side.out:
+        answer = _ask(side, "block", requests=requests, lead=0)
+        if answer is None:
+            break
+        total += requests
+        now = float(np.median(answer["ns"])) / 1e6
+        is_stable = abs(now / before - 1) <= STABLE
+        before = now
+        length = min(BLOCK_S, limits.budget_s / 16) * 1e3
+        wanted = max(1, min(MOST_REQUESTS, math.ceil(length / now)))
+        if (is_stable and requests >= wanted) or time.perf_counter() - began > limits.budget_s / 5:
+            requests = wanted
+            break
+        requests = wanted
+    side.found |= {"warmup": total, "stable": is_stable}
+    return requests, int(requests > 1)
+
+
+def _is_narrow(sides: Sequence[Side], limits: Limits) -> bool:
+    """Whether every median, and every ratio to the subject, is known as well as was asked for."""
+    if min(len(side.blocks) for side in sides if not side.out) < 2 * stats.FEWEST_BLOCKS:
+        return False
+    subject = sides[0]
+    found = [stats.quantile(side.blocks, 0.5) for side in sides if not side.out]
+    found += [stats.ratio(side.medians, subject.medians) for side in sides if side.role == "base" and not side.out]
+    return all(_half_width(each) <= limits.interval for each in found)
+
+
+def _half_width(found: Estimate) -> float:
+    if found.low is None or found.high is None:
+        return math.inf
+    return (found.high - found.low) / 2 / found.value
+
+
+def _serve(
+    scenario: Scenario,
+    sides: list[Side],
+    limits: Limits,
+    look: Callable[[], None],
+    tell: Callable[[float, str], None],
+    keep: Callable[[str, int, dict[str, Any]], None],
+) -> None:
+    """Windows of Poisson arrivals, the same ones for every side."""
+    assert scenario.rate is not None
+    rng = np.random.default_rng(limits.seed)
+    for side in sides:
+        tell(0.0, f"warming {side.name} up")
+        _ask(side, "serve", arrivals=_arrivals(rng, scenario.rate), most=scenario.batch)
+    budget = max(limits.budget_s, P99_REQUESTS / scenario.rate) * len(sides)
+    began = time.perf_counter()
+    for number in range(1 << 20):
+        spent = time.perf_counter() - began
+        is_known = all(stats.latency(side.blocks).p99 for side in sides if not side.out and spent >= budget)
+        if number >= stats.FEWEST_BLOCKS and spent >= budget and (is_known or spent >= LONGEST * budget):
+            return
+        tell(min(spent / budget, 1.0), f"window {number + 1}")
+        arrivals = _arrivals(rng, scenario.rate)
+        for side in sides if number % 2 == 0 else reversed(sides):
+            answer = None if side.out else _ask(side, "serve", arrivals=arrivals, most=scenario.batch)
+            if answer is not None:
+                side.blocks.append(np.array(answer["ns"]) / 1e6)
+                side.batches += answer["batches"]
+                keep(side.name, number, answer)
+            look()
+        if sides[0].out:
+            return
+
+
+def _arrivals(rng: np.random.Generator, rate: float) -> list[float]:
+    return [float(second) for second in np.cumsum(rng.exponential(1 / rate, WINDOW))]
+
+
+def _ask(side: Side, do: str, **what: Any) -> dict[str, Any] | None:
+    assert side.process is not None
+    try:
+        return side.process.ask(do, **what)
+    except WorkerError as error:
+        side.out = error
+        return None
+
+
+def _usage(side: Side, pid: int) -> None:
+    answer = _ask(side, "usage")
+    if answer is not None:
+        device = machine.device_memory([pid]) if side.facts["device"] != "cpu" else None
+        side.found |= {**answer, "peak_device_bytes": device}
+
+
+def _contender(side: Side, subject: Side, scenario: Scenario) -> Contender:
+    """What is told of a side."""
+    common: dict[str, Any] = {
+        "name": side.name,
+        "role": side.role,
+        "version": side.facts.get("engine", "") if side.role == "peer" else side.facts.get("version", ""),
+        "commit": side.commit,
+        "model_sha256": side.model_sha256,
+        "agreement": side.found.get("agreement"),
+        "cold_start_s": () if side.role == "peer" else side.found.get("cold_start_s", ()),
+        "load_s": None if side.role == "peer" else side.facts.get("load_s"),
+        "micro_batch": side.facts.get("micro_batch"),
+        "first_s": side.found.get("first_s"),
+    }
+    if side.out:
+        return Contender(**common, status="absent" if side.out.is_absence else "failed", reason=str(side.out))
+    latency = stats.latency(side.blocks)
+    total = sum(float(block.sum()) for block in side.blocks)
+    is_server = scenario.kind == "server"
+    served = None
+    if is_server:
+        assert scenario.rate is not None and scenario.bound_ms is not None
+        p99 = latency.p99
+        served = Served(
+            rate=scenario.rate,
+            bound_ms=scenario.bound_ms,
+            met=p99 is not None and p99.high is not None and p99.high <= scenario.bound_ms,
+            mean_batch=float(np.mean(side.batches)),
+        )
+    inside = None if is_server or side.network_ns is None else side.network_ns / 1e6
+    return Contender(
+        **common,
+        status="measured",
+        reason=side.found.get("reason", ""),
+        latency=latency,
+        device_latency=stats.latency(side.device_blocks) if side.device_blocks else None,
+        images_per_s=None if is_server else _rate(side, scenario, latency.p50),
+        time_ratio=None if side is subject else stats.ratio(side.medians, subject.medians),
+        peak_host_bytes=None if side.role == "peer" else side.found.get("peak_host_bytes"),
+        peak_device_bytes=side.found.get("peak_device_bytes"),
+        outside_network=None if inside is None else max(0.0, 1 - inside / total),
+        warmup=side.found.get("warmup", WINDOW),
+        stable=side.found.get("stable", True),
+        block_ms=side.medians,
+        served=served,
+    )
+
+
+def _rate(side: Side, scenario: Scenario, p50: Estimate) -> Estimate:
+    """Images a second: by the median request; offline, by the mean of a block's."""
+    if scenario.kind == "offline":
+        return _inverse(stats.typical([float(block.mean()) for block in side.blocks]), scenario.batch * 1e3)
+    return _inverse(p50, scenario.batch * 1e3)
+
+
+def _inverse(time_ms: Estimate, images: float) -> Estimate:
+    return Estimate(
+        value=images / time_ms.value,
+        low=None if time_ms.high is None else images / time_ms.high,
+        high=None if time_ms.low is None else images / time_ms.low,
+    )
+
+
+def line(scenario: str, side: str, number: int, answer: dict[str, Any]) -> str:
+    """A block's samples as the samples' file keeps them."""
+    kept = {name: answer[name] for name in ("ns", "network_ns", "device_ms", "batches") if answer.get(name) is not None}
+    return json.dumps({"scenario": scenario, "contender": side, "block": number, **kept}) + "\n"

@@ -1,0 +1,90 @@
+"""Workers, seen from the process that conducts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cm_runtime.errors import CmRuntimeError
+
+WORKER = Path(__file__).with_name("worker.py")
+HERE = Path(__file__).resolve().parents[2]
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class WorkerError(CmRuntimeError):
+    """What a worker was asked for failed. ``is_absence``: for lack of a package, or a network that a tool has not."""
+
+    def __init__(self, text: str, is_absence: bool = False) -> None:
+        super().__init__(text)
+        self.is_absence = is_absence
+
+
+class Process:
+    """A worker. root: the folder that holds the ``cm_runtime`` to be run, by default this one."""
+
+    def __init__(self, threads: int, root: Path = HERE) -> None:
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, do: str, **what: Any) -> dict[str, Any]:
+        """Waits for the answer. Raises WorkerError."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **what}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise WorkerError(self._epitaph())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"], is_absence=answer["missing"] or answer["refused"])
+        return answer
+
+    def _epitaph(self) -> str:
+        status = self._process.wait()
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - 2000))
+        lines = self._said.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        if status < 0:
+            reason = "; was there too little memory?" if status == -signal.SIGKILL else ""
+            return f"its process was ended by {signal.Signals(-status).name}{reason}"
+        return f"its process ended with status {status}" + (f": {last}" if last else "")
+
+    def close(self) -> None:
+        """Ends it, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,92 @@
+"""What `cm-runtime eval -o` wrote about the images of the models that were timed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cm_runtime.bench.report.numbers import clean
+from cm_runtime.bench.results import Result
+from cm_runtime.errors import ArtifactError
+
+_LARGEST = 1 << 20
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Images(_Read):
+    """Where images came from; ``sigmas`` and ``sampler`` are of a model's."""
+
+    kind: str
+    path: str
+    sha256: str = ""
+    sampler: str = ""
+    sigmas: tuple[float, ...] = Field((), max_length=10_000)
+    seed: int | None = None
+
+
+class Source(_Read):
+    """The reference, or the extractor: what distances must share to be compared."""
+
+    path: str = ""
+    sha256: str = ""
+    count: int | None = None
+
+
+class Figures(_Read):
+    """As `cm_runtime.evaluate.measure.Figures`."""
+
+    count: int = Field(ge=0)
+    frechet_distance: float | None = Field(ge=0)
+    precision: float | None = None
+    recall: float | None = None
+    class_agreement: float | None = None
+
+
+class Quality(_Read):
+    """An eval report, as far as it is shown."""
+
+    cm_runtime: str
+    images: Images
+    reference: Source | None
+    extractor: Source
+    figures: Figures
+
+    @property
+    def steps(self) -> int | None:
+        """Network evaluations an image; None of images that no consistency model drew."""
+        return len(self.images.sigmas) if self.images.sampler == "multistep" and self.images.sigmas else None
+
+    @property
+    def yardstick(self) -> tuple[str, str]:
+        """Distances may stand side by side where this is the same."""
+        reference = self.reference or Source()
+        return self.extractor.sha256 or self.extractor.path, reference.sha256 or reference.path
+
+    def name(self, result: Result) -> str:
+        """What ``result`` calls the model, or the name of the file."""
+        for scenario in result.scenarios:
+            if scenario.facts is not None and self.images.sha256 and scenario.facts.sha256 == self.images.sha256:
+                return clean(PurePath(scenario.model).name or scenario.model, 40)
+        return clean(PurePath(self.images.path).name or self.images.path, 40)
+
+
+def read(path: str | os.PathLike[str]) -> Quality:
+    """The report of `cm-runtime eval -o`. Raises ArtifactError."""
+    where = Path(path)
+    try:
+        if where.stat().st_size > _LARGEST:
+            raise ArtifactError(f"{where} is too large for a report of cm-runtime eval")
+        raw: Any = where.read_bytes()
+        return Quality.model_validate_json(raw)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{where}: no such file") from error
+    except OSError as error:
+        raise ArtifactError(f"{where} cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise ArtifactError(f"{where} is no report of cm-runtime eval -o") from error

@@ -1,0 +1,275 @@
+"""What a run writes: one JSON file, and every single sample in a file beside it.
+
+The JSON holds all that `compare` and `report` need, block medians included, and grows by one scenario at a time: a run
+that is killed leaves what it finished, marked incomplete. The samples' file is only ever appended to; the JSON says how
+many of its bytes belong to it, and their SHA-256. The format is versioned, and `schema.json` beside this file is its
+JSON Schema: later versions read it for good.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from cm_runtime import files
+from cm_runtime.bench.scenario import Backend, Frozen, Kind
+from cm_runtime.errors import ArtifactError
+
+FORMAT_VERSION = 1
+_LARGEST = 64 << 20
+SUBJECT = "cm-runtime"
+BASE = "base"
+SCHEMA = Path(__file__).parent / "schema.json"
+
+
+class Estimate(Frozen):
+    """A value and its 95% interval; no interval where there were too few samples for one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Latency(Frozen):
+    """Milliseconds a request; a percentile is null where there were too few samples to bound it from above."""
+
+    samples: int = Field(ge=1)
+    blocks: int = Field(ge=1)
+    p50: Estimate
+    p90: Estimate | None = None
+    p95: Estimate | None = None
+    p99: Estimate | None = None
+
+
+class Agreement(Frozen):
+    """How far the first request's images are from those of ``against``, before quantisation, in [-1, 1] units."""
+
+    against: str
+    max_abs: float = Field(ge=0)
+    grey_levels: int = Field(ge=0, description="largest difference after quantisation to 8 bits")
+
+
+class Served(Frozen):
+    """What a server scenario found."""
+
+    rate: float = Field(description="requests a second that arrived")
+    bound_ms: float
+    met: bool = Field(description="whether the upper end of p99's interval is within the bound")
+    mean_batch: float = Field(description="images drawn together")
+
+
+class Contender(Frozen):
+    """One side of a scenario: cm-runtime itself, the base it is compared with, or a peer.
+
+    Cold start, loading and memory are not told of peers, which make what they run out of our files first.
+    """
+
+    name: str
+    role: Literal["subject", "base", "peer"]
+    status: Literal["measured", "absent", "failed"]
+    reason: str = Field("", description="why it is absent, or what failed")
+    version: str = ""
+    commit: str = ""
+    model_sha256: str = ""
+    agreement: Agreement | None = None
+    latency: Latency | None = None
+    device_latency: Latency | None = Field(None, description="the same between two events on the device's stream")
+    images_per_s: Estimate | None = None
+    time_ratio: Estimate | None = Field(None, description="its time over cm-runtime's, by round; above 1: slower")
+    cold_start_s: tuple[float, ...] = Field((), description="from starting Python to the first images, each launch")
+    load_s: float | None = Field(None, description="from the file to an engine that is ready, its import included")
+    first_s: float | None = Field(None, description="the first request; engines that compile late do so there")
+    peak_host_bytes: int | None = Field(None, ge=0, description="resident pages, mapped files included")
+    peak_device_bytes: int | None = Field(None, ge=0)
+    outside_network: float | None = Field(None, description="share of the time not spent in network evaluations")
+    gflop_per_s: float | None = None
+    peak_fraction: float | None = Field(None, description="of the matrix product measured in the same run")
+    warmup: int = Field(0, description="requests before the first that counts")
+    stable: bool = Field(True, description="whether two blocks in a row agreed when the warm-up ended")
+    micro_batch: int | None = None
+    block_ms: tuple[float, ...] = Field((), description="median of each block, in the order of the rounds")
+    served: Served | None = None
+
+
+class ModelFacts(Frozen):
+    """What was run."""
+
+    path: str
+    sha256: str
+    source_sha256: str = ""
+    image_shape: tuple[int, int, int]
+    num_classes: int = Field(ge=0)
+    precision: str
+    export_parity: float | None = Field(None, description="largest difference from torch that its export recorded")
+    export_s: float | None = Field(None, description="making it from its checkpoint, where this run did")
+    bytes: int = Field(ge=0)
+    gflop: float | None = Field(
+        None, gt=0, description="of one evaluation of one image; a product and a sum count as two"
+    )
+
+
+class ScenarioResult(Frozen):
+    """A scenario's contenders, or why there are none."""
+
+    name: str
+    model: str
+    kind: Kind
+    steps: int = Field(ge=1)
+    sigmas: tuple[float, ...]
+    batch: int = Field(ge=1)
+    rate: float | None = Field(None, description="requests a second, of a server scenario")
+    bound_ms: float | None = Field(None, description="of p99, of a server scenario")
+    backend: Backend = Field(description="as asked for")
+    engine: str = Field("", description="what that was: onnxruntime 1.32.0")
+    device: str
+    threads: int = Field(ge=1, description="given to the engine")
+    status: Literal["measured", "failed"]
+    reason: str = ""
+    facts: ModelFacts | None = None
+    contenders: tuple[Contender, ...] = ()
+
+    def contender(self, name: str) -> Contender | None:
+        """The one called ``name``."""
+        return next((each for each in self.contenders if each.name == name), None)
+
+
+class Processor(Frozen):
+    """The CPU."""
+
+    model: str
+    cores: int = Field(description="that this process may run on")
+    sockets: int | None = None
+    flags: tuple[str, ...] = Field((), description="of those that matter here: avx2, avx512f, amx_bf16, asimd, ...")
+    governor: str | None = None
+    asked_mhz: float | None = Field(None, description="the clock's upper limit as set, where the kernel tells")
+    limit_cores: float | None = Field(None, description="a container's limit")
+    memory_bytes: int
+
+
+class Gpu(Frozen):
+    """One NVIDIA GPU, as nvidia-smi tells."""
+
+    name: str
+    uuid: str = ""
+    driver: str
+    memory_bytes: int
+    power_limit_w: float | None = None
+    asked_mhz: float | None = Field(None, description="application clock of the processors")
+    max_mhz: float | None = None
+
+
+class Machine(Frozen):
+    """What two results must share to be compared."""
+
+    processor: Processor
+    gpus: tuple[Gpu, ...] = ()
+    kernel: str
+    architecture: str
+    libc: str
+    is_virtual: bool
+    python: str
+    packages: dict[str, str]
+
+
+class Conditions(Frozen):
+    """What the machine was seen to do during the run."""
+
+    seconds: float
+    mhz: tuple[float, float] | None = Field(None, description="lowest and highest clock seen on any core")
+    throttled: int | None = Field(None, description="thermal throttling events")
+    stolen: float | None = Field(None, description="share of processor time that the hypervisor gave to others")
+    others: float | None = Field(None, description="share of processor time that other processes used")
+    gpu_mhz: tuple[float, float] | None = None
+    gpu_celsius: tuple[float, float] | None = None
+    gpu_throttled: tuple[str, ...] = Field((), description="reasons that nvidia-smi gave")
+
+
+class Peaks(Frozen):
+    """What the machine can do, measured before the first scenario and after the last."""
+
+    threads: int
+    device: str
+    matrix_gflop_per_s: Estimate = Field(description="float32 product of two square matrices")
+    copy_gb_per_s: Estimate = Field(description="bytes read and written, of arrays beyond the caches")
+    library: str
+    drift: float | None = Field(None, description="of the matrix product over the run: largest change, as a share")
+
+
+class Samples(Frozen):
+    """Where every sample is."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class Settings(Frozen):
+    """How the run measured."""
+
+    budget_s: float = Field(description="for each contender of a scenario")
+    interval: float = Field(description="half the width of a median's interval, as a share, at which it stops")
+    quick: bool
+    seed: int
+
+
+class Result(Frozen):
+    """A whole run."""
+
+    format_version: Literal[1] = 1
+    tool: str
+    commit: str = ""
+    created: str = Field(description="UTC, ISO 8601")
+    command: str
+    complete: bool
+    settings: Settings
+    machine: Machine
+    conditions: Conditions | None = None
+    peaks: tuple[Peaks, ...] = ()
+    samples: Samples | None = None
+    planned: int = Field(0, ge=0, description="scenarios, finished or not")
+    left_out: tuple[str, ...] = Field((), description="scenarios of the suite that the quick setting leaves out")
+    scenarios: tuple[ScenarioResult, ...] = ()
+
+    def scenario(self, name: str) -> ScenarioResult | None:
+        """The one called ``name``."""
+        return next((each for each in self.scenarios if each.name == name), None)
+
+
+def schema() -> str:
+    """The JSON Schema of `Result`, as `schema.json` holds it."""
+    return json.dumps(Result.model_json_schema(mode="serialization"), indent=1, sort_keys=True) + "\n"
+
+
+def write(result: Result, path: str | os.PathLike[str]) -> None:
+    """Replaces ``path`` in one step. Raises OutputError."""
+    with files.written(path) as temporary:
+        temporary.write_text(result.model_dump_json(indent=1, exclude_defaults=False) + "\n", encoding="utf-8")
+
+
+def read(path: str | os.PathLike[str]) -> Result:
+    """A result file of this version or an older one. Raises ArtifactError."""
+    where = Path(path)
+    try:
+        if where.stat().st_size > _LARGEST:
+            raise ArtifactError(f"{where} is too large for a benchmark result")
+        raw: Any = json.loads(where.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{where}: no such file") from error
+    except OSError as error:
+        raise ArtifactError(f"{where} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} is not JSON, or is truncated") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int) or not isinstance(raw, dict) or "scenarios" not in raw:
+        raise ArtifactError(f"{where} is no result of cm-runtime bench run")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(f"{where} has format {version}; this cm-runtime reads up to {FORMAT_VERSION}: update it")
+    try:
+        return Result.model_validate_json(where.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ArtifactError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

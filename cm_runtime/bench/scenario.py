@@ -1,0 +1,179 @@
+"""What is measured: scenarios, and the suites that list them.
+
+A suite is a TOML file of groups; a group is a model and lists of choices, every combination of which is a scenario:
+
+    [[group]]
+    model = "cifar32"              # a standing network, "default", or a path
+    kinds = ["single-stream"]
+    steps = [1, 2, 4]
+    batches = [1, 8, 64]
+    peers = ["diffusers", "torch"]
+    quick = { steps = [2], batches = [1] }     # what of it `--quick` measures; without it, nothing
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cm_runtime.errors import ConfigError
+
+Kind = Literal["single-stream", "offline", "server"]
+Backend = Literal["auto", "ort", "torch"]
+Peer = Literal["diffusers", "torch", "torch.compile", "onnx"]
+PEERS: tuple[Peer, ...] = ("diffusers", "torch", "torch.compile", "onnx")
+STANDING = ("cifar32", "imagenet64")
+SUITES = Path(__file__).parent / "suites"
+
+
+class Frozen(BaseModel):
+    """A checked, immutable record that knows its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Scenario(Frozen):
+    """One thing to measure, in the sense of MLPerf Inference (arXiv 1911.02549).
+
+    single-stream: one request of ``batch`` images after another; its latency counts. offline: ``batch`` images at once,
+    in micro-batches of the engine's choice; images a second count. server: requests of one image arrive at random
+    (a Poisson process of ``rate`` a second) and are drawn together, at most ``batch`` at once; a request's latency
+    counts from its arrival, and its 99th percentile must stay within ``bound_ms``.
+    """
+
+    model: str = "default"
+    kind: Kind = "single-stream"
+    steps: int = Field(2, ge=1, le=1000)
+    batch: int = Field(1, ge=1, le=1 << 16)
+    backend: Backend = "auto"
+    device: str = "auto"
+    threads: int = Field(0, ge=0, le=1024, description="0: one per core")
+    rate: float | None = Field(None, gt=0, le=1e6, description="requests a second, server only")
+    bound_ms: float | None = Field(None, gt=0, description="of the 99th percentile of latency, server only")
+    peers: tuple[Peer, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Scenario:
+        if (self.kind == "server") != (self.rate is not None) or (self.kind == "server") != (self.bound_ms is not None):
+            raise ValueError("a server scenario has rate and bound_ms, and no other has")
+        if self.kind == "server" and self.peers:
+            raise ValueError("peers take whole batches, and have no server scenario")
+        if len(set(self.peers)) != len(self.peers):
+            raise ValueError("a peer is named twice")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What reports call it, and what two runs are matched by: "default single-stream 2x8" is 2 steps, batch 8."""
+        words = [Path(self.model).name, self.kind, f"{self.steps}x{self.batch}"]
+        if self.rate is not None:
+            words.append(f"{self.rate:g}/s")
+        words += [self.backend] * (self.backend != "auto")
+        words += [self.device] * (self.device != "auto")
+        words += [f"{self.threads} threads"] * (self.threads > 0)
+        return " ".join(words)
+
+
+class Subset(Frozen):
+    """The part of a group that `--quick` measures; a list left out is the group's own."""
+
+    kinds: tuple[Kind, ...] | None = None
+    steps: tuple[int, ...] | None = None
+    batches: tuple[int, ...] | None = None
+    peers: tuple[Peer, ...] | None = None
+
+
+class Group(Frozen):
+    """A model and lists of choices."""
+
+    model: str = "default"
+    kinds: tuple[Kind, ...] = ("single-stream",)
+    steps: tuple[int, ...] = (2,)
+    batches: tuple[int, ...] = (1,)
+    backends: tuple[Backend, ...] = ("auto",)
+    devices: tuple[str, ...] = ("auto",)
+    threads: tuple[int, ...] = (0,)
+    rate: float | None = None
+    bound_ms: float | None = None
+    peers: tuple[Peer, ...] = ()
+    quick: Subset | None = None
+
+    @model_validator(mode="after")
+    def _makes_scenarios(self) -> Group:
+        try:
+            found = self.scenarios(), self.scenarios(quick=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from error
+        if not found[0] or (self.quick is not None and not found[1]):
+            raise ValueError("a list is empty")
+        return self
+
+    def scenarios(self, quick: bool = False) -> list[Scenario]:
+        """Every combination, in the order in which they are written."""
+        if quick and self.quick is None:
+            return []
+        chosen = dict(self)
+        if quick and self.quick is not None:
+            chosen |= {name: value for name, value in self.quick if value is not None}
+        combinations = itertools.product(
+            chosen["kinds"], self.backends, self.devices, self.threads, chosen["steps"], chosen["batches"]
+        )
+        return [
+            Scenario(
+                model=self.model,
+                kind=kind,
+                steps=steps,
+                batch=batch,
+                backend=backend,
+                device=device,
+                threads=threads,
+                rate=self.rate if kind == "server" else None,
+                bound_ms=self.bound_ms if kind == "server" else None,
+                peers=() if kind == "server" else chosen["peers"],
+            )
+            for kind, backend, device, threads, steps, batch in combinations
+        ]
+
+
+class Suite(Frozen):
+    """A suite file."""
+
+    description: str = ""
+    group: tuple[Group, ...] = Field(min_length=1)
+
+    def scenarios(self, quick: bool = False) -> list[Scenario]:
+        """All scenarios, or those of the quick setting. Raises ConfigError where two have one name."""
+        found = [scenario for group in self.group for scenario in group.scenarios(quick)]
+        names = [scenario.name for scenario in found]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"the suite has two scenarios called {twice[0]!r}")
+        return found
+
+
+def named_suites() -> list[str]:
+    """The suites that ship with cm-runtime."""
+    return sorted(path.stem for path in SUITES.glob("*.toml"))
+
+
+def read_suite(name: str) -> Suite:
+    """The suite called ``name``, or in the TOML file of that path. Raises ConfigError."""
+    path = SUITES / f"{name}.toml" if name in named_suites() else Path(name)
+    try:
+        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = ", ".join(named_suites())
+        raise ConfigError(f"there is no suite {name}: give a .toml file, or one of {known}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    try:
+        return Suite.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

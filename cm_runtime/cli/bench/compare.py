@@ -1,0 +1,46 @@
+"""``cm-runtime bench compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cm_runtime.cli import values
+
+STATUS = {"PASS": 0, "REGRESSION": 3, "INCONCLUSIVE": 4}
+
+
+def compare(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A result of bench run; one of --against needs no NEW.")],
+    new: Annotated[Path | None, typer.Argument(metavar="[NEW]", help="The result to judge.")] = None,
+    fail_above: Annotated[
+        str, typer.Option("--fail-above", metavar="PERCENT", help="How much slower a median may be.")
+    ] = "5%",
+    allow_different: Annotated[
+        bool, typer.Option("--allow-different", help="Compare results of different machines or packages.")
+    ] = False,
+) -> None:
+    """Judge every scenario: PASS, REGRESSION or INCONCLUSIVE. Exit status: 0, 3 or 4, the worst of them.
+
+    Example: cm-runtime bench compare base.json new.json --fail-above 5%
+    """
+    from cm_runtime.bench import compare as comparing
+    from cm_runtime.bench import results
+
+    gate = values.share("--fail-above", fail_above)
+    first = results.read(base)
+    if new is None:
+        verdicts = comparing.within(first, gate)
+    else:
+        verdicts = comparing.between(first, results.read(new), gate, allow_different)
+    for each in verdicts:
+        ratio = each.ratio
+        measured = "" if ratio is None else f" {ratio.value:.3f} of the base's time"
+        if ratio is not None and ratio.low is not None:
+            measured += f" [{ratio.low:.3f}, {ratio.high:.3f}]"
+        typer.echo(f"{each.word:12} {each.scenario}:{measured}{'; ' * bool(measured and each.reason)}{each.reason}")
+    worst = comparing.overall(verdicts)
+    typer.echo(f"{worst}: {len(verdicts)} scenarios, gate at +{gate:.1%}")
+    raise typer.Exit(STATUS[worst])

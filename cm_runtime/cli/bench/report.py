@@ -1,0 +1,79 @@
+"""``cm-runtime bench report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cm_runtime.errors import OutputError, RequestError
+
+
+def report(
+    result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="What cm-runtime bench run wrote.")],
+    quality: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="EVAL.json", help="A report of cm-runtime eval -o, to be shown too; may be repeated."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="PAGE.html", help="The page. [default: RESULT.html, beside it]"),
+    ] = None,
+    markdown: Annotated[
+        bool,
+        typer.Option("--markdown", help="Print a summary for a CI job's page; the page itself is made only with -o."),
+    ] = False,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Put each plot there as a PNG; the folder is made.")
+    ] = None,
+) -> None:
+    """Make one HTML page of a benchmark, with everything in it; or a summary in Markdown.
+
+    Example: cm-runtime bench report result.json --quality report.json -o page.html
+    """
+    if output is not None and output.suffix not in (".html", ".htm"):
+        raise RequestError(f"{output}: the name must end in .html")
+    from cm_runtime import files
+    from cm_runtime.bench import results
+    from cm_runtime.bench.report import quality as evals
+
+    page = None if markdown and output is None else output or result.with_suffix(".html")
+    if page is not None and (page == result or (page.exists() and result.exists() and page.samefile(result))):
+        raise RequestError(f"{page} is the result itself; name the page with -o")
+    found = results.read(result)
+    judged = [evals.read(path) for path in quality or ()]
+    if page is not None:
+        files.check_writable(page)
+    written: dict[Path, bytes] = {}
+    if page is not None or plots is not None:
+        from cm_runtime.bench.report import canvas
+        from cm_runtime.bench.report import page as pages
+        from cm_runtime.bench.report.plots import drawn
+
+        figures = drawn(found, judged)
+        if plots is not None:
+            _folder(plots)
+            written |= {plots / f"{plot.name}.png": canvas.png(plot.figure) for plot in figures}
+        if page is not None:
+            written[page] = pages.html(found, figures, judged).encode()
+    for path in written:
+        files.check_writable(path)
+    for path, content in written.items():
+        with files.written(path) as temporary:
+            temporary.write_bytes(content)
+    if markdown:
+        from cm_runtime.bench.report.markdown import summary
+
+        typer.echo(summary(found, judged), nl=False)
+    elif page is not None:
+        from cm_runtime.bench.report.numbers import counted
+
+        typer.echo(f"{page}: {counted(len(found.scenarios), 'scenario')}, {counted(len(figures), 'plot')}")
+
+
+def _folder(path: Path) -> None:
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be made: {error.strerror or error}") from error

@@ -1,0 +1,214 @@
+"""``cm-runtime bench run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cm_runtime.cli import values
+from cm_runtime.errors import CmRuntimeError, RequestError
+
+if TYPE_CHECKING:
+    from cm_runtime.bench.results import Result
+    from cm_runtime.bench.scenario import Scenario
+
+
+class UnmeasuredError(CmRuntimeError):
+    """Some scenarios could not be measured; the result says which."""
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="An exported .onnx, a checkpoint, cifar32 or imagenet64. [default: the bundled model]"),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE.toml", help="Scenarios from a file. [default: quick]")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only scenarios whose names fit, as '*single-stream 2x*'.")
+    ] = None,
+    kind: Annotated[
+        Literal["single-stream", "offline", "server"] | None,
+        typer.Option(help="In MLPerf's sense: one request after another, all at once, or arriving at random."),
+    ] = None,
+    steps: Annotated[str | None, typer.Option(metavar="1,2,4", help="Step counts. [default: 2]")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="1,64", help="Images a request. [default: 1]")] = None,
+    backend: Annotated[str | None, typer.Option(metavar="ort,torch", help="Engines. [default: auto]")] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where to run.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of an engine. [default: one per core]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second that arrive, of --kind server.")] = None,
+    bound: Annotated[
+        float | None, typer.Option(metavar="MS", help="What the 99th percentile must keep to, of --kind server.")
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|LIST", help="diffusers, torch, torch.compile, onnx (a plain export): in the same run."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REV|FILE", help="Take turns with another build: a git revision, source tree, wheel or model file."
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="For each contender of a scenario. [default: 20; quick: 2]")
+    ] = None,
+    interval: Annotated[
+        str, typer.Option(metavar="PERCENT", help="Stop earlier once medians are known this well, plus or minus.")
+    ] = "1%",
+    quick: Annotated[bool, typer.Option("--quick", help="What the suite marks as quick, with small budgets.")] = False,
+    seed: Annotated[int, typer.Option(help="Of noise and arrivals.")] = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The result, as JSON.")] = Path("bench.json"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing result.")] = False,
+) -> None:
+    """Measure latency and throughput, check the images, and write a result for `bench compare` and `bench report`.
+
+    Example: cm-runtime bench run --steps 1,2 --batch 1,64 -o bench.json
+    """
+    import shlex
+    import sys
+
+    from cm_runtime.bench import run as running
+    from cm_runtime.bench.results import Settings
+    from cm_runtime.bench.scenario import read_suite
+
+    if budget is not None and not 0 < budget <= 86400:
+        raise RequestError(f"--budget takes seconds from 0 to 86400, not {budget:g}")
+    if not 0 <= seed < 1 << 64:
+        raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
+    choices: dict[str, object] = {"kind": kind, "steps": steps, "batch": batch, "backend": backend, "peers": peers}
+    choices |= {"rate": rate, "bound": bound, "threads": threads, "device": None if device == "auto" else device}
+    given = [name for name, value in choices.items() if value is not None]
+    left_out: list[str] = []
+    if suite is None and given:
+        scenarios = _chosen(model or "default", kind, steps, batch, backend, device, threads, rate, bound, peers)
+    else:
+        if suite is not None and (given or model):
+            raise RequestError(f"the suite says what is run; leave out {'--' + given[0] if given else 'MODEL'}")
+        listed = read_suite(suite or "quick")
+        if model:
+            groups = tuple(group.model_copy(update={"model": model}) for group in listed.group)
+            listed = listed.model_copy(update={"group": groups})
+        is_part = quick and suite is not None
+        scenarios = listed.scenarios(quick=is_part)
+        if is_part:
+            left_out = [each.name for each in listed.scenarios() if each.name not in {one.name for one in scenarios}]
+    scenarios = _fitting(scenarios, scenario)
+    settings = Settings(
+        budget_s=(2.0 if quick else 20.0) if budget is None else budget,
+        interval=values.share("--interval", interval),
+        quick=quick,
+        seed=seed,
+    )
+    with _progress(len(scenarios)) as tell:
+        result = running.run(
+            scenarios,
+            output,
+            settings,
+            against=against,
+            command=shlex.join(["cm-runtime", *sys.argv[1:]]),
+            left_out=left_out,
+            force=force,
+            tell=tell,
+        )
+    _print(result)
+    typer.echo(f"{output}: now cm-runtime bench report {output}")
+    failed = [each for each in result.scenarios if each.status == "failed"]
+    failed_base = [each for each in result.scenarios for one in each.contenders if one.role == "base" and one.reason]
+    if failed or failed_base:
+        count = len(failed) + len(failed_base)
+        raise UnmeasuredError(f"{count} of {len(result.scenarios)} scenarios could not be measured; see above")
+
+
+def _chosen(
+    model: str,
+    kind: Any,
+    steps: str | None,
+    batch: str | None,
+    backend: str | None,
+    device: str,
+    threads: int | None,
+    rate: float | None,
+    bound: float | None,
+    peers: str | None,
+) -> list[Scenario]:
+    """The scenarios that the options spell out."""
+    from pydantic import ValidationError
+
+    from cm_runtime.bench.scenario import PEERS, Group
+
+    if (kind == "server") != (rate is not None) or (kind == "server") != (bound is not None):
+        raise RequestError("--kind server takes --rate and --bound, and no other does")
+    try:
+        group = Group(
+            model=model,
+            kinds=(kind or "single-stream",),
+            steps=tuple(values.whole_numbers("--steps", steps or "2")),
+            batches=tuple(values.whole_numbers("--batch", batch or "1")),
+            backends=tuple((backend or "auto").split(",")),
+            devices=(device,),
+            threads=(values.threads(threads),),
+            rate=rate,
+            bound_ms=bound,
+            peers=PEERS if peers == "all" else tuple(peers.split(",")) if peers else (),
+        )
+        return group.scenarios()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise RequestError(f"{'.'.join(map(str, first['loc'])) or 'scenario'}: {first['msg']}") from error
+
+
+def _fitting(scenarios: list[Scenario], globs: list[str] | None) -> list[Scenario]:
+    from fnmatch import fnmatchcase
+
+    if not globs:
+        return scenarios
+    for glob in globs:
+        if not any(fnmatchcase(each.name, glob) for each in scenarios):
+            raise RequestError(f"no scenario is called {glob!r}; there are: {', '.join(s.name for s in scenarios)}")
+    return [each for each in scenarios if any(fnmatchcase(each.name, glob) for glob in globs)]
+
+
+def _progress(total: int) -> Any:
+    """Yields what shows (scenarios done, doing), with a bar where standard error is a terminal."""
+    from collections.abc import Iterator
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    @contextmanager
+    def shown() -> Iterator[Any]:
+        console = Console(stderr=True)
+        columns = BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn()
+        text = TextColumn("{task.description}", markup=False)
+        with Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done, doing: bar.update(task, completed=done, description=doing)
+
+    return shown()
+
+
+def _print(result: Result) -> None:
+    """A line for each scenario and each contender beside it."""
+    for each in result.scenarios:
+        if each.status == "failed":
+            typer.echo(f"{each.name}: not measured: {each.reason}")
+        for one in each.contenders:
+            head = each.name if one.role == "subject" else f"  {one.name}"
+            if one.latency is None:
+                typer.echo(f"{head}: {one.status}: {one.reason}")
+                continue
+            p50 = one.latency.p50
+            known = "" if p50.low is None else f" [{p50.low:.4g}, {p50.high:.4g}]"
+            speed = "" if one.images_per_s is None else f", {one.images_per_s.value:.4g} images/s"
+            ratio = one.time_ratio
+            times = "" if ratio is None else f", {ratio.value:.3f} of cm-runtime's time"
+            if ratio is not None and ratio.low is not None:
+                times += f" [{ratio.low:.3f}, {ratio.high:.3f}]"
+            typer.echo(f"{head}: p50 {p50.value:.4g} ms{known}{speed}{times}")

@@ -1,0 +1,305 @@
+"""Whole runs, by the command and by the function: what is measured and refused, and what a bad end leaves."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+from exported import ROOT, Files, command, environment
+
+from cm_runtime import backends
+from cm_runtime.bench import results
+from cm_runtime.bench.results import Result, Settings
+from cm_runtime.bench.run import run
+from cm_runtime.bench.scenario import Scenario
+from cm_runtime.errors import OutputError, RequestError
+
+SLOW = """
+import time
+quick = sample
+def sample(*arguments, **options):
+    began = time.perf_counter()
+    images = quick(*arguments, **options)
+    time.sleep(0.5 * (time.perf_counter() - began))
+    return images
+"""
+SMALL = Settings(budget_s=0.4, interval=0.5, quick=True, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def _quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's peaks take seconds, and have tests of their own."""
+    from cm_runtime.bench import peaks
+
+    whole = peaks.measure_peaks
+    monkeypatch.setattr(peaks, "measure_peaks", lambda *place: whole(*place, size=512, seconds=0.01))
+
+
+def one(**options: Any) -> Scenario:
+    """A scenario that leaves a core to the tests beside it."""
+    return Scenario(**{"threads": 1, **options})
+
+
+def measured(tmp_path: Path, *scenarios: Scenario, **options: Any) -> Result:
+    return run(scenarios, tmp_path / "bench.json", options.pop("settings", SMALL), **options)
+
+
+def bench(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return command("bench", *words, cwd=cwd)
+
+
+def test_what_a_run_holds(tmp_path: Path) -> None:
+    """Single-stream and offline: every number is there, and follows from the samples beside it."""
+    told: list[tuple[float, str]] = []
+    scenarios = [Scenario(steps=1, batch=3), one(kind="offline", batch=7)]
+    found = measured(tmp_path, *scenarios, tell=lambda done, doing: told.append((done, doing)), command="x")
+    assert found == results.read(tmp_path / "bench.json")
+    jsonschema.validate(json.loads((tmp_path / "bench.json").read_text()), json.loads(results.SCHEMA.read_text()))
+    assert found.complete and found.conditions is not None and found.samples is not None
+    assert {(each.threads, each.device) for each in found.peaks} == {(2, "cpu"), (1, "cpu")} or len(found.peaks) == 1
+    raw = (tmp_path / found.samples.file).read_bytes()
+    assert (len(raw), hashlib.sha256(raw).hexdigest()) == (found.samples.bytes, found.samples.sha256)
+    lines = [json.loads(line) for line in raw.splitlines()]
+    for scenario, asked in zip(found.scenarios, scenarios, strict=True):
+        (subject,) = scenario.contenders
+        assert scenario.name == asked.name and scenario.status == subject.status == "measured"
+        blocks = [np.array(line["ns"]) / 1e6 for line in lines if line["scenario"] == scenario.name]
+        assert subject.latency is not None and subject.images_per_s is not None
+        assert subject.latency.samples == sum(map(len, blocks)) and subject.latency.blocks == len(blocks) >= 3
+        assert subject.latency.p50.value == pytest.approx(np.median(np.concatenate(blocks)))
+        assert subject.block_ms == pytest.approx([np.median(block) for block in blocks])
+        inside = sum(line["network_ns"] for line in lines if line["scenario"] == scenario.name)
+        assert subject.outside_network == pytest.approx(1 - inside / sum(map(np.sum, blocks)) / 1e6)
+        assert 0 < subject.outside_network < 0.5
+        assert scenario.facts is not None and scenario.facts.gflop == pytest.approx(0.565, rel=0.01)
+        work = scenario.facts.gflop * asked.steps * asked.batch
+        assert subject.gflop_per_s == pytest.approx(work / subject.latency.p50.value * 1e3)
+        (peak,) = (each.matrix_gflop_per_s for each in found.peaks if each.threads == scenario.threads)
+        assert subject.peak_fraction == pytest.approx(subject.gflop_per_s / peak.value)
+        assert subject.agreement is not None and subject.agreement.against == "torch"
+        assert subject.agreement.max_abs < 1e-4 and subject.agreement.grey_levels == 0
+        assert len(subject.cold_start_s) == 3 and min(subject.cold_start_s) > subject.load_s > 0  # type: ignore[operator]
+        assert 30e6 < subject.peak_host_bytes < 2e9  # type: ignore[operator]
+        assert subject.micro_batch == asked.batch and subject.warmup >= 1
+    single, offline = (each.contenders[0] for each in found.scenarios)
+    assert single.images_per_s.value == pytest.approx(3e3 / single.latency.p50.value)  # type: ignore[union-attr]
+    assert offline.images_per_s.value == pytest.approx(7e3 / offline.latency.p50.value, rel=0.5)  # type: ignore[union-attr]
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1][0] == 2
+
+
+def test_server(tmp_path: Path, files: Files) -> None:
+    """Latency counts from the arrival, and what waits is drawn together."""
+    model = str(files.onnx)
+    slow = one(model=model, kind="server", batch=4, rate=20_000.0, bound_ms=1.0)
+    easy = one(model=model, kind="server", batch=4, rate=150.0, bound_ms=10_000.0)
+    found = measured(tmp_path, slow, easy)
+    overloaded, served = (each.contenders[0] for each in found.scenarios)
+    assert overloaded.served is not None and served.served is not None
+    assert not overloaded.served.met and overloaded.served.mean_batch > 3  # 40 arrive in 2 ms; a queue forms
+    assert served.served.met and served.served.mean_batch < 2
+    assert served.latency is not None and served.latency.p99 is not None and served.latency.samples >= 800
+    lines = [json.loads(line) for line in (tmp_path / "bench.samples.jsonl").read_text().splitlines()]
+    assert all(sum(line["batches"]) == len(line["ns"]) == 40 for line in lines)
+    first = next(line for line in lines if line["scenario"] == slow.name)
+    assert first["ns"][-1] > 3 * first["ns"][0]  # the last waited for the others
+
+
+def test_two_builds_take_turns(tmp_path: Path) -> None:
+    """A planted slow-down of a half is found; the same tree twice is not one."""
+    root = tmp_path / "slow"
+    shutil.copytree(ROOT / "cm_runtime", root / "cm_runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    with (root / "cm_runtime" / "sampling.py").open("a") as file:
+        file.write(SLOW)
+    settings = SMALL.model_copy(update={"budget_s": 2.0, "interval": 0.0})
+    found = measured(tmp_path, one(batch=1), against=str(root), settings=settings)
+    base = found.scenarios[0].contender("base")
+    assert base is not None and base.time_ratio is not None and base.agreement is not None
+    assert base.agreement.against == "cm-runtime" and base.agreement.max_abs == 0
+    assert 1.3 < base.time_ratio.value < 1.8
+    assert base.latency is not None and len(base.block_ms) == len(found.scenarios[0].contenders[0].block_ms) >= 8
+
+
+def test_a_model_file_as_base(tmp_path: Path, files: Files) -> None:
+    found = measured(tmp_path, one(model=str(files.onnx)), against=str(files.inline))
+    base = found.scenarios[0].contender("base")
+    assert base is not None and base.status == "measured"
+    assert base.model_sha256 != found.scenarios[0].contenders[0].model_sha256
+
+
+def test_a_base_that_draws_other_images_is_not_timed(tmp_path: Path, files: Files) -> None:
+    found = measured(tmp_path, one(model=str(files.onnx)), against=str(backends.DEFAULT_MODEL))
+    base = found.scenarios[0].contender("base")
+    assert base is not None and base.status == "failed" and "images are" in base.reason and base.latency is None
+
+
+def test_a_checkpoint_is_exported_and_its_peers_agree(tmp_path: Path, files: Files) -> None:
+    scenario = one(model=str(files.checkpoint), batch=3, peers=("diffusers", "torch", "onnx"))
+    (found,) = measured(tmp_path, scenario).scenarios
+    assert found.facts is not None and found.facts.export_s is not None and found.facts.export_s > 0
+    assert found.facts.path == str(files.checkpoint)
+    subject, diffusers, torch, plain = found.contenders
+    assert subject.agreement is not None and subject.agreement.against == "torch"
+    for peer in (diffusers, torch, plain):
+        assert peer.status == "measured" and peer.agreement is not None and peer.time_ratio is not None, peer
+        assert peer.agreement.against == "cm-runtime" and peer.agreement.max_abs < 1e-3
+        assert peer.gflop_per_s is not None and peer.outside_network is None
+
+
+def test_torch_as_the_engine(tmp_path: Path, files: Files) -> None:
+    (found,) = measured(tmp_path, one(model=str(files.checkpoint), backend="torch")).scenarios
+    assert found.status == "measured" and found.facts is not None
+    assert found.facts.export_s is None and found.facts.gflop is None
+    assert found.contenders[0].gflop_per_s is None and found.contenders[0].outside_network is not None
+
+
+def test_a_model_that_fails_parity_is_not_timed(tmp_path: Path) -> None:
+    """The bundled model with another sigma_data in its skip-scaling: finite images, but not the network's."""
+    graph = onnx.load(backends.DEFAULT_MODEL)
+    (node,) = (each for each in graph.graph.node if each.op_type == "SkipScale")
+    (attribute,) = (each for each in node.attribute if each.name == "sigma_data")
+    attribute.f = 0.7
+    onnx.save(graph, tmp_path / "wrong.onnx")
+    scenarios = one(model=str(tmp_path / "wrong.onnx"), peers=("onnx",)), one()
+    wrong, right = measured(tmp_path, *scenarios).scenarios
+    assert wrong.status == "failed" and "differ from those of torch" in wrong.reason and not wrong.contenders
+    assert right.status == "measured"
+    assert "wrong.onnx" not in (tmp_path / "bench.samples.jsonl").read_text()
+    done = bench("run", "wrong.onnx", "--budget", "0.3", "--scenario", "* 1x1", "-o", "x.json", cwd=tmp_path)
+    assert done.returncode == 1 and "differ from those of torch" in done.stdout
+    assert done.stderr.count("\n") == 1 and "1 of 1 scenarios could not be measured" in done.stderr
+
+
+def test_a_missing_peer_is_named(tmp_path: Path) -> None:
+    words = ("run", "--threads", "1", "--peers", "onnx,torch", "--budget", "0.3")
+    hidden = tmp_path / "sitecustomize.py"
+    hidden.write_text("import sys\nsys.modules['torch'] = None\n")
+    (tmp_path / "x").mkdir()
+    env = {**environment(), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    call = [sys.executable, "-m", "cm_runtime", "bench", *words, "-o", "x/bench.json"]
+    done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (found,) = results.read(tmp_path / "x" / "bench.json").scenarios
+    assert [each.status for each in found.contenders] == ["measured", "absent", "absent"]
+    assert all("torch" in each.reason for each in found.contenders)
+    assert found.contenders[0].agreement is None and "not compared with torch" in found.contenders[0].reason
+
+
+def test_a_killed_run_leaves_what_it_finished(tmp_path: Path) -> None:
+    words = ["run", "--steps", "1,2,3", "--threads", "1", "--budget", "0.5", "-o", "bench.json"]
+    call = [sys.executable, "-m", "cm_runtime", "bench", *words]
+    running = subprocess.Popen(call, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+    ends = time.monotonic() + 100
+    while not (tmp_path / "bench.json").exists():
+        assert time.monotonic() < ends and running.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    found = results.read(tmp_path / "bench.json")
+    assert not found.complete and 1 <= len(found.scenarios) < 3 and found.samples is not None
+    raw = (tmp_path / found.samples.file).read_bytes()[: found.samples.bytes]
+    assert hashlib.sha256(raw).hexdigest() == found.samples.sha256
+    while any(Path(f"/proc/{child}").exists() for child in children):  # they end with the one that conducts them
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    done = bench("compare", "bench.json", "bench.json", cwd=tmp_path)
+    assert done.returncode in (0, 4) and found.scenarios[0].name in done.stdout
+    assert bench(*words, cwd=tmp_path).stderr == "error: bench.json exists; replace it with --force\n"
+    assert bench(*words, "--force", cwd=tmp_path).returncode == 0
+    assert results.read(tmp_path / "bench.json").complete
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """The samples do not fit: one line, and the result of before is what it was."""
+    first = measured(tmp_path, one())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written"):
+            measured(tmp_path, one(), force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert results.read(tmp_path / "bench.json") == first
+    assert not list(tmp_path.glob(".cm-*"))
+
+
+def test_two_runs_into_one_file(tmp_path: Path) -> None:
+    with (tmp_path / "bench.samples.jsonl").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="being written by another run"):
+            measured(tmp_path, one())
+    measured(tmp_path, one())
+    with pytest.raises(OutputError, match="exists; replace it with --force"):
+        measured(tmp_path, one())
+
+
+def test_models_that_are_not_there_or_not_models(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"no graph")
+    scenarios = [one(model=str(tmp_path / name)) for name in ("nothing.onnx", "x.onnx")]
+    missing, damaged = measured(tmp_path, *scenarios).scenarios
+    assert "no such model" in missing.reason and "not an ONNX file" in damaged.reason
+    with pytest.raises(RequestError, match="nor a git revision"):
+        run([one()], tmp_path / "y.json", SMALL, against="no-such-revision")
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (["--suite", "quick", "--steps", "2"], "leave out --steps"),
+        (["x.onnx", "--suite", "quick"], "leave out MODEL"),
+        (["--suite", "nothing"], "there is no suite nothing"),
+        (["--scenario", "nothing*"], "no scenario is called 'nothing*'"),
+        (["--steps", "two"], "--steps takes whole numbers"),
+        (["--steps", "0"], "steps"),
+        (["--peers", "mine"], "peers"),
+        (["--backend", "ort,tpu"], "backends"),
+        (["--kind", "server"], "--rate and --bound"),
+        (["--rate", "3"], "--rate and --bound"),
+        (["--budget", "0"], "--budget"),
+        (["--interval", "wide"], "--interval takes a percentage"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--seed", "-1"], "seed"),
+        (["-o", "missing/x.json"], "no folder missing"),
+        (["--against", "HEAD~100000"], "nor a git revision"),
+    ],
+)
+def test_bad_requests(tmp_path: Path, words: list[str], wrong: str) -> None:
+    done = bench("run", *words, cwd=tmp_path)
+    assert done.returncode == 1 and wrong in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_compare_exit_status(tmp_path: Path) -> None:
+    """0, 3 and 4 from files; 1 for what cannot be compared; 2 for usage."""
+    from bench import made
+
+    def write(name: str, *blocks: float) -> None:
+        results.write(made.result(made.scenario(2, 8, made.subject(10.0, 8, block_ms=blocks * 10))), tmp_path / name)
+
+    write("base.json", 10.0, 10.1)
+    write("slow.json", 11.0, 11.1)
+    write("wild.json", 8.0, 13.0)
+    for new, gate, status, word in (
+        ("base.json", "5%", 0, "PASS"),
+        ("slow.json", "5%", 3, "REGRESSION"),
+        ("slow.json", "20", 0, "PASS"),
+        ("wild.json", "5%", 4, "INCONCLUSIVE"),
+    ):
+        done = bench("compare", "base.json", new, "--fail-above", gate, cwd=tmp_path)
+        assert done.returncode == status and done.stdout.splitlines()[-1].startswith(word), done.stdout + done.stderr
+    for words in (["base.json"], ["base.json", "no.json"], ["base.json", "base.json", "--fail-above", "much"]):
+        done = bench("compare", *words, cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, words
+    assert bench("compare", cwd=tmp_path).returncode == 2

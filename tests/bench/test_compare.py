@@ -1,0 +1,146 @@
+"""Verdicts: from made-up blocks whose truth is known, and of results that cannot be compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from bench import made
+
+from cm_runtime.bench import compare
+from cm_runtime.bench import results as r
+from cm_runtime.errors import RequestError
+
+
+def blocks(median: float, count: int = 20, noise: float = 0.01, seed: int = 0) -> tuple[float, ...]:
+    return tuple(median * np.exp(noise * np.random.default_rng(seed).standard_normal(count)))
+
+
+def alone(block_ms: tuple[float, ...], drift: float = 0.0, matrix: float = 300.0, **changes: Any) -> r.Result:
+    peaks = r.Peaks(
+        threads=2,
+        device="cpu",
+        matrix_gflop_per_s=r.Estimate(value=matrix),
+        copy_gb_per_s=r.Estimate(value=20),
+        library="numpy",
+        drift=drift,
+    )
+    scenario = made.scenario(2, 8, made.subject(10.0, 8, block_ms=block_ms))
+    return made.result(scenario, peaks=(peaks,), **changes)
+
+
+def pair(new: tuple[float, ...], base: tuple[float, ...]) -> r.Result:
+    sides = made.subject(10.0, 8, block_ms=new), made.side(r.BASE, block_ms=base)
+    return made.result(made.scenario(2, 8, *sides))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (0.98, 1.02, "PASS"),
+        (1.02, 1.05, "PASS"),
+        (1.02, 1.051, "INCONCLUSIVE"),
+        (0.9, 1.2, "INCONCLUSIVE"),
+        (1.051, 1.2, "REGRESSION"),
+        (1.05, 1.2, "INCONCLUSIVE"),
+        (None, None, "INCONCLUSIVE"),
+    ],
+)
+def test_the_rule(low: float | None, high: float | None, word: str) -> None:
+    assert compare.judged(r.Estimate(value=1.1, low=low, high=high), 0.05) == word
+
+
+def test_interleaved_builds() -> None:
+    rng = np.random.default_rng(0)
+    machine = np.exp(0.3 * rng.standard_normal(20))  # what both meet
+    for slower, word in ((1.0, "PASS"), (1.03, "PASS"), (1.1, "REGRESSION")):
+        new = tuple(slower * machine * np.exp(0.01 * rng.standard_normal(20)))
+        (verdict,) = compare.within(pair(new, tuple(machine)), 0.05)
+        assert verdict.word == word
+        assert verdict.ratio is not None and verdict.ratio.value == pytest.approx(slower, rel=0.01)
+
+
+def test_two_runs() -> None:
+    base = alone(blocks(10))
+    for slower, word in ((1.0, "PASS"), (1.1, "REGRESSION"), (1.045, "INCONCLUSIVE")):
+        (verdict,) = compare.between(base, alone(blocks(10 * slower, seed=1)), 0.05)
+        assert verdict.word == word, slower
+
+
+def test_a_machine_that_was_slower_itself_decides_nothing() -> None:
+    """Ten percent slower, in a run whose matrix product was ten percent slower too."""
+    slow = alone(blocks(11, seed=1), matrix=272.7)
+    (verdict,) = compare.between(alone(blocks(10)), slow, 0.05)
+    assert verdict.word == "INCONCLUSIVE" and "9.1% apart" in verdict.reason
+    (verdict,) = compare.between(alone(blocks(10)), alone(blocks(11, seed=1), drift=0.1), 0.05)
+    assert verdict.word == "INCONCLUSIVE"
+
+
+def test_few_blocks_decide_nothing() -> None:
+    (verdict,) = compare.within(pair(blocks(20, 7), blocks(10, 7)), 0.05)
+    assert verdict.word == "INCONCLUSIVE" and "only 7 blocks" in verdict.reason
+    (verdict,) = compare.between(alone(blocks(10)), alone(blocks(20, 7)), 0.05)
+    assert verdict.word == "INCONCLUSIVE" and "only 7 blocks" in verdict.reason
+
+
+def test_different_machines_are_refused_unless_told() -> None:
+    base, new = alone(blocks(10)), alone(blocks(10, seed=1))
+    packages = {**new.machine.packages, "onnxruntime": "0.1"}
+    other = new.model_copy(update={"machine": new.machine.model_copy(update={"packages": packages})})
+    with pytest.raises(RequestError, match=r"onnxruntime: .* and 0.1"):
+        compare.between(base, other, 0.05)
+    (verdict,) = compare.between(base, other, 0.05, allow_different=True)
+    assert verdict.word == "PASS"
+
+
+def test_other_work_is_not_compared() -> None:
+    base = alone(blocks(10))
+    (scenario,) = base.scenarios
+    for change in ({"sigmas": (80.0, 3.0)}, {"threads": 1}, {"device": "cuda:0"}):
+        other = base.model_copy(update={"scenarios": (scenario.model_copy(update=change),)})
+        (verdict,) = compare.between(base, other, 0.05)
+        assert verdict.word == "INCONCLUSIVE" and next(iter(change)) in verdict.reason
+    larger = scenario.model_copy(update={"facts": made.facts(image_shape=(1, 32, 32))})
+    (verdict,) = compare.between(base, base.model_copy(update={"scenarios": (larger,)}), 0.05)
+    assert verdict.word == "INCONCLUSIVE" and "sizes" in verdict.reason
+
+
+def test_what_one_side_lacks() -> None:
+    base = alone(blocks(10))
+    failed = made.result(made.scenario(2, 8, status="failed", reason="its images differ from those of torch by 0.3"))
+    (verdict,) = compare.between(base, failed, 0.05)
+    assert verdict.word == "REGRESSION" and "differ" in verdict.reason  # it worked before
+    (verdict,) = compare.between(failed, base, 0.05)
+    assert verdict.word == "INCONCLUSIVE"
+    (verdict,) = compare.within(pair(blocks(10), blocks(10)), 0.05)
+    assert verdict.word == "PASS"
+    more = made.scenario(4, 8, made.subject(10.0, 8, block_ms=blocks(10)))
+    both = base.model_copy(update={"scenarios": (*base.scenarios, more)})
+    assert [each.word for each in compare.between(base, both, 0.05)] == ["PASS", "INCONCLUSIVE"]
+    assert [each.word for each in compare.between(both, base, 0.05)] == ["PASS", "INCONCLUSIVE"]
+    with pytest.raises(RequestError, match="share no scenario"):
+        compare.between(base, made.result(more), 0.05)
+    with pytest.raises(RequestError, match="one build only"):
+        compare.within(base, 0.05)
+
+
+def test_a_base_that_failed() -> None:
+    sides = made.subject(10.0, 8, block_ms=blocks(10)), made.side(r.BASE, status="failed", reason="it ended")
+    (verdict,) = compare.within(made.result(made.scenario(2, 8, *sides)), 0.05)
+    assert verdict.word == "INCONCLUSIVE" and "it ended" in verdict.reason
+    failed = made.scenario(4, 8, status="failed", reason="no such model")
+    both = made.result(made.scenario(2, 8, *sides), failed)
+    assert [each.word for each in compare.within(both, 0.05)] == ["INCONCLUSIVE", "REGRESSION"]
+
+
+@pytest.mark.parametrize(
+    ("words", "worst"),
+    [
+        (["PASS"], "PASS"),
+        (["PASS", "INCONCLUSIVE"], "INCONCLUSIVE"),
+        (["INCONCLUSIVE", "REGRESSION", "PASS"], "REGRESSION"),
+    ],
+)
+def test_the_worst_counts(words: list[Any], worst: str) -> None:
+    assert compare.overall([compare.Verdict("x", word) for word in words]) == worst

@@ -1,0 +1,88 @@
+"""The result format: the published schema, versions, and files that are not results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from bench import made
+
+from cm_runtime.bench import results
+from cm_runtime.errors import ArtifactError, OutputError
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = sorted((ROOT / "benchmarks" / "results").rglob("bench*.json"))
+
+
+def test_the_published_schema_is_that_of_the_models() -> None:
+    """After a change of `results`: python -c "from cm_runtime.bench.results import *; SCHEMA.write_text(schema())"."""
+    assert results.SCHEMA.read_text() == results.schema()
+    jsonschema.Draft202012Validator.check_schema(json.loads(results.schema()))
+
+
+def test_what_is_written_fits_the_schema_and_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    whole = made.result(made.scenario(2, 8, made.subject(10.0, 8), made.peer("onnx", 11.0, 1.1)))
+    results.write(whole, path)
+    jsonschema.validate(json.loads(path.read_text()), json.loads(results.schema()))
+    assert results.read(path) == whole
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_committed_results_stay_readable(path: Path) -> None:
+    found = results.read(path)
+    assert found.complete and all(each.status == "measured" for each in found.scenarios)
+    jsonschema.validate(json.loads(path.read_text()), json.loads(results.schema()))
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", "not JSON"),
+        ('{"format_version": 1, "scenarios": [', "truncated"),
+        ("[1]", "no result of cm-runtime bench run"),
+        ("{}", "no result of cm-runtime bench run"),
+        ('{"format_version": "1", "scenarios": []}', "no result of cm-runtime bench run"),
+        ('{"format_version": 2, "scenarios": [], "news": 1}', "format 2; this cm-runtime reads up to 1: update it"),
+        ('{"format_version": 1, "scenarios": [], "news": 1}', ": tool: Field required|news"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_other_files(tmp_path: Path, text: str, wrong: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ArtifactError, match=wrong) as caught:
+        results.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_unreadable_and_huge_files(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such file"):
+        results.read(tmp_path / "x.json")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        results.read(tmp_path)
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ArtifactError, match="too large"):
+        results.read(tmp_path / "huge.json")
+
+
+def test_unknown_keys_and_infinite_times_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    results.write(made.result(made.scenario(2, 8, made.subject(10.0, 8))), path)
+    text = path.read_text()
+    for before, after, wrong in (
+        ('"complete"', '"completely"', "complete"),
+        ('"value": 10.0', '"value": 1e999', "finite"),
+    ):
+        assert before in text
+        path.write_text(text.replace(before, after, 1))
+        with pytest.raises(ArtifactError, match=wrong):
+            results.read(path)
+
+
+def test_a_result_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no folder"):
+        results.write(made.result(), tmp_path / "missing" / "bench.json")
