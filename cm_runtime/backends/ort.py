@@ -15,11 +15,13 @@ from cm_runtime.errors import ArtifactError, EngineError
 from cm_runtime.extras import require
 from cm_runtime.steps import Array
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
 
 def has_cuda() -> bool:
     """True where the installed ONNX Runtime has a CUDA provider and the machine has an NVIDIA driver."""
     available = require("onnxruntime", "the ONNX Runtime backend").get_available_providers()
-    return "CUDAExecutionProvider" in available and Path("/proc/driver/nvidia/version").exists()
+    return "CUDAExecutionProvider" in available and NVIDIA_DRIVER.exists()
 
 
 class OrtBackend:

@@ -43,14 +43,14 @@ def base_build(against: str, work: Path) -> Build:
         except (zipfile.BadZipFile, OSError) as error:
             raise RequestError(f"{against} is no wheel, or is damaged") from error
         return Build(_with_package(root, against), path.name)
-    if (path / "cm_runtime" / "__init__.py").is_file():
+    if against and (path / "cm_runtime" / "__init__.py").is_file():  # "" would be this folder
         return Build(path.resolve(), commit_of(path.resolve()))
     if path.exists() and backends.is_model(path):
         return Build(HERE, commit_of(HERE), path)
     repository = HERE if commit_of(HERE) else Path.cwd()
     commit = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{against}^{{commit}}")
     if not commit:
-        raise RequestError(f"{against} is no model file, wheel or source tree, nor a git revision of {repository}")
+        raise RequestError(f"{against!r} is no model file, wheel or source tree, nor a git revision of {repository}")
     root = work / "base"
     root.mkdir()
     archive = work / "base.tar"

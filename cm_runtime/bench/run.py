@@ -19,12 +19,14 @@ import numpy as np
 
 from cm_runtime import __version__, backends, files, schedule
 from cm_runtime.artifact import Manifest, data_path, read_manifest
+from cm_runtime.backends.ort import NVIDIA_DRIVER, has_cuda
 from cm_runtime.bench import contest, machine, peaks, results
 from cm_runtime.bench.builds import Build, base_build, this_build
 from cm_runtime.bench.contest import Limits, Side
+from cm_runtime.bench.networks import STANDING
 from cm_runtime.bench.process import Process, WorkerError
 from cm_runtime.bench.results import BASE, SUBJECT, Contender, ModelFacts, Peaks, Result, ScenarioResult, Settings
-from cm_runtime.bench.scenario import STANDING, Scenario
+from cm_runtime.bench.scenario import Scenario
 from cm_runtime.errors import ArtifactError, CmRuntimeError, OutputError, RequestError
 
 Tell = Callable[[float, str], None]
@@ -180,9 +182,8 @@ def _where(scenario: Scenario) -> tuple[int, str]:
     threads = scenario.threads or len(os.sched_getaffinity(0))
     if scenario.device != "auto":
         return threads, scenario.device
-    from cm_runtime.backends.ort import has_cuda
-
-    return threads, "cuda:0" if has_cuda() else "cpu"
+    is_gpu = NVIDIA_DRIVER.exists() if scenario.backend == "torch" else has_cuda()
+    return threads, "cuda:0" if is_gpu else "cpu"
 
 
 def _scenario(

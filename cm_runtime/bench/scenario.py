@@ -26,7 +26,6 @@ Kind = Literal["single-stream", "offline", "server"]
 Backend = Literal["auto", "ort", "torch"]
 Peer = Literal["diffusers", "torch", "torch.compile", "onnx"]
 PEERS: tuple[Peer, ...] = ("diffusers", "torch", "torch.compile", "onnx")
-STANDING = ("cifar32", "imagenet64")
 SUITES = Path(__file__).parent / "suites"
 
 

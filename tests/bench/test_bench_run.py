@@ -36,6 +36,13 @@ def sample(*arguments, **options):
     time.sleep(0.5 * (time.perf_counter() - began))
     return images
 """
+MORTAL = """
+import os, signal
+living, left = sample, [3]
+def sample(*arguments, **options):
+    left[0] -= 1
+    return living(*arguments, **options) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
+"""
 SMALL = Settings(budget_s=0.4, interval=0.5, quick=True, seed=0)
 
 
@@ -130,6 +137,25 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
     assert base.agreement.against == "cm-runtime" and base.agreement.max_abs == 0
     assert 1.3 < base.time_ratio.value < 1.8
     assert base.latency is not None and len(base.block_ms) == len(found.scenarios[0].contenders[0].block_ms) >= 8
+
+
+def test_it_stops_once_it_knows_enough(tmp_path: Path, files: Files) -> None:
+    settings = Settings(budget_s=1000, interval=0.9, quick=False, seed=0)
+    (found,) = measured(tmp_path, one(model=str(files.onnx)), settings=settings).scenarios
+    assert len(found.contenders[0].block_ms) == 16
+
+
+def test_a_contender_that_dies_is_told_of(tmp_path: Path, files: Files) -> None:
+    """As the kernel ends a process for want of memory: the base is out, and the subject is measured."""
+    root = tmp_path / "mortal"
+    shutil.copytree(ROOT / "cm_runtime", root / "cm_runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    with (root / "cm_runtime" / "sampling.py").open("a") as file:
+        file.write(MORTAL)
+    (found,) = measured(tmp_path, one(model=str(files.onnx)), against=str(root)).scenarios
+    subject, base = found.contenders
+    assert subject.status == "measured" and len(subject.block_ms) >= 3
+    assert base.status == "failed" and base.latency is None
+    assert "SIGKILL; was there too little memory?" in base.reason
 
 
 def test_a_model_file_as_base(tmp_path: Path, files: Files) -> None:
@@ -273,6 +299,7 @@ def test_models_that_are_not_there_or_not_models(tmp_path: Path) -> None:
         (["--threads", "0"], "--threads must be at least 1"),
         (["--seed", "-1"], "seed"),
         (["-o", "missing/x.json"], "no folder missing"),
+        (["-o", "x.html"], "ends in .json"),
         (["--against", "HEAD~100000"], "nor a git revision"),
     ],
 )

@@ -77,6 +77,8 @@ def run(
     from cm_runtime.bench.results import Settings
     from cm_runtime.bench.scenario import read_suite
 
+    if output.suffix != ".json":
+        raise RequestError(f"{output}: a result's name ends in .json")
     if budget is not None and not 0 < budget <= 86400:
         raise RequestError(f"--budget takes seconds from 0 to 86400, not {budget:g}")
     if not 0 <= seed < 1 << 64:
@@ -187,9 +189,11 @@ def _progress(total: int) -> Any:
         console = Console(stderr=True)
         columns = BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn()
         text = TextColumn("{task.description}", markup=False)
-        with Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal) as bar:
+        hidden = not console.is_terminal
+        # Drawn between blocks alone: a thread that refreshes it would take its time from what is timed.
+        with Progress(*columns, text, console=console, transient=True, disable=hidden, auto_refresh=False) as bar:
             task = bar.add_task("", total=total)
-            yield lambda done, doing: bar.update(task, completed=done, description=doing)
+            yield lambda done, doing: bar.update(task, completed=done, description=doing, refresh=True)
 
     return shown()
 
@@ -208,6 +212,10 @@ def _print(result: Result) -> None:
             known = "" if p50.low is None else f" [{p50.low:.4g}, {p50.high:.4g}]"
             speed = "" if one.images_per_s is None else f", {one.images_per_s.value:.4g} images/s"
             ratio = one.time_ratio
+            if one.served is not None:
+                p99 = one.latency.p99
+                tail = "not known" if p99 is None else f"{p99.value:.4g} ms [{p99.low:.4g}, {p99.high:.4g}]"
+                speed = f", p99 {tail}: bound of {one.served.bound_ms:g} ms {'' if one.served.met else 'not '}met"
             times = "" if ratio is None else f", {ratio.value:.3f} of cm-runtime's time"
             if ratio is not None and ratio.low is not None:
                 times += f" [{ratio.low:.3f}, {ratio.high:.3f}]"

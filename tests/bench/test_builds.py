@@ -1,0 +1,83 @@
+"""What --against may name."""
+
+from __future__ import annotations
+
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+from exported import ROOT
+
+from cm_runtime import backends
+from cm_runtime.bench.builds import base_build, commit_of, this_build
+from cm_runtime.errors import RequestError
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+def test_this_build() -> None:
+    found = this_build()
+    assert found.root == ROOT and found.model is None
+    assert found.commit.removesuffix("+") == git("rev-parse", "HEAD")
+
+
+@pytest.mark.parametrize("name", ["HEAD", "HEAD~0"])
+def test_a_revision(work: Path, name: str) -> None:
+    """The tree of that commit, links included, and nothing left in the repository."""
+    before = git("worktree", "list")
+    found = base_build(name, work)
+    assert found.commit == git("rev-parse", "HEAD") and found.root == work / "base"
+    assert (found.root / "cm_runtime" / "export" / "denoiser.py").is_file()
+    assert (found.root / "cm_runtime" / "sampling.py").read_text() == git("show", "HEAD:cm_runtime/sampling.py") + "\n"
+    assert git("worktree", "list") == before
+
+
+def test_a_source_tree(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "tree" / "cm_runtime").mkdir(parents=True)
+    (tmp_path / "tree" / "cm_runtime" / "__init__.py").touch()
+    found = base_build(str(tmp_path / "tree"), work)
+    assert found.root == tmp_path / "tree" and found.commit == ""  # no checkout of its own
+    assert base_build(str(ROOT), work).commit == commit_of(ROOT)
+
+
+def test_a_wheel(work: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cm_runtime-9-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("cm_runtime/__init__.py", "__version__ = '9'\n")
+        wheel.writestr("../outside.py", "")
+    found = base_build(str(path), work)
+    assert (found.root / "cm_runtime" / "__init__.py").read_text() == "__version__ = '9'\n"
+    assert found.commit == path.name and not (work / "outside.py").exists()
+
+
+def test_a_model_file(work: Path) -> None:
+    found = base_build(str(backends.DEFAULT_MODEL), work)
+    assert found.root == ROOT and found.model == backends.DEFAULT_MODEL
+
+
+@pytest.mark.parametrize("name", ["", "--all", "HEAD:README.md", "no-such-revision", "README.md", "x.whl", "x.onnx"])
+def test_nothing_of_the_kind(work: Path, name: str) -> None:
+    with pytest.raises(RequestError, match="is no model file, wheel or source tree, nor a git revision"):
+        base_build(name, work)
+
+
+@pytest.mark.parametrize(("content", "wrong"), [(b"no zip", "is no wheel"), (None, "holds no cm_runtime")])
+def test_a_wheel_that_is_none(work: Path, tmp_path: Path, content: bytes | None, wrong: str) -> None:
+    path = tmp_path / "x.whl"
+    if content is None:
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr("other/__init__.py", "")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(RequestError, match=wrong):
+        base_build(str(path), work)
