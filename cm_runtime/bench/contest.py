@@ -6,22 +6,21 @@ block of requests, in an order that turns round every time, so that whatever the
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cm_runtime.bench import machine, stats
-from cm_runtime.bench.process import HERE, Process, WorkerError
-from cm_runtime.bench.results import Agreement, Contender, Estimate, Served
+from cm_runtime.bench import nvidia, stats
+from cm_runtime.bench.process import Process, WorkerError
+from cm_runtime.bench.results import Agreement, Estimate
 from cm_runtime.bench.scenario import Scenario
+from cm_runtime.bench.sides import Side
 from cm_runtime.steps import to_uint8
 
 AGREEMENT = 1e-3  # largest difference of a pixel in [-1, 1] before quantisation
@@ -35,34 +34,6 @@ P99_REQUESTS = 800  # that an interval of the 99th percentile takes at least, in
 LONGEST = 4  # times the budget, in a server scenario whose 99th percentile takes more of them
 QUICK_START = 3.0  # seconds; what starts faster is started three times
 
-Role = Literal["subject", "base", "peer"]
-
-
-@dataclass
-class Side:
-    """A contender and its worker. spec: what the worker loads; root: the build that it imports."""
-
-    name: str
-    role: Role
-    spec: dict[str, Any]
-    root: Path = HERE
-    commit: str = ""
-    model_sha256: str = ""
-    process: Process | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    found: dict[str, Any] = field(default_factory=dict)
-    blocks: list[NDArray[np.float64]] = field(default_factory=list)
-    device_blocks: list[NDArray[np.float64]] = field(default_factory=list)
-    network_ns: int | None = 0
-    batches: list[int] = field(default_factory=list)
-    images: Any = None
-    out: WorkerError | None = None
-
-    @property
-    def medians(self) -> tuple[float, ...]:
-        """Of the blocks, in milliseconds."""
-        return tuple(float(np.median(block)) for block in self.blocks)
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -73,6 +44,15 @@ class Limits:
     seed: int
 
 
+@dataclass(frozen=True)
+class Observer:
+    """look: called between blocks; tell: (share done, what is being done); keep: (side, block, samples)."""
+
+    look: Callable[[], None]
+    tell: Callable[[float, str], None]
+    keep: Callable[[str, int, dict[str, Any]], None]
+
+
 def contest(
     scenario: Scenario,
     sides: Sequence[Side],
@@ -80,20 +60,17 @@ def contest(
     reference: Any | str,
     limits: Limits,
     work: Path,
-    look: Callable[[], None],
-    tell: Callable[[float, str], None],
-    keep: Callable[[str, int, dict[str, Any]], None],
-) -> list[Contender]:
-    """Measures the sides, the first of which is the subject.
+    observer: Observer,
+) -> None:
+    """Measures the sides, the first of which is the subject, and leaves in each what was found.
 
-    reference: images (n,H,W,C) float32 of eager torch for the first indices, or why there are none. look: called
-    between blocks; tell: (share done, what is being done); keep: (side, block, samples). Raises WorkerError where the
-    subject cannot run or draws other images than the reference.
+    reference: images (n,H,W,C) float32 of eager torch for the first indices, or why there are none. Raises WorkerError
+    where the subject cannot run or draws other images than the reference.
     """
     with ExitStack() as stack:
         subject = sides[0]
         for side in sides:
-            tell(0.0, f"starting {side.name}")
+            observer.tell(0.0, f"starting {side.name}")
             _start(side, threads, work, stack)
             if side.out:
                 pass
@@ -106,14 +83,12 @@ def contest(
             if subject.out:
                 raise subject.out
         running = [side for side in sides if not side.out]
-        (_serve if scenario.kind == "server" else _rounds)(scenario, running, limits, look, tell, keep)
+        (_serve if scenario.kind == "server" else _rounds)(scenario, running, limits, observer)
         if subject.out:
             raise subject.out
-        pids = {side.name: side.process.pid for side in running if side.process and not side.out}
         for side in running:
-            if side.name in pids:
-                _usage(side, pids[side.name])
-    return [_contender(side, subject, scenario) for side in sides]
+            if not side.out:
+                _usage(side)
 
 
 def _start(side: Side, threads: int, work: Path, stack: ExitStack) -> None:
@@ -157,13 +132,11 @@ def _rounds(
     scenario: Scenario,
     sides: list[Side],
     limits: Limits,
-    look: Callable[[], None],
-    tell: Callable[[float, str], None],
-    keep: Callable[[str, int, dict[str, Any]], None],
+    observer: Observer,
 ) -> None:
     plans = {}
     for side in sides:
-        tell(0.0, f"warming {side.name} up")
+        observer.tell(0.0, f"warming {side.name} up")
         plans[side.name] = _warm(side, limits)
     budget = limits.budget_s * len(sides)
     began = time.perf_counter()
@@ -171,7 +144,7 @@ def _rounds(
         spent = time.perf_counter() - began
         if number >= FEWEST_ROUNDS and (spent >= budget or _is_narrow(sides, limits)):
             return
-        tell(min(spent / budget, 1.0), f"round {number + 1}")
+        observer.tell(min(spent / budget, 1.0), f"round {number + 1}")
         for side in sides if number % 2 == 0 else reversed(sides):
             if side.out:
                 continue
@@ -187,8 +160,8 @@ def _rounds(
             if side.network_ns is not None:
                 inside = answer["network_ns"]
                 side.network_ns = None if inside is None else side.network_ns + inside
-            keep(side.name, number, answer)
-            look()
+            observer.keep(side.name, number, answer)
+            observer.look()
         if sides[0].out:
             return
 
@@ -236,16 +209,15 @@ def _serve(
     scenario: Scenario,
     sides: list[Side],
     limits: Limits,
-    look: Callable[[], None],
-    tell: Callable[[float, str], None],
-    keep: Callable[[str, int, dict[str, Any]], None],
+    observer: Observer,
 ) -> None:
     """Windows of Poisson arrivals, the same ones for every side."""
     assert scenario.rate is not None
     rng = np.random.default_rng(limits.seed)
     for side in sides:
-        tell(0.0, f"warming {side.name} up")
+        observer.tell(0.0, f"warming {side.name} up")
         _ask(side, "serve", arrivals=_arrivals(rng, scenario.rate), most=scenario.batch)
+        side.found["warmup"] = WINDOW
     budget = max(limits.budget_s, P99_REQUESTS / scenario.rate) * len(sides)
     began = time.perf_counter()
     for number in range(1 << 20):
@@ -253,15 +225,15 @@ def _serve(
         is_known = all(stats.latency(side.blocks).p99 for side in sides if not side.out and spent >= budget)
         if number >= stats.FEWEST_BLOCKS and spent >= budget and (is_known or spent >= LONGEST * budget):
             return
-        tell(min(spent / budget, 1.0), f"window {number + 1}")
+        observer.tell(min(spent / budget, 1.0), f"window {number + 1}")
         arrivals = _arrivals(rng, scenario.rate)
         for side in sides if number % 2 == 0 else reversed(sides):
             answer = None if side.out else _ask(side, "serve", arrivals=arrivals, most=scenario.batch)
             if answer is not None:
                 side.blocks.append(np.array(answer["ns"]) / 1e6)
                 side.batches += answer["batches"]
-                keep(side.name, number, answer)
-            look()
+                observer.keep(side.name, number, answer)
+            observer.look()
         if sides[0].out:
             return
 
@@ -279,77 +251,8 @@ def _ask(side: Side, do: str, **what: Any) -> dict[str, Any] | None:
         return None
 
 
-def _usage(side: Side, pid: int) -> None:
+def _usage(side: Side) -> None:
     answer = _ask(side, "usage")
-    if answer is not None:
-        device = machine.device_memory([pid]) if side.facts["device"] != "cpu" else None
+    if answer is not None and side.process is not None:
+        device = nvidia.device_memory([side.process.pid]) if side.facts["device"] != "cpu" else None
         side.found |= {**answer, "peak_device_bytes": device}
-
-
-def _contender(side: Side, subject: Side, scenario: Scenario) -> Contender:
-    """What is told of a side."""
-    common: dict[str, Any] = {
-        "name": side.name,
-        "role": side.role,
-        "version": side.facts.get("engine", "") if side.role == "peer" else side.facts.get("version", ""),
-        "commit": side.commit,
-        "model_sha256": side.model_sha256,
-        "agreement": side.found.get("agreement"),
-        "cold_start_s": () if side.role == "peer" else side.found.get("cold_start_s", ()),
-        "load_s": None if side.role == "peer" else side.facts.get("load_s"),
-        "micro_batch": side.facts.get("micro_batch"),
-        "first_s": side.found.get("first_s"),
-    }
-    if side.out:
-        return Contender(**common, status="absent" if side.out.is_absence else "failed", reason=str(side.out))
-    latency = stats.latency(side.blocks)
-    total = sum(float(block.sum()) for block in side.blocks)
-    is_server = scenario.kind == "server"
-    served = None
-    if is_server:
-        assert scenario.rate is not None and scenario.bound_ms is not None
-        p99 = latency.p99
-        served = Served(
-            rate=scenario.rate,
-            bound_ms=scenario.bound_ms,
-            met=p99 is not None and p99.high is not None and p99.high <= scenario.bound_ms,
-            mean_batch=float(np.mean(side.batches)),
-        )
-    inside = None if is_server or side.network_ns is None else side.network_ns / 1e6
-    return Contender(
-        **common,
-        status="measured",
-        reason=side.found.get("reason", ""),
-        latency=latency,
-        device_latency=stats.latency(side.device_blocks) if side.device_blocks else None,
-        images_per_s=None if is_server else _rate(side, scenario, latency.p50),
-        time_ratio=None if side is subject else stats.ratio(side.medians, subject.medians),
-        peak_host_bytes=None if side.role == "peer" else side.found.get("peak_host_bytes"),
-        peak_device_bytes=side.found.get("peak_device_bytes"),
-        outside_network=None if inside is None else max(0.0, 1 - inside / total),
-        warmup=side.found.get("warmup", WINDOW),
-        stable=side.found.get("stable", True),
-        block_ms=side.medians,
-        served=served,
-    )
-
-
-def _rate(side: Side, scenario: Scenario, p50: Estimate) -> Estimate:
-    """Images a second: by the median request; offline, by the mean of a block's."""
-    if scenario.kind == "offline":
-        return _inverse(stats.typical([float(block.mean()) for block in side.blocks]), scenario.batch * 1e3)
-    return _inverse(p50, scenario.batch * 1e3)
-
-
-def _inverse(time_ms: Estimate, images: float) -> Estimate:
-    return Estimate(
-        value=images / time_ms.value,
-        low=None if time_ms.high is None else images / time_ms.high,
-        high=None if time_ms.low is None else images / time_ms.low,
-    )
-
-
-def line(scenario: str, side: str, number: int, answer: dict[str, Any]) -> str:
-    """A block's samples as the samples' file keeps them."""
-    kept = {name: answer[name] for name in ("ns", "network_ns", "device_ms", "batches") if answer.get(name) is not None}
-    return json.dumps({"scenario": scenario, "contender": side, "block": number, **kept}) + "\n"

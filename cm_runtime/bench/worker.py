@@ -218,6 +218,12 @@ class Worker:
         cm.export.onnx(cm.load_checkpoint(checkpoint), target)
         return {"export_s": time.perf_counter() - began}
 
+    def manifest(self, checkpoint: str) -> dict[str, Any]:
+        """What an export of a checkpoint would say of itself."""
+        import cm_runtime as cm
+
+        return {"manifest": cm.load_checkpoint(checkpoint).manifest().model_dump_json()}
+
     def standing(self, name: str, folder: str) -> dict[str, Any]:
         """The checkpoint of a standing network."""
         from cm_runtime.bench import networks

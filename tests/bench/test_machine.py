@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from cm_runtime.bench import machine as module
-from cm_runtime.bench.machine import Watch, device_memory, differences, free_bytes, machine
+from cm_runtime.bench import nvidia
+from cm_runtime.bench import watch as watch_module
+from cm_runtime.bench.machine import PACKAGES, differences, free_bytes, machine
+from cm_runtime.bench.nvidia import device_memory
 from cm_runtime.bench.results import Gpu, Machine
+from cm_runtime.bench.watch import Watch
 
 XEON = """\
 processor	: {0}
@@ -129,7 +132,7 @@ def test_this_machine() -> None:
     assert found.python == platform.python_version()
     assert {"numpy", "onnxruntime"} <= found.packages.keys()
     installed = {each.name.replace("_", "-"): each.version for each in metadata.distributions()}
-    assert found.packages == {name: installed[name] for name in module.PACKAGES if name in installed}
+    assert found.packages == {name: installed[name] for name in PACKAGES if name in installed}
     assert Machine.model_validate_json(found.model_dump_json()) == found
     assert differences(found, machine()) == []
 
@@ -219,7 +222,7 @@ def test_a_driver_without_a_field_still_tells_the_others(smi: Smi, tmp_path: Pat
 def test_an_nvidia_smi_that_fails_or_hangs_is_none(
     smi: Smi, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    monkeypatch.setattr(nvidia, "PATIENCE", 0.3)
     smi(script)
     began = time.monotonic()
     assert machine(tmp_path).gpus == ()
@@ -370,7 +373,7 @@ def test_clocks_are_those_of_the_looks(write: Write, tmp_path: Path, monkeypatch
         write("proc/cpuinfo", XEON.format(0, 800))
         watch.look()  # too soon
     assert watch.conditions.mhz == (2400.25, 3801.5)
-    monkeypatch.setattr(module, "BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(watch_module, "BETWEEN_LOOKS", 0.0)
     with watch:
         watch.look()
         write("sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq", 3100000)
@@ -399,7 +402,7 @@ def test_threads_of_one_core_report_its_throttling_once(write: Write, tmp_path: 
 
 
 def test_gpus_at_the_looks(smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(watch_module, "BETWEEN_LOOKS", 0.0)
     with Watch(tmp_path) as watch:
         smi("echo '345, 31, 0x0000000000000001'\necho '1980, 60, 0x0000000000000002'")
         watch.look()
@@ -419,7 +422,7 @@ def test_gpus_at_the_looks(smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_older_driver_has_another_name_for_the_reasons(
     smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(watch_module, "BETWEEN_LOOKS", 0.0)
     asked = tmp_path / "asked"
     smi(
         f"echo $1 >> {asked}\ncase $1 in *clocks_event_reasons*) echo 'not a valid field to query.'; exit 2;; esac\n"

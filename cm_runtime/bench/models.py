@@ -1,0 +1,142 @@
+"""The models of a run, made ready once each: exported where they are checkpoints, and drawn by eager torch to compare.
+
+What takes torch happens in workers; the process that conducts a run imports none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm_runtime import backends, files
+from cm_runtime.artifact import Manifest, data_path, parse_manifest, read_manifest
+from cm_runtime.bench.builds import Build
+from cm_runtime.bench.networks import STANDING
+from cm_runtime.bench.process import Process, WorkerError
+from cm_runtime.bench.results import ModelFacts
+from cm_runtime.bench.scenario import Scenario
+from cm_runtime.errors import ArtifactError
+
+REFERENCE_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """A scenario's model as a build runs it. source: what the user named, a checkpoint or ``path`` itself."""
+
+    path: Path
+    source: Path
+    sha256: str
+    manifest: Manifest
+    export_s: float | None = None
+    gflop: float | None = None
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether ``path`` is an exported file, and no checkpoint for torch to run."""
+        return not backends.is_checkpoint(self.path)
+
+    def facts(self) -> ModelFacts:
+        """What a result says of it."""
+        data = data_path(self.path, self.manifest) if self.is_exported else None
+        parity = self.manifest.parity
+        return ModelFacts(
+            path=str(self.source),
+            sha256=self.sha256,
+            source_sha256=self.manifest.source_sha256,
+            image_shape=self.manifest.image_shape,
+            num_classes=self.manifest.num_classes,
+            precision=self.manifest.precision,
+            export_parity=parity.max_abs if parity else None,
+            export_s=self.export_s,
+            bytes=sum(each.stat().st_size for each in (*_files(self.path), *([data] if data else []))),
+            gflop=self.gflop,
+        )
+
+
+@dataclass
+class Models:
+    """What has been made so far in the folder ``work``."""
+
+    work: Path
+    _made: dict[tuple[str, bool, bool], Model] = field(default_factory=dict)
+    _references: dict[tuple[Path, tuple[float, ...]], Any] = field(default_factory=dict)
+
+    def model(self, scenario: Scenario, threads: int, build: Build, is_base: bool = False) -> Model:
+        """The scenario's model, exported by ``build`` where it is a checkpoint that ONNX Runtime is to run."""
+        key = scenario.model, scenario.backend == "torch", is_base
+        if key not in self._made:
+            source = build.model if is_base and build.model else _source(scenario.model, threads)
+            if not source.exists():
+                raise ArtifactError(f"{source}: no such model")
+            self._made[key] = self._ready(source, scenario.backend == "torch", threads, build)
+        return self._made[key]
+
+    def _ready(self, source: Path, is_for_torch: bool, threads: int, build: Build) -> Model:
+        if backends.is_checkpoint(source) and is_for_torch:
+            with Process(threads) as worker:
+                told = worker.ask("manifest", checkpoint=str(source.absolute()))["manifest"]
+            return Model(source, source, _sha256(source), parse_manifest(told, source))
+        path, export_s = source, None
+        if backends.is_checkpoint(source):
+            path = self.work / f"model-{len(self._made)}.onnx"
+            with Process(threads, build.root) as worker:
+                export_s = worker.ask("export", checkpoint=str(source.absolute()), target=str(path))["export_s"]
+        manifest = read_manifest(path)
+        return Model(path, source, files.sha256(path), manifest, export_s, _gflop(path, threads))
+
+    def reference(self, model: Model, spec: dict[str, Any], sigmas: Sequence[float], threads: int) -> Any | str:
+        """The first images as eager torch draws them on the CPU in float32, or why it cannot."""
+        key = model.source, tuple(sigmas)
+        if key not in self._references:
+            path, images = str(model.source.absolute()), self.work / "reference.npy"
+            asked = {**spec, "peer": "torch", "path": path, "batch": REFERENCE_IMAGES, "device": "cpu"}
+            try:
+                with Process(threads) as worker:
+                    worker.ask("load", spec=asked)
+                    worker.ask("first", path=str(images))
+                self._references[key] = np.load(images)
+            except WorkerError as error:
+                self._references[key] = str(error)
+        return self._references[key]
+
+
+def _source(model: str, threads: int) -> Path:
+    """The file or folder that a scenario's ``model`` names."""
+    if model == "default":
+        return backends.DEFAULT_MODEL
+    if model not in STANDING:
+        return Path(model)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm-runtime" / "bench"
+    with Process(threads) as worker:
+        return Path(worker.ask("standing", name=model, folder=str(cache))["path"])
+
+
+def _gflop(path: Path, threads: int) -> float | None:
+    """Of one evaluation of one image; None without the onnx package."""
+    try:
+        with Process(threads) as worker:
+            return float(worker.ask("gflop", path=str(path.absolute()))["gflop"])
+    except WorkerError as error:
+        if error.is_absence:
+            return None
+        raise
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of the names and contents of a folder's files."""
+    if path.is_file():
+        return files.sha256(path)
+    named = [[each.relative_to(path).as_posix(), files.sha256(each)] for each in _files(path)]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
