@@ -29,8 +29,9 @@ REFERENCE_IMAGES = 2
 
 @dataclass(frozen=True)
 class Model:
-    """A scenario's model as a build runs it. source: what the user named, a checkpoint or ``path`` itself."""
+    """A scenario's model as a build runs it. name: as the user gave it; source: that file, a checkpoint or ``path``."""
 
+    name: str
     path: Path
     source: Path
     sha256: str
@@ -48,7 +49,7 @@ class Model:
         data = data_path(self.path, self.manifest) if self.is_exported else None
         parity = self.manifest.parity
         return ModelFacts(
-            path=str(self.source),
+            path=self.name,
             sha256=self.sha256,
             source_sha256=self.manifest.source_sha256,
             image_shape=self.manifest.image_shape,
@@ -76,21 +77,22 @@ class Models:
             source = build.model if is_base and build.model else _source(scenario.model, threads)
             if not source.exists():
                 raise ArtifactError(f"{source}: no such model")
-            self._made[key] = self._ready(source, scenario.backend == "torch", threads, build)
+            name = str(source) if is_base and build.model else scenario.model
+            self._made[key] = self._ready(name, source, scenario.backend == "torch", threads, build)
         return self._made[key]
 
-    def _ready(self, source: Path, is_for_torch: bool, threads: int, build: Build) -> Model:
+    def _ready(self, name: str, source: Path, is_for_torch: bool, threads: int, build: Build) -> Model:
         if backends.is_checkpoint(source) and is_for_torch:
             with Process(threads) as worker:
                 told = worker.ask("manifest", checkpoint=str(source.absolute()))["manifest"]
-            return Model(source, source, _sha256(source), parse_manifest(told, source))
+            return Model(name, source, source, _sha256(source), parse_manifest(told, source))
         path, export_s = source, None
         if backends.is_checkpoint(source):
             path = self.work / f"model-{len(self._made)}.onnx"
             with Process(threads, build.root) as worker:
                 export_s = worker.ask("export", checkpoint=str(source.absolute()), target=str(path))["export_s"]
         manifest = read_manifest(path)
-        return Model(path, source, files.sha256(path), manifest, export_s, _gflop(path, threads))
+        return Model(name, path, source, files.sha256(path), manifest, export_s, _gflop(path, threads))
 
     def reference(self, model: Model, spec: dict[str, Any], sigmas: Sequence[float], threads: int) -> Any | str:
         """The first images as eager torch draws them on the CPU in float32, or why it cannot."""

@@ -98,7 +98,7 @@ class Contender(Frozen):
 class ModelFacts(Frozen):
     """What was run."""
 
-    path: str
+    path: str = Field(description="as it was asked for: a path, default, or the name of a standing network")
     sha256: str
     source_sha256: str = ""
     image_shape: tuple[int, int, int]
