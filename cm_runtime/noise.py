@@ -25,7 +25,8 @@ _LIMIT = 1 << 64
 _MASK = np.uint64(0xFFFFFFFF)
 # Philox4x32-10's constants.
 MULTIPLIERS, WEYL, ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 10
-_M0, _M1 = map(np.uint64, MULTIPLIERS)
+_MULTIPLIERS = np.array(MULTIPLIERS, np.uint64)[:, None]
+_WEYLS = np.arange(ROUNDS, dtype=np.uint64)[:, None] * np.array(WEYL, np.uint64)  # (rounds, 2)
 _32 = np.uint64(32)
 # Blocks turned into normals at a time: what they need stays in a core's second-level cache.
 _CHUNK = 1 << 13
@@ -36,14 +37,16 @@ def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
     seed: 0..2^64-1, the key. The words are 64 bits wide because the rounds multiply 32 x 32 -> 64.
     """
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
-    c0, c1, c2, c3 = counter
-    for _ in range(ROUNDS):
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c2 = (p1 >> _32) ^ c1 ^ np.uint64(k0), (p0 >> _32) ^ c3 ^ np.uint64(k1)
-        c1, c3 = p1 & _MASK, p0 & _MASK
-        k0, k1 = (k0 + WEYL[0]) & 0xFFFFFFFF, (k1 + WEYL[1]) & 0xFFFFFFFF
-    return np.stack((c0, c1, c2, c3))
+    keys = (np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint64) + _WEYLS) & _MASK
+    even, odd = counter[0::2], counter[1::2]  # words 0 and 2, 1 and 3: few calls count where n is small
+    for key in keys[:, :, None]:
+        product = even * _MULTIPLIERS
+        even = product[::-1] >> _32
+        even ^= odd
+        even ^= key
+        product &= _MASK
+        odd = product[::-1]
+    return np.stack((even[0], odd[0], even[1], odd[1]))
 
 
 def words(seed: int, samples: ArrayLike, draw: int, blocks: int) -> NDArray[np.uint64]:
@@ -51,9 +54,12 @@ def words(seed: int, samples: ArrayLike, draw: int, blocks: int) -> NDArray[np.u
 
     samples: (n,) integers 0..2^64-1; draw: 0..2^32-1. Raises RequestError when a number is out of range.
     """
-    index = sample_index(samples)
-    seed, draw = _checked(seed, _LIMIT, "seed"), _checked(draw, 1 << 32, "draw")
-    n = index.size
+    return _words(seed, sample_index(samples), _checked(draw, 1 << 32, "draw"), blocks)
+
+
+def _words(seed: int, index: NDArray[np.uint64], draw: int | NDArray[np.uint64], blocks: int) -> NDArray[np.uint64]:
+    """`words` of checked samples; ``draw`` may be (n, 1), one for each of them."""
+    seed, n = _checked(seed, _LIMIT, "seed"), index.size
     counter = np.empty((4, n, blocks), np.uint64)
     counter[0] = np.arange(blocks, dtype=np.uint64)
     counter[1] = draw
@@ -68,14 +74,27 @@ def normal(seed: int, samples: ArrayLike, draw: int, shape: Sequence[int]) -> ND
     seed, samples: 0..2^64-1; draw 0 is the first noise, k the k-th renoise. Raises RequestError when a number
     is out of range.
     """
+    return _normal(seed, sample_index(samples), _checked(draw, 1 << 32, "draw"), shape)
+
+
+def normals(seed: int, samples: ArrayLike, draws: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """`normal` of draws 0 to ``draws`` - 1, in one go: (draws, len(samples), *shape) float32."""
     index = sample_index(samples)
+    each = np.repeat(np.arange(draws, dtype=np.uint64), index.size)[:, None]
+    return _normal(seed, np.tile(index, draws), each, shape).reshape(draws, index.size, *shape)
+
+
+def _normal(
+    seed: int, index: NDArray[np.uint64], draw: int | NDArray[np.uint64], shape: Sequence[int]
+) -> NDArray[np.float32]:
     size = math.prod(shape)
     blocks = -(-size // 4)
     z = np.empty((index.size, blocks * 4), np.float32)
     per_chunk = max(_CHUNK // max(blocks, 1), 1)
     for first in range(0, index.size if blocks else 0, per_chunk):
         chunk = slice(first, first + per_chunk)
-        z[chunk] = _box_muller(words(seed, index[chunk], draw, blocks)).reshape(-1, blocks * 4)
+        part = draw if isinstance(draw, int) else draw[chunk]
+        z[chunk] = _box_muller(_words(seed, index[chunk], part, blocks)).reshape(-1, blocks * 4)
     return np.ascontiguousarray(z[:, :size]).reshape(index.size, *shape)
 
 

@@ -6,6 +6,7 @@ micro-batches may be of any size and come in any order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -23,6 +24,7 @@ from cm_runtime.steps import Array, HostSteps, to_nhwc, to_uint8
 Labels = int | Sequence[int] | Literal["all", "random"] | None
 Output = Literal["uint8", "float32"]
 MICRO_BATCH_LIMIT = 1 << 16
+AT_ONCE = 1 << 15  # normals that are drawn in one go
 
 
 class Denoiser(Protocol):
@@ -185,27 +187,28 @@ def batches(model: Denoiser, chosen: Request, noise: Array | None = None) -> Ite
 
     noise: (K,count,C,H,W) standard normals in place of those of the request's seed.
     """
-    for index, labels, source in _parts(model.manifest, chosen, noise):
+    for index, labels, source in _parts(model.manifest, chosen, len(chosen.sigmas), noise):
         x0 = run(model, HostSteps(source, model.manifest.sigma_min, chosen.clip), chosen.sigmas, labels)
         yield Batch(index, labels, to_uint8(x0) if chosen.output == "uint8" else to_nhwc(x0))
 
 
 def teacher_batches(model: Denoiser, chosen: Request) -> Iterator[Batch]:
     """The images of a `teacher_request`, from the same first noise and with the same labels, by `heun`."""
-    for index, labels, source in _parts(model.manifest, chosen, None):
+    for index, labels, source in _parts(model.manifest, chosen, 1, None):
         ops = HostSteps(source, model.manifest.sigma_min)
         x0 = heun(model, ops.first(chosen.sigmas[0]), labels, len(chosen.sigmas))
         yield Batch(index, labels, to_uint8(ops.finish(x0)))
 
 
 def _parts(
-    manifest: Manifest, chosen: Request, noise: Array | None
+    manifest: Manifest, chosen: Request, draws: int, noise: Array | None
 ) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64] | None, Callable[[int], Array]]]:
     """Index, labels and noise of each micro-batch."""
     for first in range(0, chosen.count, chosen.micro_batch):
         size = min(chosen.micro_batch, chosen.count - first)
         index = np.arange(size, dtype=np.uint64) + np.uint64(chosen.start + first)
-        source = _seeded(chosen.seed, index, manifest.image_shape) if noise is None else _given(noise, first, size)
+        shape = manifest.image_shape
+        source = _seeded(chosen.seed, index, draws, shape) if noise is None else _given(noise, first, size)
         yield index, labels_of(chosen, index, manifest.num_classes), source
 
 
@@ -277,7 +280,10 @@ def heun(denoiser: Denoiser, x: Array, label: NDArray[np.int64] | None, steps: i
     return x
 
 
-def _seeded(seed: int, index: NDArray[np.uint64], shape: tuple[int, int, int]) -> Callable[[int], Array]:
+def _seeded(seed: int, index: NDArray[np.uint64], draws: int, shape: tuple[int, int, int]) -> Callable[[int], Array]:
+    """Draw by draw where they are large, or else, where calls cost more than numbers, all of them at once."""
+    if draws * index.size * math.prod(shape) <= AT_ONCE:
+        return list(addressable.normals(seed, index, draws, shape)).__getitem__
     return lambda k: addressable.normal(seed, index, k, shape)
 
 

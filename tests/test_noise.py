@@ -65,6 +65,15 @@ def test_words_stay_below_32_bits_and_use_them_all():
         assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(found.size)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 3, 7), (255,), (3, 64, 64)])
+@pytest.mark.parametrize("draws", [1, 2, 7])
+def test_all_draws_at_once_are_the_draws_one_by_one(draws, shape):
+    samples = np.array([0, 17, LAST], np.uint64)
+    found = noise.normals(LAST - 3, samples, draws, shape)
+    assert found.shape == (draws, 3, *shape)
+    assert (found == np.stack([noise.normal(LAST - 3, samples, k, shape) for k in range(draws)])).all()
+
+
 def box_muller(words: tuple[int, ...]) -> list[float]:
     """The design's formula, a scalar at a time."""
     z = []

@@ -148,6 +148,14 @@ def test_seeded_sampling_is_the_callers_noise_drawn_by_address(gaussian):
     np.testing.assert_array_equal(seeded, sample(gaussian, noise=z, output="float32"))
 
 
+def test_draws_at_once_and_one_by_one_give_the_same_images(gaussian, monkeypatch):
+    found = []
+    for most in (0, 1 << 40):
+        monkeypatch.setattr("cm_runtime.sampling.AT_ONCE", most)
+        found.append(sample(gaussian, count=7, sigmas=[80.0, 9.0, 1.0], seed=3, output="float32"))
+    assert (found[0] == found[1]).all()
+
+
 def test_the_loop_asks_for_each_sigma_once_in_order(gaussian):
     sample(gaussian, 3, sigmas=(80, 5, 1, 0.1))
     assert gaussian.sigmas == [80, 5, 1, 0.1]
