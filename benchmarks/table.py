@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
@@ -25,6 +26,7 @@ from cm_runtime.bench.report.markdown import escaped
 from cm_runtime.bench.report.numbers import DASH, bounds, digits, interval, share, times
 from cm_runtime.bench.report.setups import rivals, setup_name, subject
 from cm_runtime.bench.results import Contender, Result, ScenarioResult
+from cm_runtime.bench.scenario import Kind
 from cm_runtime.errors import CmRuntimeError, DataError
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -49,6 +51,9 @@ def replaced(text: str, table: str, where: Path) -> str:
 
 def _table(members: Sequence[Result]) -> str:
     pairs = [(result, scenario) for result in members for scenario in result.scenarios if subject(scenario)]
+    models = [setup_name(*pair) for pair in pairs]
+    kinds = get_args(Kind)
+    pairs.sort(key=lambda at: (models.index(setup_name(*at)), kinds.index(at[1].kind), at[1].steps, at[1].batch))
     peers = list(dict.fromkeys(side.name for _, each in pairs for side in rivals(each) if side.time_ratio))
     columns = ["model", "steps", "batch", "p50, ms", "images/s", *(f"{name} takes" for name in peers)]
     columns.append("GFLOP/s (of the peak)")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -35,6 +37,13 @@ def test_committed_results_stay_readable(path: Path) -> None:
     found = results.read(path)
     assert found.complete and all(each.status == "measured" for each in found.scenarios)
     jsonschema.validate(json.loads(path.read_text()), json.loads(results.schema()))
+
+
+def test_the_readmes_table_is_that_of_the_committed_results() -> None:
+    assert COMMITTED
+    call = [sys.executable, str(ROOT / "benchmarks" / "table.py"), *map(str, COMMITTED)]
+    done = subprocess.run([*call, "--readme", str(ROOT / "README.md"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
