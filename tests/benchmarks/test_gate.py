@@ -64,4 +64,4 @@ def test_a_large_slow_down_is_called_one(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.slow
 def test_the_independent_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert independent.main(["--batch", "3", "--rounds", "2", "--seconds", "1"]) in (0, 1)
-    assert "batch 3: bench run" in capsys.readouterr().out
+    assert "batch 3, network: bench run" in capsys.readouterr().out
