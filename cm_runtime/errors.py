@@ -11,6 +11,7 @@
     ├── OutputError         a path that cannot be written, or that must not be replaced
     ├── EngineError         ONNX Runtime, torch or another engine refused or failed
     ├── ParityError         an export that does not compute what its checkpoint computes
+    ├── UnmeasuredError     a benchmark some of whose scenarios failed; the result is written and says which
     ├── TrainingError       a run that cannot go on: loss not finite, state of another run
     └── Interrupted         a run that was asked to stop and has saved its state
 
@@ -72,6 +73,10 @@ class EngineError(CmRuntimeError):
 
 class ParityError(CmRuntimeError):
     """An export differs from its checkpoint by more than its precision allows; nothing was written."""
+
+
+class UnmeasuredError(CmRuntimeError):
+    """Some scenarios of a benchmark could not be measured."""
 
 
 class TrainingError(CmRuntimeError):

@@ -95,7 +95,7 @@ class Models:
         return Model(name, path, source, files.sha256(path), manifest, export_s, _gflop(path, threads))
 
     def reference(self, model: Model, spec: dict[str, Any], sigmas: Sequence[float], threads: int) -> Any | str:
-        """The first images as eager torch draws them on the CPU in float32, or why it cannot."""
+        """The first images as eager torch draws them on the CPU in float32, or why there is no such reference."""
         key = model.source, tuple(sigmas)
         if key not in self._references:
             path, images = str(model.source.absolute()), self.work / "reference.npy"
@@ -106,6 +106,8 @@ class Models:
                     worker.ask("first", path=str(images))
                 self._references[key] = np.load(images)
             except WorkerError as error:
+                if not error.is_absence:  # torch is there and fails: nothing is proved by going on
+                    raise
                 self._references[key] = str(error)
         return self._references[key]
 

@@ -12,15 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cm_runtime.errors import CmRuntimeError
+from cm_runtime.errors import EngineError
 
 WORKER = Path(__file__).with_name("worker.py")
 HERE = Path(__file__).resolve().parents[2]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
-class WorkerError(CmRuntimeError):
-    """What a worker was asked for failed. ``is_absence``: for lack of a package, or a network that a tool has not."""
+class WorkerError(EngineError):
+    """What a worker was asked for failed. ``is_absence``: for lack of a package, or of a model that it can run."""
 
     def __init__(self, text: str, is_absence: bool = False) -> None:
         super().__init__(text)

@@ -13,27 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-
-
-class Drawer(Protocol):
-    """A contender that is loaded."""
-
-    facts: dict[str, Any]
-
-    def prepare(self, first: int) -> Callable[[], Any]:
-        """What is timed for the request whose images begin at index ``first``."""
-        ...
-
-    def images(self) -> Any:
-        """The first request's images, (N,H,W,C) float32 in [-1, 1]."""
-        ...
-
-    def network_ns(self) -> int | None:
-        """Nanoseconds in network evaluations since last asked; None where that cannot be told."""
-        ...
 
 
 class Model:
@@ -44,7 +26,6 @@ class Model:
 
         self._cm, self._spec = cm, spec
         self._model = cm.load(spec["path"], backend=spec["backend"], device=spec["device"], threads=spec["threads"])
-        manifest = self._model.manifest
         self._inside: int | None = None
         if hasattr(self._model, "evaluate"):
             self._inside, evaluate = 0, self._model.evaluate
@@ -63,14 +44,10 @@ class Model:
             "engine": getattr(self._model, "version", self._model.name),
             "micro_batch": -(-spec["batch"] // -(-spec["batch"] // self._model.micro_batch)),
             "on_torch_stream": self._model.name == "torch",
-            "image_shape": manifest.image_shape,
-            "num_classes": manifest.num_classes,
-            "precision": manifest.precision,
-            "source_sha256": manifest.source_sha256,
-            "export_parity": manifest.parity.max_abs if manifest.parity else None,
         }
 
     def prepare(self, first: int, count: int | None = None) -> Callable[[], Any]:
+        """What is timed for the request whose images begin at index ``first``; ``count``: a batch, unless told."""
         spec = self._spec
         return lambda: self._cm.sample(
             self._model,
@@ -81,12 +58,14 @@ class Model:
         )
 
     def images(self) -> Any:
+        """The first request's images, (N,H,W,C) float32 in [-1, 1]."""
         spec = self._spec
         return self._cm.sample(
             self._model, count=spec["batch"], sigmas=spec["sigmas"], seed=spec["seed"], output="float32"
         )
 
     def network_ns(self) -> int | None:
+        """Nanoseconds in network evaluations since last asked; None where that cannot be told."""
         found = self._inside
         if found is not None:
             self._inside = 0
@@ -260,7 +239,7 @@ def main() -> None:
             answer = {
                 "error": text if known else f"{type(error).__name__}: {text}",
                 "missing": type(error).__name__ == "MissingExtraError",
-                "refused": type(error).__name__ == "RequestError",
+                "refused": type(error).__name__ in ("RequestError", "ArtifactError"),
             }
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

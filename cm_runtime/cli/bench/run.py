@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cm_runtime.cli import values
-from cm_runtime.errors import CmRuntimeError, RequestError
+from cm_runtime.errors import RequestError, UnmeasuredError
 
 if TYPE_CHECKING:
     from cm_runtime.bench.results import Result
     from cm_runtime.bench.scenario import Scenario
-
-
-class UnmeasuredError(CmRuntimeError):
-    """Some scenarios could not be measured; the result says which."""
 
 
 def run(
