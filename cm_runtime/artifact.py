@@ -42,6 +42,9 @@ _PIECE = 1 << 20
 _DATA_FILE = re.compile(r"[\w .+-]+-[0-9a-f]{12}\.data")  # only such files are ever overwritten or removed
 
 Size = Annotated[int, Field(gt=0, le=4096)]
+GraphKind = Literal["denoiser", "sampler", "network"]
+Precision = Literal["fp32", "fp16", "bf16"]
+OUTPUTS: dict[GraphKind, str] = {"denoiser": "denoised", "sampler": "images", "network": "F"}
 
 
 class _Frozen(BaseModel):
@@ -60,19 +63,23 @@ class TrainingSummary(_Frozen):
 
 
 class Parity(_Frozen):
-    """How far an export was from its float32 torch model when it was made, and on what that was measured."""
+    """How far an export was from its float32 torch model when it was made, and on what that was measured.
+
+    Of a sampler graph it is the images that are compared, and ``sigmas`` are its own.
+    """
 
     engine: str
     max_abs: float = Field(ge=0, description="largest difference of denoised pixels in [-1, 1] units")
     sigmas: tuple[float, ...]
     batches: tuple[int, ...]
+    psnr: tuple[float, ...] = Field((), description="dB on [-1, 1] data, at each of the sigmas; at most 200")
 
 
 class Manifest(_Frozen):
     """What an exported file is; unknown keys are refused."""
 
     format_version: Literal[1] = 1
-    graph: Literal["denoiser"]
+    graph: GraphKind
     image_shape: tuple[Size, Size, Size] = Field(description="(C, H, W)")
     num_classes: int = Field(ge=0, le=1_000_000)
     precond: Form
@@ -81,8 +88,10 @@ class Manifest(_Frozen):
     sigma_data: float = Field(0.5, gt=0)
     sigma_boundary: float = Field(ge=0)
     rho: float = Field(RHO, ge=0.1, le=100)
-    sigmas: dict[int, tuple[float, ...]] = Field(default_factory=dict, description="tuned levels per step count")
-    precision: Literal["fp32"] = "fp32"
+    sigmas: dict[int, tuple[float, ...]] = Field(
+        default_factory=dict, description="tuned levels per step count; of a sampler graph, its own"
+    )
+    precision: Precision = "fp32"
     parity: Parity | None = None
     source_sha256: str = Field("", description="of the checkpoint")
     training: TrainingSummary | None = None
@@ -106,7 +115,15 @@ class Manifest(_Frozen):
             if len(levels) != steps:
                 raise ValueError(f"sigmas for {steps} steps are {len(levels)}")
             checked_sigmas(levels, self.sigma_min, self.sigma_max)
+        if self.graph == "sampler" and len(self.sigmas) != 1:
+            raise ValueError("a sampler graph has the noise levels of one number of steps")
         return self
+
+    @property
+    def steps(self) -> int:
+        """How many evaluations a sampler graph unrolls."""
+        (steps,) = self.sigmas
+        return steps
 
     @property
     def is_teacher(self) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,22 @@ class Denoiser(Protocol):
 
     def denoise(self, x: Array, sigma: float | Array, label: NDArray[np.int64] | None = None) -> Array:
         """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped, the caller's."""
+        ...
+
+
+class Drawer(Protocol):
+    """A sampler graph on some engine: the loop itself is in it, with its noise levels."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def micro_batch(self) -> int:
+        """How many images the engine should see at once."""
+        ...
+
+    def draw(self, noise: Array, label: NDArray[np.int64] | None = None) -> NDArray[np.uint8]:
+        """noise (K,N,C,H,W) float32 standard normals, label (N,) -> (N,H,W,C) uint8."""
         ...
 
 
@@ -103,7 +119,11 @@ def request(
     """
     if manifest.is_teacher:
         raise RequestError("this model is an EDM teacher, which a few steps cannot sample; make it consistent first")
-    if sigmas is not None:
+    if manifest.graph == "network":
+        raise RequestError("this file is a network graph, the part of a sampler on a GPU; export a denoiser or sampler")
+    if manifest.graph == "sampler":
+        levels = _own_levels(manifest, steps, sigmas, output, clip)
+    elif sigmas is not None:
         if steps is not None:
             raise RequestError("give steps or sigmas, not both")
         levels = checked_sigmas(sigmas, manifest.sigma_min, manifest.sigma_max)
@@ -111,6 +131,22 @@ def request(
         chosen = 2 if steps is None else steps
         levels = sampler_sigmas(chosen, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
     return _request(manifest, count, levels, seed, start, labels, micro_batch, output, clip)
+
+
+def _own_levels(
+    manifest: Manifest, steps: int | None, sigmas: Sequence[float] | None, output: Output, clip: bool
+) -> tuple[float, ...]:
+    """The levels of a sampler graph, where nothing else is asked of it. Raises RequestError."""
+    (levels,) = manifest.sigmas.values()
+    if steps not in (None, len(levels)) or (sigmas is not None and tuple(sigmas) != levels):
+        asked = f"{steps} steps" if sigmas is None else f"the levels {', '.join(f'{s:g}' for s in sigmas)}"
+        raise RequestError(
+            f"this sampler file draws in {len(levels)} steps, at {', '.join(f'{s:g}' for s in levels)}, not {asked};"
+            " a denoiser file draws in any"
+        )
+    if output != "uint8" or not clip:
+        raise RequestError("a sampler file makes uint8 images, clamped at each step; a denoiser file makes others too")
+    return levels
 
 
 def teacher_request(
@@ -182,14 +218,25 @@ def labels_of(chosen: Request, index: NDArray[np.uint64], num_classes: int) -> N
     return picked
 
 
-def batches(model: Denoiser, chosen: Request, noise: Array | None = None) -> Iterator[Batch]:
+def batches(model: Denoiser | Drawer, chosen: Request, noise: Array | None = None) -> Iterator[Batch]:
     """The request's images, one micro-batch at a time, in order of index. Memory does not grow with the count.
 
     noise: (K,count,C,H,W) standard normals in place of those of the request's seed.
     """
     for index, labels, source in _parts(model.manifest, chosen, len(chosen.sigmas), noise):
-        x0 = run(model, HostSteps(source, model.manifest.sigma_min, chosen.clip), chosen.sigmas, labels)
-        yield Batch(index, labels, to_uint8(x0) if chosen.output == "uint8" else to_nhwc(x0))
+        yield Batch(index, labels, _images(model, chosen, source, labels))
+
+
+def _images(
+    model: Denoiser | Drawer, chosen: Request, source: Callable[[int], Array], label: NDArray[np.int64] | None
+) -> NDArray[Any]:
+    """A micro-batch, (n,H,W,C), by the loop, or by the graph that holds it."""
+    if model.manifest.graph == "sampler":
+        z = np.stack([source(k) for k in range(len(chosen.sigmas))])
+        return cast("Drawer", model).draw(z, label)
+    ops = HostSteps(source, model.manifest.sigma_min, chosen.clip)
+    x0 = run(cast("Denoiser", model), ops, chosen.sigmas, label)
+    return to_uint8(x0) if chosen.output == "uint8" else to_nhwc(x0)
 
 
 def teacher_batches(model: Denoiser, chosen: Request) -> Iterator[Batch]:
@@ -213,7 +260,7 @@ def _parts(
 
 
 def sample(
-    model: Denoiser,
+    model: Denoiser | Drawer,
     count: int | None = None,
     steps: int | None = None,
     *,

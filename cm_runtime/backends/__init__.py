@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cm_runtime.artifact import read_manifest
-from cm_runtime.backends.base import checked_threads
+from cm_runtime.backends.base import Backend, checked_threads
 from cm_runtime.backends.ort import OrtBackend, has_cuda
 from cm_runtime.errors import ArtifactError, RequestError
 from cm_runtime.extras import require
 
 if TYPE_CHECKING:
     from cm_runtime.backends.torch import TorchBackend
-
-    Backend = OrtBackend | TorchBackend
 
 BackendName = Literal["auto", "ort", "torch"]
 DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "fashion-mnist.onnx"

@@ -1,15 +1,73 @@
-"""What every engine shares: checked inputs, and how many images it should see at once."""
+"""What every engine shares: checked inputs and outputs, and how many images it should see at once."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cm_runtime.artifact import Manifest
-from cm_runtime.errors import RequestError
+from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.steps import Array
 
 MAX_THREADS = 1024
+
+
+class Backend(ABC):
+    """A model on an engine: `sampling.Denoiser` for a graph of f, `sampling.Drawer` for a sampler graph.
+
+    name: as --backend has it; device: cpu or cuda:N; version: the engine's package and version.
+    """
+
+    name: str
+    manifest: Manifest
+    device: str
+    version: str
+
+    @abstractmethod
+    def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """One run of the graph on checked inputs, by their names; what is measured as the network.
+
+        Raises EngineError.
+        """
+
+    @property
+    def micro_batch(self) -> int:
+        """Images at once, by their size."""
+        return images_at_once(self.manifest, self.device)
+
+    def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
+        """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped, the caller's."""
+        if self.manifest.graph != "denoiser":
+            raise RequestError(
+                f"this file is a {self.manifest.graph} graph; denoise needs one of cm-runtime export --graph denoiser"
+            )
+        images, levels, labels = checked_inputs(self.manifest, x, sigma, label)
+        feed: dict[str, NDArray[Any]] = {"x": images, "sigma": levels}
+        if labels is not None:
+            feed["label"] = labels
+        return self._checked(self.evaluate(feed), images.dtype, images.shape)
+
+    def draw(self, noise: ArrayLike, label: ArrayLike | None = None) -> NDArray[np.uint8]:
+        """A sampler graph's images: noise (K,N,C,H,W) float32 standard normals, label (N,) -> (N,H,W,C) uint8."""
+        if self.manifest.graph != "sampler":
+            raise RequestError(f"this file is a {self.manifest.graph} graph, which draws no images by itself")
+        z, labels = checked_noise(self.manifest, noise, label)
+        feed: dict[str, NDArray[Any]] = {"noise": z}
+        if labels is not None:
+            feed["label"] = labels
+        _, n, c, h, w = z.shape
+        return self._checked(self.evaluate(feed), np.dtype(np.uint8), (n, h, w, c))
+
+    def _checked(self, made: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """What an engine made, if it is what the manifest says. Raises EngineError."""
+        found = getattr(made, "dtype", type(made)), getattr(made, "shape", ())
+        if found != (dtype, shape):
+            raise EngineError(f"the graph made {found[0]} {found[1]}, not the {dtype} {shape} that its manifest says")
+        return made  # type: ignore[no-any-return]
 
 
 def checked_inputs(
@@ -31,11 +89,28 @@ def checked_inputs(
         raise RequestError(f"sigma must be a scalar or ({n},), not {levels.shape}")
     if not (np.isfinite(levels).all() and (levels > 0).all()):
         raise RequestError("sigma must be finite and above 0")
-    levels = np.array(np.broadcast_to(levels, (n,)))
+    return images, np.array(np.broadcast_to(levels, (n,))), _labels(manifest, label, n)
+
+
+def checked_noise(
+    manifest: Manifest, noise: ArrayLike, label: ArrayLike | None
+) -> tuple[Array, NDArray[np.int64] | None]:
+    """noise (K,N,C,H,W) float32 and label (N,) int64 as sampler graphs take them. Raises RequestError."""
+    shape = f"({manifest.steps}, N, {', '.join(map(str, manifest.image_shape))})"
+    z = np.ascontiguousarray(_numbers(noise, f"noise must be {shape} numbers"))
+    if z.ndim != 5 or (len(z), *z.shape[2:]) != (manifest.steps, *manifest.image_shape) or z.shape[1] == 0:
+        raise RequestError(f"noise must be {shape}, not {z.shape}")
+    if not np.isfinite(z).all():
+        raise RequestError("noise must be finite")
+    return z, _labels(manifest, label, z.shape[1])
+
+
+def _labels(manifest: Manifest, label: ArrayLike | None, n: int) -> NDArray[np.int64] | None:
+    """One label an image, or None for a model without classes. Raises RequestError."""
     if not manifest.num_classes:
         if label is not None:
             raise RequestError("this model has no classes; leave the label out")
-        return images, levels, None
+        return None
     if label is None:
         raise RequestError(f"this model has {manifest.num_classes} classes; give a label per image")
     try:
@@ -46,7 +121,7 @@ def checked_inputs(
         raise RequestError(f"label must be an integer or ({n},) integers, not {labels.dtype} {labels.shape}")
     if labels.min() < 0 or labels.max() >= manifest.num_classes:
         raise RequestError(f"labels must be from 0 to {manifest.num_classes - 1}")
-    return images, levels, np.array(np.broadcast_to(labels, (n,)), np.int64)
+    return np.array(np.broadcast_to(labels, (n,)), np.int64)
 
 
 def checked_threads(threads: int) -> int:

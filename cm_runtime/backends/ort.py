@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from cm_runtime.artifact import Manifest, data_path, read_manifest
-from cm_runtime.backends.base import checked_inputs, checked_threads, images_at_once
+from cm_runtime.artifact import OUTPUTS, Manifest, data_path, read_manifest
+from cm_runtime.backends.base import Backend, checked_threads
 from cm_runtime.errors import ArtifactError, EngineError
 from cm_runtime.extras import require
-from cm_runtime.steps import Array
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -24,8 +23,8 @@ def has_cuda() -> bool:
     return "CUDAExecutionProvider" in available and NVIDIA_DRIVER.exists()
 
 
-class OrtBackend:
-    """An exported ``.onnx`` behind the Denoiser protocol.
+class OrtBackend(Backend):
+    """An exported ``.onnx`` on ONNX Runtime.
 
     model: a path, or the file's bytes with their ``manifest``; device: cpu or cuda:N; threads: 0 leaves it to ONNX
     Runtime (one per core). Raises ArtifactError for a file that is not ours or damaged, or whose data file is missing
@@ -57,28 +56,13 @@ class OrtBackend:
                 ) from error
             raise
 
-    @property
-    def micro_batch(self) -> int:
-        """Images at once, by their size."""
-        return images_at_once(self.manifest, self.device)
-
-    def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
-        """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped."""
-        return self.evaluate(*checked_inputs(self.manifest, x, sigma, label))
-
-    def evaluate(self, images: Array, levels: Array, labels: NDArray[np.int64] | None) -> Array:
-        """One evaluation of the network, of inputs that `checked_inputs` made; what is measured as the network."""
-        feed: dict[str, Any] = {"x": images, "sigma": levels}
-        if labels is not None:
-            feed["label"] = labels
+    def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """One run of the graph on checked inputs; see `Backend`."""
         try:
-            (denoised,) = self._session.run(["denoised"], feed)
+            (made,) = self._session.run([OUTPUTS[self.manifest.graph]], dict(feed))
         except Exception as error:
             raise EngineError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
-        found = getattr(denoised, "dtype", type(denoised)), getattr(denoised, "shape", ())
-        if found != (images.dtype, images.shape):
-            raise EngineError(f"the graph made {found[0]} {found[1]} of {images.shape}, which its manifest denies")
-        return denoised  # type: ignore[no-any-return]
+        return made  # type: ignore[no-any-return]
 
 
 def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str, threads: int) -> Any:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cm_runtime.artifact import Manifest
-from cm_runtime.backends.base import checked_inputs, images_at_once
+from cm_runtime.backends.base import Backend
 from cm_runtime.errors import EngineError
 from cm_runtime.model import ConsistencyModel
-from cm_runtime.steps import Array
 
 
-class TorchBackend:
-    """A torch module behind the Denoiser protocol; the module is put in evaluation mode while it is asked."""
+class TorchBackend(Backend):
+    """A torch module as a backend; the module is put in evaluation mode while it is asked."""
 
     name = "torch"
 
@@ -22,32 +24,23 @@ class TorchBackend:
         self._model = model.to(chosen_device(device))
         self.manifest = manifest
         self.device = device
+        self.version = f"torch {torch.__version__}"
 
-    @property
-    def micro_batch(self) -> int:
-        """Images at once, by their size."""
-        return images_at_once(self.manifest, self.device)
-
-    def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
-        """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped."""
-        return self.evaluate(*checked_inputs(self.manifest, x, sigma, label))
-
-    def evaluate(self, images: Array, levels: Array, labels: NDArray[np.int64] | None) -> Array:
-        """One evaluation of the network, of inputs that `checked_inputs` made; what is measured as the network."""
+    def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """One evaluation of the module on checked inputs; see `Backend`."""
         training = self._model.training
         self._model.eval()
         try:
             with torch.inference_mode():
-                x0 = self._model(
-                    torch.from_numpy(images if images.flags.writeable else images.copy()).to(self.device),
-                    torch.from_numpy(levels).to(self.device),
-                    None if labels is None else torch.from_numpy(labels).to(self.device),
-                )
+                x0 = self._model(*(self._tensor(each) for each in feed.values()))
                 return np.asarray(x0.cpu().numpy(), np.float32)
         except RuntimeError as error:
             raise EngineError(f"torch: {str(error).splitlines()[0]}") from error
         finally:
             self._model.train(training)
+
+    def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
 
 
 def chosen_device(name: str) -> torch.device:
