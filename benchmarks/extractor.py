@@ -31,7 +31,8 @@ from cm_runtime.evaluate.preparation import METADATA_KEY, Preparation
 from cm_runtime.evaluate.sources import array_batches
 from cm_runtime.evaluate.statistics import write_statistics
 from cm_runtime.export import weights
-from cm_runtime.export.denoiser import quiet, store_halves, strip
+from cm_runtime.export.by_torch import detach, quiet, strip
+from cm_runtime.export.onnx_file import store_halves
 from cm_runtime.files import check_writable, written
 
 SEED = 1
@@ -74,7 +75,7 @@ def export(classifier: Classifier, path: Path) -> None:
             verbose=False,
         )
     assert program is not None  # the exporter's type allows it for another mode
-    network = weights.detach(program.model)
+    network = detach(program.model)
     graph = network.graph
     for value in (*graph.graph.input, *graph.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"

@@ -1,13 +1,11 @@
 """``.onnx`` -> checkpoint: the torch model that an exported file of ours was made from, where it says its network.
 
-Most weights keep their names in the graph. The exporter renames the scales and shifts of normalisations; a graph lists
-its nodes as they run, so the network's own order of normalisations tells which is which.
+Weights keep their names in a graph, as they are in a checkpoint.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +21,30 @@ from cm_runtime.artifact import Manifest, TrainingSummary, data_path, read_manif
 from cm_runtime.checkpoint import Checkpoint, check_tensors, shapes_of
 from cm_runtime.errors import ArtifactError, CheckpointError
 from cm_runtime.model import ModelConfig, build
-from cm_runtime.unet import GroupNorm, UNetConfig
+from cm_runtime.unet import UNetConfig
 
 EMA = "exported"  # the rate is not in the file
-PREFIX = "model."  # of a state dict's names in the graph
-NORMALISED = ["Reshape", "Mul", "Add"]  # what follows each InstanceNormalization, as GroupNorm is exported
 
 
 def recovered(path: str | os.PathLike[str], network: UNetConfig | None = None) -> Checkpoint:
     """The checkpoint in the exported file ``path``: its one set of weights as they are stored, in float16 or float32.
 
     network: by default that of the training run which the manifest records. Raises ArtifactError where it records
-    none, and where the file is damaged or its graph is not that of this network, every tensor found and of its shape.
+    none, and where the file is damaged, a sampler, whose embedding is folded, or in half precision, which rounded the
+    weights, or its graph is not that of this network, every tensor found and of its shape.
     """
     where = Path(path)
     manifest = read_manifest(where)
+    if manifest.graph != "denoiser" or manifest.precision != "fp32":
+        raise ArtifactError(
+            f"{where} is a {manifest.graph} graph in {manifest.precision}, without all of its checkpoint; use that"
+        )
     config = _config(where, manifest, network)
     graph = _graph(where)
     model = build(config, "meta")
     shapes = shapes_of(model)
-    norms = [name for name, module in model.named_modules() if isinstance(module, GroupNorm)]
-    affine = list(_affine(where, graph))
-    if len(affine) != len(norms):
-        raise ArtifactError(f"{where}: its graph has {len(affine)} normalisations, and its network {len(norms)}")
-    renamed = {
-        f"{name}.{kind}": place
-        for name, places in zip(norms, affine, strict=True)
-        for kind, place in zip(("weight", "bias"), places, strict=True)
-    }
     stored, data = _stored(graph), data_path(where, manifest)
-    weights = {}
-    for name in shapes:
-        if (place := renamed.get(name, PREFIX + name)) in stored:
-            tensor = _tensor(where, data, stored[place])
-            weights[name] = _vector(tensor) if name in renamed else tensor
+    weights = {name: _tensor(where, data, stored[name]) for name in shapes if name in stored}
     try:
         check_tensors(shapes, weights, "its weights are not those of its network")
     except CheckpointError as error:
@@ -100,26 +88,6 @@ def _graph(where: Path) -> onnx.GraphProto:
         raise ArtifactError(f"{where} is damaged: {str(error).splitlines()[0]}") from error
 
 
-def _affine(where: Path, graph: onnx.GraphProto) -> Iterator[tuple[str, str]]:
-    """The names of each normalisation's scale and shift, in the order in which they run. Raises ArtifactError."""
-    user = {name: node for node in graph.node for name in node.input}
-    for node in graph.node:
-        if node.op_type != "InstanceNormalization":
-            continue
-        chain = [node]
-        while len(chain) <= len(NORMALISED) and chain[-1].output[0] in user:
-            chain.append(user[chain[-1].output[0]])
-        if [each.op_type for each in chain[1:]] != NORMALISED:
-            raise ArtifactError(f"{where}: its graph is not one that this cm-runtime exports")
-        _, reshape, scale, shift = chain
-        yield _other(scale, reshape), _other(shift, scale)
-
-
-def _other(node: onnx.NodeProto, before: onnx.NodeProto) -> str:
-    """The input of ``node`` that does not come from ``before``."""
-    return next((name for name in node.input if name != before.output[0]), "")
-
-
 def _stored(graph: onnx.GraphProto) -> dict[str, TensorProto]:
     """Initializers by the names that nodes know them by: those stored in float16 have a Cast before them."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -144,8 +112,3 @@ def _apart(data: Path | None, stored: TensorProto) -> NDArray[Any]:
     kind = helper.tensor_dtype_to_np_dtype(stored.data_type).newbyteorder("<")
     array = np.fromfile(data, kind, count=int(np.prod(stored.dims)), offset=int(place["offset"]))
     return array.reshape(tuple(stored.dims))
-
-
-def _vector(tensor: Tensor) -> Tensor:
-    """(C, 1, 1), as graphs multiply images by it, -> (C,); other shapes stay, to be refused."""
-    return tensor.reshape(-1) if tensor.ndim == 3 and tuple(tensor.shape[1:]) == (1, 1) else tensor

@@ -6,37 +6,35 @@ A runtime with a kernel of that name may use it; any other runs the model-local 
 from __future__ import annotations
 
 import onnx
-import torch
 from onnx import TensorProto, helper
-from torch import Tensor
 
+from cm_runtime.export.graph import OPSET, Graph
 from cm_runtime.precond import Precond
 
 DOMAIN, NAME, VERSION = "cm", "SkipScale", 1
-OPSET = 20
 
 
-def node(x: Tensor, F: Tensor, sigma: Tensor, precond: Precond) -> Tensor:
-    """The node, for torch to export: x, F (N,C,H,W) and sigma (N,) or (1,) float32 -> (N,C,H,W) float32.
+def node(g: Graph, x: str, F: str, sigma: str, precond: Precond) -> str:
+    """The node: x, F (N,C,H,W) and sigma (N,) or (1,) float32 -> (N,C,H,W) float32.
 
     ``plugin_namespace`` and ``plugin_version`` are how TensorRT finds a registered plugin for it.
     """
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{NAME}",
-        (x, F, sigma),
-        {
-            "sigma_data": precond.sigma_data,
-            "sigma_boundary": precond.sigma_boundary,
-            "plugin_namespace": DOMAIN,
-            "plugin_version": str(VERSION),
-        },
-        dtype=torch.float32,
-        shape=x.shape,
-        version=VERSION,
+    if not g.functions:
+        g.functions.append(function(g.opset))
+    return g.op(
+        NAME,
+        x,
+        F,
+        sigma,
+        domain=DOMAIN,
+        sigma_data=precond.sigma_data,
+        sigma_boundary=precond.sigma_boundary,
+        plugin_namespace=DOMAIN,
+        plugin_version=str(VERSION),
     )
 
 
-def function() -> onnx.FunctionProto:
+def function(opset: int = OPSET) -> onnx.FunctionProto:
     """The same in standard ops (arXiv 2303.01469, appendix C; arXiv 2206.00364, table 1, at sigma_boundary 0).
 
     In float32 throughout: F is cast up where the network is of another type.
@@ -78,6 +76,6 @@ def function() -> onnx.FunctionProto:
         ["x", "F", "sigma"],
         ["y"],
         nodes,
-        [helper.make_opsetid("", OPSET)],
+        [helper.make_opsetid("", opset)],
         ["sigma_data", "sigma_boundary", "plugin_namespace", "plugin_version"],
     )

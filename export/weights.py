@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -18,9 +18,6 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from cm_runtime.protobuf import fields, write_head
-
-if TYPE_CHECKING:
-    import onnx_ir
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # fields of onnx.ModelProto, GraphProto and TensorProto
 _PAGE = 4096  # engines map a weight of more than a page where it lies
@@ -41,36 +38,6 @@ class Network(NamedTuple):
     def size(self) -> int:
         """The bytes that the weights take in a file."""
         return sum(_size(tensor) for tensor in self.graph.graph.initializer if tensor.name in self.weights)
-
-
-def detach(model: onnx_ir.Model) -> Network:
-    """The network of torch's exporter; ``model`` loses its float32 arrays to it, none of which is copied.
-
-    Scalars and integers stay in the graph, where shape inference looks for them.
-    """
-    import onnx_ir  # it comes with onnxscript, which torch's exporter needs
-
-    weights = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype == onnx_ir.DataType.FLOAT and len(tensor.shape):
-            weights[name] = tensor.numpy()
-            value.const_value = onnx_ir.ExternalTensor(
-                "",
-                None,
-                None,
-                tensor.dtype,
-                shape=onnx_ir.Shape(weights[name].shape),
-                name=name,
-                doc_string=tensor.doc_string,
-                metadata_props=dict(tensor.metadata_props),
-            )
-    graph = onnx_ir.to_proto(model)
-    for tensor in graph.graph.initializer:
-        if tensor.name in weights:
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-    return Network(graph, weights)
 
 
 def write(network: Network, path: Path) -> int:

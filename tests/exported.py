@@ -6,7 +6,6 @@ The weights are float16-representable, so that a checkpoint and its float16 copy
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import os
 import shutil
@@ -24,8 +23,7 @@ import torch
 from cm_runtime import export
 from cm_runtime.artifact import TrainingSummary, read_manifest
 from cm_runtime.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
-from cm_runtime.export import denoiser
-from cm_runtime.export.weights import Network
+from cm_runtime.export import onnx_file
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
 from cm_runtime.unet import UNetConfig
 
@@ -60,21 +58,6 @@ def checkpoint(kind: str, method: str = "ect") -> Checkpoint:
 def halved(full: Checkpoint) -> Checkpoint:
     """The same numbers, stored as float16."""
     return replace(full, ema={rate: {k: v.half() for k, v in w.items()} for rate, w in full.ema.items()})
-
-
-_networks: dict[str, Network] = {}
-
-
-def build_graph_once(model: ConsistencyModel) -> Network:
-    """`denoiser.build_graph`, remembered by config and weights: torch's exporter takes seconds."""
-    digest = [f"{float(tensor.double().sum()):.17g}" for tensor in model.state_dict().values()]
-    key = model.config.model_dump_json() + ",".join(digest)
-    if key not in _networks:
-        _networks[key] = _real_build_graph(model)
-    return Network(copy.deepcopy(_networks[key].graph), dict(_networks[key].weights))
-
-
-_real_build_graph = denoiser.build_graph
 
 
 @dataclass(frozen=True)
@@ -136,10 +119,9 @@ class Files:
         return path
 
 
-def _export(source: Path, target: Path, inline: bool = False, inside: int = denoiser.LARGEST_INSIDE) -> None:
+def _export(source: Path, target: Path, inline: bool = False, inside: int = onnx_file.LARGEST_INSIDE) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(denoiser, "LARGEST_INSIDE", inside)
-        patch.setattr(denoiser, "build_graph", build_graph_once)
+        patch.setattr(onnx_file, "LARGEST_INSIDE", inside)
         export.onnx(read_checkpoint(source), target, inline=inline)
 
 

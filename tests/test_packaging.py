@@ -101,7 +101,7 @@ def test_every_module_of_an_installed_wheel_loads(wheel: Path, tmp_path: Path) -
     home = tmp_path / "site"
     pip("install", "--no-compile", "--target", home, wheel, cwd=tmp_path)
     modules = modules_of(package_files())
-    assert {"cm_runtime", "cm_runtime.cli.sample", "cm_runtime.export.denoiser"} < set(modules)
+    assert {"cm_runtime", "cm_runtime.cli.sample", "cm_runtime.export.onnx_file"} < set(modules)
     modules.remove("cm_runtime.__main__")  # runs the command line
     run(sys.executable, "-c", IMPORT_ALL, f"{home}/", *modules, cwd=tmp_path, PYTHONPATH=str(home))
     for command in ([home / "bin" / "cm-runtime"], [sys.executable, "-m", "cm_runtime"]):

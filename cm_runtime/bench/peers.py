@@ -203,24 +203,12 @@ def _torch_loop(
 def _onnx(checkpoint: Checkpoint, folder: Path, device: str, threads: int) -> Drawer:
     import torch
 
-    from cm_runtime.export.denoiser import quiet
+    from cm_runtime.export.by_torch import plain
 
     ort = require("onnxruntime", "the peer onnx")
     config = checkpoint.config
-    names = ["x", "sigma", "label"][: 3 if config.network.num_classes else 2]
-    inputs = (torch.zeros(2, *config.image_shape), torch.ones(2), torch.zeros(2, dtype=torch.int64))
     path = folder / "model.onnx"
-    with quiet():
-        torch.onnx.export(
-            checkpoint.model(),
-            inputs[: len(names)],
-            path,
-            dynamo=True,
-            input_names=names,
-            output_names=["denoised"],
-            dynamic_shapes={name: {0: torch.export.Dim("N")} for name in names},
-            verbose=False,
-        )
+    plain(checkpoint, path)
     session = open_session(path, str(path), device, threads)
 
     def draw(z: Array, sigmas: Sequence[float], label: Label) -> Array:

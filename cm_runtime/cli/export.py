@@ -58,7 +58,7 @@ def export(
 
     if inline and form != "onnx":
         raise RequestError("--inline is of --format onnx")
-    for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
+    for package in ("torch", "onnx", "onnxruntime"):
         require(package, "cm-runtime export")
     from cm_runtime import export as exporting
     from cm_runtime import files
@@ -80,7 +80,7 @@ def export(
     target = output or (checkpoint if checkpoint.name else name).with_suffix(".onnx")
     if checkpoint.exists():
         files.check_writable(target, force=force)  # before minutes of reading
-    manifest = exporting.onnx(load(), target, inline=inline, force=force)
+    manifest = exporting.onnx(load(), target, inline=inline, force=force).manifest
     assert manifest.parity is not None  # no file is written without its proof
     size = target.stat().st_size
     data = f" with {manifest.data_file} beside it" if manifest.data_file else ""

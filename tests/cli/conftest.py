@@ -35,7 +35,6 @@ class Outcome:
 def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Runs the command line in this process, in an empty folder; anything but SystemExit is the test's failure."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cm_runtime.export.denoiser.build_graph", exported.build_graph_once)
 
     def run(*arguments: object) -> Outcome:
         with pytest.raises(SystemExit) as stopped:

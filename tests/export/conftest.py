@@ -17,9 +17,3 @@ def boundary(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
 @pytest.fixture(scope="session", params=exported.KINDS)
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
     return exported.Files(request.param, tmp_path_factory)
-
-
-@pytest.fixture
-def quick_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's exporter runs once a session for each network."""
-    monkeypatch.setattr("cm_runtime.export.denoiser.build_graph", exported.build_graph_once)

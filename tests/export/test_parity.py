@@ -9,26 +9,28 @@ import pytest
 from onnx import helper
 
 from cm_runtime import export
-from cm_runtime.artifact import Manifest, read_manifest
+from cm_runtime.artifact import Manifest, Precision, read_manifest
 from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import ParityError
-from cm_runtime.export import denoiser, parity
-from cm_runtime.export.weights import Network
+from cm_runtime.export import graphs, onnx_file, parity
+from cm_runtime.export.graph import Graph
+from cm_runtime.export.graphs import denoiser
 from cm_runtime.model import ConsistencyModel
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+Build = Callable[[ConsistencyModel, Precision], Graph]
 
 
-def shifted(name: str, by: float, row: int | None = None) -> Callable[[ConsistencyModel], Network]:
+def shifted(name: str, by: float, row: int | None = None) -> Build:
     """A graph builder that adds ``by`` to one weight (to one row of it)."""
 
-    def build(model: ConsistencyModel) -> Network:
-        network = exported.build_graph_once(model)
-        (weight,) = [weight for weight in network.weights if weight.endswith(name)]
-        values = network.weights[weight].astype(np.float32)
+    def build(model: ConsistencyModel, precision: Precision) -> Graph:
+        g = denoiser(model, precision)
+        (weight,) = [weight for weight in g.weights if weight.endswith(name)]
+        values = g.weights[weight].astype(np.float32)
         values[slice(None) if row is None else row] += np.float32(by)
-        network.weights[weight] = values
-        return network
+        g.weights[weight] = values
+        return g
 
     return build
 
@@ -37,11 +39,11 @@ def exporting(
     files: exported.Files,
     target: Path,
     monkeypatch: pytest.MonkeyPatch,
-    build: Callable[[ConsistencyModel], Network],
+    build: Build,
     force: bool = False,
 ) -> Manifest:
-    monkeypatch.setattr(denoiser, "build_graph", build)
-    return export.onnx(read_checkpoint(files.checkpoint), target, force=force)
+    monkeypatch.setattr(graphs, "denoiser", build)
+    return export.onnx(read_checkpoint(files.checkpoint), target, force=force).manifest
 
 
 def test_the_recorded_parity_covers_the_whole_range_of_noise_and_two_batch_sizes(each: exported.Files) -> None:
@@ -106,13 +108,12 @@ def test_a_graph_that_mixes_the_noise_levels_of_a_batch_is_noticed(
 ) -> None:
     """Right for every batch of one: the skip-scale takes the batch's largest sigma for all."""
 
-    def mixing(model: ConsistencyModel) -> Network:
-        network = exported.build_graph_once(model)
-        graph = network.graph
-        (node,) = [node for node in graph.graph.node if node.op_type == "SkipScale"]
+    def mixing(model: ConsistencyModel, precision: Precision) -> Graph:
+        g = denoiser(model, precision)
+        (node,) = [node for node in g._nodes if node.op_type == "SkipScale"]
         node.input[2] = "largest"
-        graph.graph.node.insert(0, helper.make_node("ReduceMax", ["sigma"], ["largest"], keepdims=1))
-        return network
+        g._nodes.insert(0, helper.make_node("ReduceMax", ["sigma"], ["largest"], keepdims=1))
+        return g
 
     with pytest.raises(ParityError):
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, mixing)
@@ -123,13 +124,12 @@ def test_a_graph_of_another_boundary_is_noticed(
 ) -> None:
     """EDM's form in place of the consistency model's: the two differ by 0.4% of F at sigma 0.002."""
 
-    def edm(model: ConsistencyModel) -> Network:
-        network = exported.build_graph_once(model)
-        graph = network.graph
-        (node,) = [node for node in graph.graph.node if node.op_type == "SkipScale"]
+    def edm(model: ConsistencyModel, precision: Precision) -> Graph:
+        g = denoiser(model, precision)
+        (node,) = [node for node in g._nodes if node.op_type == "SkipScale"]
         (attribute,) = [a for a in node.attribute if a.name == "sigma_boundary"]
         attribute.f = 0.0
-        return network
+        return g
 
     with pytest.raises(ParityError):
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, edm)
@@ -138,7 +138,7 @@ def test_a_graph_of_another_boundary_is_noticed(
 def test_an_error_in_weights_beside_the_file_is_noticed_and_neither_is_written(
     boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(denoiser, "LARGEST_INSIDE", 0)
+    monkeypatch.setattr(onnx_file, "LARGEST_INSIDE", 0)
     with pytest.raises(ParityError, match="nothing was written"):
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("F.out.2.weight", 1e-3))
     assert list(tmp_path.iterdir()) == []
@@ -152,5 +152,5 @@ def test_the_model_answers_all_that_the_export_is_asked(boundary: exported.Files
     assert np.abs(np.concatenate(answers[:7]) - answers[7]).max() < 1e-5
     assert parity.measure(boundary.onnx, manifest, answers).max_abs < 1e-5
     assert parity.measure(boundary.apart, manifest, answers).max_abs < 1e-5
-    with pytest.raises(ParityError, match="differs from its checkpoint by 1 at sigma 80 "):
+    with pytest.raises(ParityError, match=r"differs from its checkpoint by 1 \(6\.0 dB\) at sigma 80 "):
         parity.measure(boundary.onnx, manifest, [*answers[:6], answers[6] + 1, answers[7]])

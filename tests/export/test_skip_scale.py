@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from cm_runtime.export import skip_scale
+from cm_runtime.export.graph import OPSET
 
 BOUNDARY = np.float32(0.002)
 
@@ -43,7 +44,7 @@ def only_skip_scale(
         helper.make_tensor_value_info("sigma", TensorProto.FLOAT, ["S"]),
     ]
     graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, image)])
-    opsets = [helper.make_opsetid("", skip_scale.OPSET), helper.make_opsetid("cm", 1)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("cm", 1)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[skip_scale.function()], ir_version=9)
     onnx.checker.check_model(model)
     return session(model)

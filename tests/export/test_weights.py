@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cm_runtime.export import weights
+from cm_runtime.export.by_torch import detach
 
 SHAPES = [(1,), (3, 7), (255,), (0, 4), (16, 3, 3, 3), (1023,), (64, 64)]
 
@@ -45,7 +46,7 @@ def arrays(rng: np.random.Generator) -> dict[str, NDArray[np.generic]]:
 
 @pytest.fixture
 def network(arrays: dict[str, NDArray[np.generic]]) -> weights.Network:
-    return weights.detach(onnx_ir.from_proto(model(arrays)))
+    return detach(onnx_ir.from_proto(model(arrays)))
 
 
 def content(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -67,7 +68,7 @@ def test_only_arrays_of_floats_leave_the_graph_and_none_is_copied(arrays: dict[s
     for name, array in arrays.items():
         tensor = onnx_ir.Tensor(array, name=name)
         source.graph.initializers[name] = onnx_ir.Value(name=name, const_value=tensor)
-    network = weights.detach(source)
+    network = detach(source)
     assert set(network.weights) == {f"w{i}" for i in range(len(SHAPES))}
     for name, array in network.weights.items():
         assert array is arrays[name]
@@ -128,7 +129,7 @@ def test_weights_beside_lie_in_order_aligned_without_overlap(network: weights.Ne
 def test_a_weight_takes_the_type_that_its_initializer_has(
     arrays: dict[str, NDArray[np.generic]], tmp_path: Path, apart: bool
 ) -> None:
-    network = weights.detach(onnx_ir.from_proto(model({"w": arrays["w6"].astype(np.float16).astype(np.float32)})))
+    network = detach(onnx_ir.from_proto(model({"w": arrays["w6"].astype(np.float16).astype(np.float32)})))
     network.graph.graph.initializer[0].data_type = TensorProto.FLOAT16
     assert network.size == arrays["w6"].nbytes // 2
     if apart:
@@ -141,7 +142,7 @@ def test_a_weight_takes_the_type_that_its_initializer_has(
 def test_weights_that_lie_otherwise_in_memory_are_written_in_order(
     arrays: dict[str, NDArray[np.generic]], tmp_path: Path, apart: bool
 ) -> None:
-    network = weights.detach(onnx_ir.from_proto(model({"w": arrays["w6"]})))
+    network = detach(onnx_ir.from_proto(model({"w": arrays["w6"]})))
     network.weights["w"] = np.asfortranarray(arrays["w6"])
     if apart:
         weights.write_apart(network, tmp_path / "m.data")
@@ -152,7 +153,7 @@ def test_weights_that_lie_otherwise_in_memory_are_written_in_order(
 @pytest.mark.parametrize("apart", [False, True])
 def test_writing_holds_at_most_one_weight_more(tmp_path: Path, apart: bool) -> None:
     """Eight of 4 MB, stored as float16 so that each is copied."""
-    network = weights.detach(onnx_ir.from_proto(model({f"w{i}": np.ones(1 << 20, np.float32) for i in range(8)})))
+    network = detach(onnx_ir.from_proto(model({f"w{i}": np.ones(1 << 20, np.float32) for i in range(8)})))
     for tensor in network.graph.graph.initializer:
         tensor.data_type = TensorProto.FLOAT16
     tracemalloc.start()

@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cm_runtime import export
-from cm_runtime.artifact import Parity, read_manifest, write_manifest
+from cm_runtime.artifact import Parity, Precision, read_manifest, write_manifest
 from cm_runtime.checkpoint import Checkpoint, read_checkpoint
 from cm_runtime.errors import OutputError, RequestError
-from cm_runtime.export import denoiser, parity, weights
+from cm_runtime.export import graphs, onnx_file, parity, weights
+from cm_runtime.export.by_torch import detach
+from cm_runtime.export.graph import Graph
 from cm_runtime.model import ConsistencyModel
 
 TOLERANCE = 1e-4
@@ -133,9 +135,7 @@ def test_openvino_runs_the_inlined_file(each: exported.Files, form: str, tmp_pat
     path = each.inline if form == "half" else getattr(each, form)
     if form == "half":
         path = tmp_path / "half-inline.onnx"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(denoiser, "build_graph", exported.build_graph_once)
-            export.onnx(read_checkpoint(each.half_checkpoint), path, inline=True)
+        export.onnx(read_checkpoint(each.half_checkpoint), path, inline=True)
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for n in BATCHES:
         given = inputs(each, n)
@@ -226,8 +226,8 @@ def test_the_manifest_is_json_that_any_onnx_reader_finds(each: exported.Files) -
     assert json.loads(read_manifest(each.onnx).model_dump_json()) == said
 
 
-def test_export_returns_the_manifest_it_wrote(boundary: exported.Files, tmp_path: Path, quick_build: None) -> None:
-    manifest = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+def test_export_returns_the_manifest_it_wrote(boundary: exported.Files, tmp_path: Path) -> None:
+    manifest = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx").manifest
     assert manifest == read_manifest(tmp_path / "m.onnx")
 
 
@@ -315,8 +315,8 @@ WEIGHTS = {
 def test_a_weight_is_stored_in_float16_only_where_that_loses_nothing(name: str, tmp_path: Path) -> None:
     array, is_half = WEIGHTS[name]
     neighbour = np.array([0.75, 3.0], np.float32)
-    network = weights.detach(onnx_ir.from_proto(stored(array, neighbour)))
-    denoiser.store_halves(network)
+    network = detach(onnx_ir.from_proto(stored(array, neighbour)))
+    onnx_file.store_halves(network)
     weights.write(network, tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx")
     onnx.checker.check_model(graph, full_check=True)
@@ -338,20 +338,13 @@ def test_a_weight_is_stored_in_float16_only_where_that_loses_nothing(name: str, 
 def test_another_ending_is_refused_before_any_work(
     boundary: exported.Files, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(denoiser, "build_graph", pytest.fail)
+    monkeypatch.setattr(graphs, "denoiser", pytest.fail)
     with pytest.raises(RequestError, match=r"ends in \.onnx"):
         export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_precision_that_is_not_there_yet_is_refused(boundary: exported.Files, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="fp16"):
-        export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx", precision="fp16")  # type: ignore[arg-type]
-
-
-def test_an_existing_file_is_replaced_only_with_force(
-    boundary: exported.Files, tmp_path: Path, quick_build: None
-) -> None:
+def test_an_existing_file_is_replaced_only_with_force(boundary: exported.Files, tmp_path: Path) -> None:
     target = tmp_path / "m.onnx"
     target.write_bytes(b"somebody's work")
     ours = read_checkpoint(boundary.checkpoint)
@@ -364,9 +357,7 @@ def test_an_existing_file_is_replaced_only_with_force(
 
 
 @pytest.mark.parametrize("folder", ["missing", "file", "/proc"])
-def test_a_folder_that_cannot_be_written_is_one_error(
-    boundary: exported.Files, tmp_path: Path, folder: str, quick_build: None
-) -> None:
+def test_a_folder_that_cannot_be_written_is_one_error(boundary: exported.Files, tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("not a folder")
     target = tmp_path / folder / "m.onnx"
     with pytest.raises(OutputError, match=r"m\.onnx cannot be written"):
@@ -387,7 +378,7 @@ def fails_where_files_are_small(boundary: exported.Files, folder: Path, limit: i
     assert list(folder.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_leaves_nothing(boundary: exported.Files, tmp_path: Path, quick_build: None) -> None:
+def test_a_disk_that_fills_up_leaves_nothing(boundary: exported.Files, tmp_path: Path) -> None:
     fails_where_files_are_small(boundary, tmp_path, boundary.onnx.stat().st_size // 2)
 
 
@@ -397,12 +388,13 @@ def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
     """Both are past the check that nothing is there when either writes."""
     both = threading.Barrier(2, timeout=60)
 
-    def build(model: object) -> weights.Network:
-        both.wait()
-        return exported.build_graph_once(model)  # type: ignore[arg-type]
+    real = graphs.denoiser
 
-    exported.build_graph_once(boundary.model())
-    monkeypatch.setattr(denoiser, "build_graph", build)
+    def build(model: ConsistencyModel, precision: Precision) -> Graph:
+        both.wait()
+        return real(model, precision)
+
+    monkeypatch.setattr(graphs, "denoiser", build)
     outcomes: list[object] = []
 
     def run() -> None:
@@ -428,20 +420,20 @@ def test_torch_has_let_go_of_the_weights_when_the_engine_loads_them(
 ) -> None:
     """Also what its exporter keeps; the vectors of normalisations, which it remembers for ever, are empty."""
     alive: list[weakref.ref[object]] = []
-    real_build, real_measure = exported._real_build_graph, parity.measure
+    real_build, real_measure = graphs.denoiser, parity.measure
 
-    def build(model: ConsistencyModel) -> weights.Network:
-        network = real_build(model)
-        held = (*model.parameters(), *network.weights.values())
+    def build(model: ConsistencyModel, precision: Precision) -> Graph:
+        g = real_build(model, precision)
+        held = (*model.parameters(), *g.weights.values())
         alive.extend(weakref.ref(weight) for weight in held if weight.ndim in (2, 4))
-        return network
+        return g
 
     def measure(*given: Any) -> Parity:
         assert len(alive) > 30
         assert [kept for kept in alive if kept() is not None] == []
         return real_measure(*given)
 
-    monkeypatch.setattr(denoiser, "build_graph", build)
+    monkeypatch.setattr(graphs, "denoiser", build)
     monkeypatch.setattr(parity, "measure", measure)
     export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
 
@@ -450,9 +442,9 @@ def test_torch_has_let_go_of_the_weights_when_the_engine_loads_them(
 
 
 @pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch, quick_build: None) -> None:
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of any size go beside the file."""
-    monkeypatch.setattr(denoiser, "LARGEST_INSIDE", 0)
+    monkeypatch.setattr(onnx_file, "LARGEST_INSIDE", 0)
 
 
 def other_weights(files: exported.Files) -> Checkpoint:
@@ -470,7 +462,7 @@ def names(folder: Path) -> set[str]:
 def test_the_weights_go_into_one_file_named_after_the_export_and_its_content(
     boundary: exported.Files, tmp_path: Path, apart: None
 ) -> None:
-    manifest = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+    manifest = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx").manifest
     assert manifest == read_manifest(tmp_path / "m.onnx")
     assert names(tmp_path) == {"m.onnx", manifest.data_file}
     checksum = hashlib.sha256((tmp_path / manifest.data_file).read_bytes()).hexdigest()
@@ -481,11 +473,11 @@ def test_force_replaces_both_files_and_the_older_data_file_goes(
     boundary: exported.Files, tmp_path: Path, apart: None
 ) -> None:
     target = tmp_path / "m.onnx"
-    first = export.onnx(read_checkpoint(boundary.checkpoint), target)
+    first = export.onnx(read_checkpoint(boundary.checkpoint), target).manifest
     with pytest.raises(OutputError, match="--force"):
         export.onnx(other_weights(boundary), target)
     assert names(tmp_path) == {"m.onnx", first.data_file}
-    second = export.onnx(other_weights(boundary), target, force=True)
+    second = export.onnx(other_weights(boundary), target, force=True).manifest
     assert second.data_file != first.data_file
     assert names(tmp_path) == {"m.onnx", second.data_file}
     session(target)
@@ -497,15 +489,15 @@ def test_force_back_to_weights_inside_removes_the_data_file(
     boundary: exported.Files, tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
-    monkeypatch.setattr(denoiser, "LARGEST_INSIDE", 1 << 30)
+    monkeypatch.setattr(onnx_file, "LARGEST_INSIDE", 1 << 30)
     export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx", force=True)
     assert names(tmp_path) == {"m.onnx"}
 
 
 def test_a_data_file_that_another_export_names_stays(boundary: exported.Files, tmp_path: Path, apart: None) -> None:
-    first = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+    first = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx").manifest
     write_manifest(tmp_path / "m.onnx", tmp_path / "tuned.onnx", first)
-    second = export.onnx(other_weights(boundary), tmp_path / "m.onnx", force=True)
+    second = export.onnx(other_weights(boundary), tmp_path / "m.onnx", force=True).manifest
     assert names(tmp_path) == {"m.onnx", "tuned.onnx", first.data_file, second.data_file}
     session(tmp_path / "tuned.onnx")
 
@@ -514,7 +506,7 @@ def test_a_data_file_that_another_export_names_stays(boundary: exported.Files, t
 def test_whatever_fails_leaves_nothing_and_keeps_what_was_there(
     boundary: exported.Files, tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    first = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx")
+    first = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx").manifest
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"m.onnx", first.data_file}
 
@@ -543,10 +535,8 @@ def test_of_several_exports_at_once_the_one_that_stays_has_its_weights(
     boundary: exported.Files, tmp_path: Path, apart: None
 ) -> None:
     sources = [read_checkpoint(boundary.checkpoint), other_weights(boundary)] * 2
-    for source in sources[:2]:
-        exported.build_graph_once(source.model())
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda source: export.onnx(source, tmp_path / "m.onnx", force=True), sources))
+        made = list(pool.map(lambda source: export.onnx(source, tmp_path / "m.onnx", force=True).manifest, sources))
     kept = read_manifest(tmp_path / "m.onnx")
     assert kept.data_file in {manifest.data_file for manifest in made}
     assert names(tmp_path) == {"m.onnx", kept.data_file}

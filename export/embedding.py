@@ -1,0 +1,161 @@
+"""What residual blocks are told of the noise level and the label: as numbers where these are known, else as nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cm_runtime.export import forms
+from cm_runtime.export.graph import FLOAT, INT64, Graph
+from cm_runtime.unet import ResBlock, UNet, timestep_embedding
+
+Names = dict[nn.Module, str]
+
+
+class Embedding(Protocol):
+    """How a residual block is modulated."""
+
+    is_constant: bool  # the same for every image: numbers a channel (C,), else (N,C,1,1)
+
+    def affine(self, g: Graph, block: ResBlock) -> tuple[str, str]:
+        """Scale and shift of the block's second normalisation, the norm's own weights in them."""
+        ...
+
+    def summand(self, g: Graph, block: ResBlock) -> str:
+        """Of a block without scale-shift: what is added before that normalisation."""
+        ...
+
+
+class Constant:
+    """One noise level, no classes: torch computes the numbers."""
+
+    is_constant = True
+
+    def __init__(self, net: UNet, c_noise: float) -> None:
+        self._e = time_embedding(net, c_noise)
+
+    def affine(self, g: Graph, block: ResBlock) -> tuple[str, str]:
+        norm = block.out_layers[0]
+        with torch.inference_mode():
+            scale, shift = block.emb_layers(self._e)[0].chunk(2)
+            made = norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
+        factor, summand = (g.folded(_array(each)) for each in made)
+        return factor, summand
+
+    def summand(self, g: Graph, block: ResBlock) -> str:
+        with torch.inference_mode():
+            return g.folded(_array(block.emb_layers(self._e)[0]))
+
+
+class ByClass:
+    """One noise level, few classes: a table of each block's numbers by class, made by torch, looked up by label."""
+
+    is_constant = False
+
+    def __init__(self, net: UNet, c_noise: float, label: str) -> None:
+        with torch.inference_mode():
+            self._e = time_embedding(net, c_noise) + net.label_emb.weight
+        self._label = label
+
+    def affine(self, g: Graph, block: ResBlock) -> tuple[str, str]:
+        norm = block.out_layers[0]
+        with torch.inference_mode():
+            scale, shift = block.emb_layers(self._e).chunk(2, dim=1)
+            made = norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
+        factor, summand = (self._look_up(g, each) for each in made)
+        return factor, summand
+
+    def summand(self, g: Graph, block: ResBlock) -> str:
+        with torch.inference_mode():
+            return self._look_up(g, block.emb_layers(self._e))
+
+    def _look_up(self, g: Graph, table: Tensor) -> str:
+        stored = g.folded(_array(table).reshape(*table.shape, 1, 1))
+        return g.op("Gather", stored, self._label, axis=0)
+
+
+class Projected:
+    """Any noise level, or many classes: e as nodes, and each block's projection of it.
+
+    e: writes the sum of the embeddings, (N or 1, 4 channels) float32.
+    """
+
+    is_constant = False
+
+    def __init__(self, g: Graph, e: str, weights: Callable[[nn.Module], list[str]]) -> None:
+        self._activated = forms.silu(g, e)
+        self._weights = weights
+        self._casts: dict[int, str] = {FLOAT: self._activated}
+
+    def affine(self, g: Graph, block: ResBlock) -> tuple[str, str]:
+        norm = block.out_layers[0]
+        scale, shift = g.ops("Split", self._projected(g, block), outputs=2, axis=1, num_outputs=2)
+        weight, bias = self._weights(norm)
+        scale = g.op("Add", scale, g.constant(np.float32(1)))
+        factor = g.op("Mul", scale, weight)
+        summand = g.op("Add", g.op("Mul", scale, bias), shift)
+        return _columns(g, factor), _columns(g, summand)
+
+    def summand(self, g: Graph, block: ResBlock) -> str:
+        return _columns(g, self._projected(g, block))
+
+    def _projected(self, g: Graph, block: ResBlock) -> str:
+        weight, bias = self._weights(block.emb_layers[1])
+        kind = g.kind(weight)
+        if kind not in self._casts:
+            self._casts[kind] = g.cast(self._activated, FLOAT, kind)
+        made = g.op("Gemm", self._casts[kind], weight, bias, transB=1)
+        return g.cast(made, kind, FLOAT)
+
+
+def embedded(
+    g: Graph, net: UNet, weights: Callable[[nn.Module], list[str]], c_noise: str | float, label: str | None
+) -> Projected:
+    """The embedding as nodes: of c_noise (N,) float32, or of a number, which torch embeds."""
+    if isinstance(c_noise, str):
+        e = _time_embedding(g, net, weights, c_noise)
+    else:
+        e = g.folded(_array(time_embedding(net, c_noise)))
+    if label is not None:
+        (table,) = weights(net.label_emb)
+        e = g.op("Add", g.cast(g.op("Gather", table, label, axis=0), g.kind(table), FLOAT), e)
+    return Projected(g, e, weights)
+
+
+def time_embedding(net: UNet, c_noise: float) -> Tensor:
+    """The time embedding of one noise level, (1, 4 channels) float32."""
+    with torch.inference_mode():
+        made: Tensor = net.time_embed(timestep_embedding(torch.tensor([c_noise]), net.config.channels))
+        return made
+
+
+def _time_embedding(g: Graph, net: UNet, weights: Callable[[nn.Module], list[str]], c_noise: str) -> str:
+    """`unet.timestep_embedding` and the layers behind it as nodes, in float32: (N, 4 channels)."""
+    channels = net.config.channels
+    half = channels // 2
+    frequencies = np.exp(-np.log(10000) * np.arange(half, dtype=np.float32) / np.float32(half)).astype(np.float32)
+    column = g.op("Reshape", c_noise, g.constant([-1, 1], INT64))
+    angle = g.op("Mul", column, g.constant(frequencies.reshape(1, -1)))
+    e = g.op("Concat", g.op("Cos", angle), g.op("Sin", angle), axis=1)
+    if channels % 2:
+        e = g.op("Pad", e, g.constant([0, 0, 0, 1], INT64))
+    first, _, second = net.time_embed
+    for i, layer in enumerate((first, second)):
+        weight, bias = (g.cast(each, g.kind(each), FLOAT) for each in weights(layer))
+        e = g.op("Gemm", forms.silu(g, e) if i else e, weight, bias, transB=1)
+    return e
+
+
+def _columns(g: Graph, value: str) -> str:
+    """(N,C) -> (N,C,1,1)."""
+    return g.op("Unsqueeze", value, g.constant([2, 3], INT64))
+
+
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    made: NDArray[np.float32] = tensor.float().numpy()
+    return made
