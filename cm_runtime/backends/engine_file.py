@@ -1,0 +1,193 @@
+"""A TensorRT engine's file and the ``.engine.json`` beside it, without TensorRT.
+
+An engine is native code, so it is opened only if its bytes are those that its manifest was written for, on the version
+of TensorRT and the kind of GPU that it was built for. The hash guards against damage and mix-ups; whoever can write
+both files can run code, as with any program, so engines are taken only from whom programs are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cm_runtime.artifact import Manifest, Parity
+from cm_runtime.errors import ArtifactError, RequestError
+
+SUFFIX = ".engine"
+LARGEST_BATCH = 65535  # the kernel of cm::SkipScale has a block row for each image
+_MANIFEST_LIMIT = 1 << 20
+_PROFILE = re.compile(r"(\d{1,6}):(\d{1,6}):(\d{1,6})", re.ASCII)
+
+Package = Literal["tensorrt", "tensorrt_rtx"]
+Capability = Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FORMATS: dict[Package, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # as --format and --backend say
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Profile(_Frozen):
+    """The batch sizes that an engine takes, and the one it is fastest at."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(le=LARGEST_BATCH)
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Profile:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError("they must ascend")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+def profile(text: str) -> Profile:
+    """``MIN:OPT:MAX`` as --batch has it. Raises RequestError."""
+    found = _PROFILE.fullmatch(text)
+    try:
+        if found:
+            low, best, high = map(int, found.groups())
+            return Profile(min=low, opt=best, max=high)
+    except ValidationError:
+        pass
+    raise RequestError(f"--batch must be MIN:OPT:MAX, ascending from 1 to {LARGEST_BATCH}, as 1:64:256, not {text!r}")
+
+
+class EngineManifest(_Frozen):
+    """What an engine is, what it was made of, and for which machines; unknown keys are refused."""
+
+    format_version: Literal[1] = 1
+    sha256: Sha256 = Field(description="of the engine")
+    bytes: int = Field(gt=0)
+    package: Package
+    version: str = Field(min_length=1, max_length=64, description="of the package")
+    gpus: tuple[Capability, ...] = Field(min_length=1, description="compute capabilities that it runs on")
+    gpu_name: str = Field("", max_length=256, description="of the GPU that it was built on, if there was one")
+    profile: Profile
+    model: Manifest = Field(description="of the ONNX file that it was built from")
+    onnx_sha256: Sha256
+    data_sha256: Sha256 | None = Field(None, description="of the ONNX file's data file, if it has one")
+    parity: Parity | None = Field(None, description="against ONNX Runtime; None: built where no GPU could open it")
+    plugin: bool = Field(description="whether cm::SkipScale is our kernel, or standard ops")
+    log: str = Field("", max_length=255, description="what TensorRT said while building, beside the engine")
+
+    @field_validator("log")
+    @classmethod
+    def _is_beside(cls, name: str) -> str:
+        if "/" in name or "\\" in name or name in (".", ".."):
+            raise ValueError("it must be the name of a file in the same folder")
+        return name
+
+
+def manifest_path(path: str | os.PathLike[str]) -> Path:
+    """``NAME.engine.json`` of ``NAME.engine``."""
+    return _beside(path, ".json")
+
+
+def log_path(path: str | os.PathLike[str]) -> Path:
+    """``NAME.engine.log`` of ``NAME.engine``: what TensorRT said while building it."""
+    return _beside(path, ".log")
+
+
+def layers_path(path: str | os.PathLike[str]) -> Path:
+    """``NAME.engine.layers.json`` of ``NAME.engine``: what its layers became, where a GPU could open it."""
+    return _beside(path, ".layers.json")
+
+
+def _beside(path: str | os.PathLike[str], ending: str) -> Path:
+    return Path(path).with_name(Path(path).name + ending)
+
+
+def read_engine_manifest(path: str | os.PathLike[str]) -> EngineManifest:
+    """The manifest of the engine ``path``, which is not opened. Raises ArtifactError."""
+    engine, where = Path(path), manifest_path(path)
+    try:
+        if not engine.is_file():
+            raise ArtifactError(f"{engine}: no such file")
+        if not where.is_file():
+            raise ArtifactError(
+                f"{engine}: its manifest {where.name} is not beside it; {rebuild('tensorrt-rtx|tensorrt', engine)}"
+            )
+        with where.open("rb") as file:
+            text = file.read(_MANIFEST_LIMIT + 1)
+    except OSError as error:
+        raise ArtifactError(f"{engine} and its manifest cannot be read: {error.strerror or error}") from error
+    if len(text) > _MANIFEST_LIMIT:
+        raise ArtifactError(f"{where} is no engine's manifest: it is too long; {rebuild('tensorrt-rtx', engine)}")
+    try:
+        return EngineManifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise ArtifactError(
+            f"{where} is not a valid engine manifest: {field}: {first['msg']}; {rebuild('tensorrt-rtx', engine)}"
+        ) from error
+
+
+def check_target(
+    manifest: EngineManifest, path: str | os.PathLike[str], package: Package, version: str, capability: str
+) -> None:
+    """Raises ArtifactError if the engine is for another package, version or kind of GPU than this machine has."""
+    again = rebuild(FORMATS[package], path, manifest.profile, capability)
+    if manifest.package != package:
+        raise ArtifactError(f"{path} is an engine of {manifest.package}, not of {package}; {again}")
+    if manifest.version != version:
+        raise ArtifactError(f"{path} was built by {package} {manifest.version}, and here is {version}; {again}")
+    if capability not in manifest.gpus:
+        built = ", ".join(manifest.gpus)
+        raise ArtifactError(
+            f"{path} was built for GPUs of compute capability {built}, and this one has {capability}; {again}"
+        )
+
+
+def verified(
+    path: str | os.PathLike[str], manifest: EngineManifest, package: Package, version: str, capability: str
+) -> bytes:
+    """The engine's bytes, which are those that ``manifest`` describes, for a machine that can run them.
+
+    They are read once: what was hashed is what may be opened. Raises ArtifactError, whose line names the command that
+    builds the engine again.
+    """
+    check_target(manifest, path, package, version, capability)
+    again = rebuild(FORMATS[package], path, manifest.profile, *manifest.gpus)
+    try:
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != manifest.bytes:  # before memory is taken
+                raise ArtifactError(
+                    f"{path} has {size} bytes, not the {manifest.bytes} of its manifest: it is cut short,"
+                    f" or the manifest is another engine's; {again}"
+                )
+            content = file.read(manifest.bytes + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    check_hash(content, manifest, path)
+    return content
+
+
+def check_hash(content: bytes, manifest: EngineManifest, path: str | os.PathLike[str]) -> None:
+    """Raises ArtifactError if ``content`` is not the engine that ``manifest`` was written for."""
+    if hashlib.sha256(content).hexdigest() != manifest.sha256:
+        again = rebuild(FORMATS[manifest.package], path, manifest.profile, *manifest.gpus)
+        raise ArtifactError(
+            f"{path} is not the engine that its manifest was written for (SHA-256): it is damaged,"
+            f" or the manifest is another engine's; {again}"
+        )
+
+
+def rebuild(form: str, path: str | os.PathLike[str], batch: Profile | None = None, *gpus: str) -> str:
+    """How to make an engine again, for the end of an error's line."""
+    words = ["cm-runtime export CKPT --format", form]
+    words += ["--batch", str(batch)] if batch else []
+    words += ["--gpu", ",".join(gpus)] if gpus and form == FORMATS["tensorrt_rtx"] else []
+    return f"build it again with: {' '.join(words)} -o {shlex.quote(str(path))} --force"

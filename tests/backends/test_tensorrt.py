@@ -1,0 +1,345 @@
+"""The TensorRT adapter on a stand-in for the GPU; tests/stand_in_gpu.py says what that proves. No GPU ran any of it."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import exported
+import numpy as np
+import onnx
+import pytest
+import stand_in_gpu
+from onnx import TensorProto, helper
+
+import cm_runtime as cm
+from cm_runtime import cuda
+from cm_runtime.artifact import METADATA_KEY, Manifest, read_manifest
+from cm_runtime.backends import engine_file, tensorrt
+from cm_runtime.backends.engine_file import EngineManifest, Profile
+from cm_runtime.backends.ort import OrtBackend
+from cm_runtime.backends.tensorrt import TensorRtBackend
+from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
+from cm_runtime.extras import EXTRAS
+
+CONTENT = b"what the builder made"
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture
+def gpu() -> Iterator[stand_in_gpu.Gpu]:
+    with stand_in_gpu.installed(stand_in_gpu.Gpu()) as made:
+        yield made
+
+
+@pytest.fixture
+def engine(boundary: exported.Files, tmp_path: Path) -> Path:
+    return written(tmp_path / "model.engine", read_manifest(boundary.onnx))
+
+
+@pytest.fixture
+def trt(
+    gpu: stand_in_gpu.Gpu, boundary: exported.Files, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> stand_in_gpu.TensorRt:
+    made = stand_in_gpu.TensorRt(gpu, boundary.onnx, engine_file.read_engine_manifest(engine))
+    monkeypatch.setattr(tensorrt, "module", lambda package: made)
+    return made
+
+
+@pytest.fixture
+def backend(trt: stand_in_gpu.TensorRt, engine: Path) -> TensorRtBackend:
+    return TensorRtBackend(engine)
+
+
+def written(path: Path, model: Manifest, **changes: Any) -> Path:
+    plain = {
+        "sha256": hashlib.sha256(CONTENT).hexdigest(),
+        "bytes": len(CONTENT),
+        "package": "tensorrt_rtx",
+        "version": stand_in_gpu.VERSION,
+        "gpus": ("8.9", "12.0"),
+        "profile": Profile(min=2, opt=4, max=8),
+        "model": model,
+        "onnx_sha256": "0" * 64,
+        "plugin": False,
+    }
+    path.write_bytes(CONTENT)
+    manifest = EngineManifest(**{**plain, **changes})
+    engine_file.manifest_path(path).write_text(manifest.model_dump_json())
+    return path
+
+
+def image(n: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    return np.random.default_rng(n).standard_normal((n, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8])
+def test_inputs_reach_the_engine_and_outputs_come_back(
+    backend: TensorRtBackend, boundary: exported.Files, n: int
+) -> None:
+    """At every size of batch; those below the profile's least are filled up, and the rest is dropped."""
+    sigma, label = np.geomspace(80, 0.01, n).astype(np.float32), np.arange(n) % exported.CLASSES
+    made = backend.denoise(image(n), sigma, label)
+    expected = OrtBackend(boundary.onnx).denoise(image(n), sigma, label)
+    assert made.shape == (n, *SHAPE)
+    assert np.allclose(made, expected, rtol=0, atol=1e-6)
+    assert made.flags.writeable and made.flags.owndata
+
+
+def test_it_says_what_it_is(backend: TensorRtBackend, boundary: exported.Files) -> None:
+    assert (backend.name, backend.device) == ("tensorrt-rtx", "cuda:0")
+    assert backend.version == f"tensorrt_rtx {stand_in_gpu.VERSION} on Stand-in 4090"
+    assert backend.manifest == read_manifest(boundary.onnx)
+    assert backend.layers() == '{"Layers": ["JSON"]}'
+
+
+def test_batches_of_other_sizes_in_turn_do_not_mix(backend: TensorRtBackend) -> None:
+    first = backend.denoise(image(3), 2.0, 1)
+    kept = first.copy()
+    for n in (8, 1, 5, 3):
+        backend.denoise(image(n) + 1, 1.0, 0)
+    assert np.array_equal(first, kept)
+    assert np.array_equal(backend.denoise(image(3), 2.0, 1), kept)
+
+
+def test_memory_is_taken_once_and_used_again(backend: TensorRtBackend, gpu: stand_in_gpu.Gpu) -> None:
+    """Only a larger batch takes more, and what it outgrew is given back."""
+    backend.denoise(image(4), 1.0, 0)
+    assert sum(line.startswith("take") for line in gpu.log) == 4  # x, sigma, label and the output
+    backend.denoise(image(4), 1.0, 0)
+    backend.denoise(image(2), 1.0, 0)
+    assert sum(line.startswith("take") for line in gpu.log) == 4
+    backend.denoise(image(8), 1.0, 0)
+    assert sum(line.startswith("take") for line in gpu.log) == 8
+    assert sum(len(held) for held in gpu.held.values()) == 8 * (2 * 4 * 3 * 8 * 8 + 4 + 8)
+    assert [line for line in gpu.log if line.startswith("run")] == ["run 4", "run 4", "run 2", "run 8"]
+
+
+def test_the_micro_batch_is_within_the_profile(
+    trt: stand_in_gpu.TensorRt, boundary: exported.Files, tmp_path: Path
+) -> None:
+    """A GPU sees 256 images of 8x8 at once, if the engine takes them; never less than it is best at."""
+    for text, expected in {"1:4:8": 8, "1:64:512": 256, "1:300:512": 300, "2:2:2": 2}.items():
+        path = written(tmp_path / "m.engine", read_manifest(boundary.onnx), profile=engine_file.profile(text))
+        assert TensorRtBackend(path).micro_batch == expected
+
+
+def test_a_batch_above_the_profile_names_it(backend: TensorRtBackend, gpu: stand_in_gpu.Gpu) -> None:
+    with pytest.raises(RequestError, match=r"takes batches of 2:4:8 .* not 9; ask for --micro-batch 8") as caught:
+        backend.denoise(image(9), 1.0, 0)
+    assert "\n" not in str(caught.value)
+    assert gpu.log == []
+
+
+def test_images_are_drawn_as_on_any_engine(backend: TensorRtBackend, boundary: exported.Files) -> None:
+    """cm.sample by its own micro-batches, the last of which is below the profile's least."""
+    made = cm.sample(backend, count=17, steps=2, seed=3)
+    expected = cm.sample(cm.load(boundary.onnx), count=17, steps=2, seed=3)
+    assert np.abs(made.astype(int) - expected).max() <= 1
+
+
+# Sampler graphs
+
+
+def sampler(path: Path) -> Path:
+    """A graph with the interface of a sampler's: the sum of its noises as grey levels."""
+    nodes = [
+        helper.make_node("Constant", [], ["axes"], value_ints=[0]),
+        helper.make_node("ReduceSum", ["noise", "axes"], ["sum"], keepdims=0),
+        helper.make_node("Constant", [], ["low"], value_float=-1.0),
+        helper.make_node("Constant", [], ["high"], value_float=1.0),
+        helper.make_node("Clip", ["sum", "low", "high"], ["clipped"]),
+        helper.make_node("Add", ["clipped", "high"], ["up"]),
+        helper.make_node("Constant", [], ["half"], value_float=127.5),
+        helper.make_node("Mul", ["up", "half"], ["grey"]),
+        helper.make_node("Round", ["grey"], ["whole"]),
+        helper.make_node("Transpose", ["whole"], ["last"], perm=[0, 2, 3, 1]),
+        helper.make_node("Cast", ["last"], ["images"], to=TensorProto.UINT8),
+    ]
+    noise = helper.make_tensor_value_info("noise", TensorProto.FLOAT, [2, "N", *SHAPE])
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 8, 8, 3])
+    graph = helper.make_model(
+        helper.make_graph(nodes, "sampler", [noise], [images]),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    manifest = Manifest(
+        graph="sampler",
+        image_shape=SHAPE,
+        num_classes=0,
+        precond="boundary",
+        sigma_boundary=0.002,
+        sigmas={2: (80.0, 2.5)},
+    )
+    helper.set_model_props(graph, {METADATA_KEY: manifest.model_dump_json()})
+    onnx.save(graph, path)
+    return path
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_sampler_draws_images(trt: stand_in_gpu.TensorRt, tmp_path: Path, n: int) -> None:
+    trt.onnx = sampler(tmp_path / "s.onnx")
+    drawer = TensorRtBackend(written(tmp_path / "s.engine", read_manifest(trt.onnx)))
+    noise = np.stack([image(n), image(n + 10)[:n]])
+    expected = np.rint((np.clip(noise.sum(0), -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
+    made = drawer.draw(noise)
+    assert made.dtype == np.uint8
+    assert np.array_equal(made, np.moveaxis(expected, 1, -1))
+    with pytest.raises(RequestError, match="denoise needs"):
+        drawer.denoise(image(2), 1.0)
+
+
+def test_a_network_graph_is_refused(trt: stand_in_gpu.TensorRt, boundary: exported.Files, tmp_path: Path) -> None:
+    model = read_manifest(boundary.onnx).model_copy(update={"graph": "network"})
+    with pytest.raises(RequestError, match="network graph"):
+        TensorRtBackend(written(tmp_path / "n.engine", model))
+
+
+# What is refused, and when
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "its first byte": (lambda path: path.write_bytes(b"W" + CONTENT[1:]), "not the engine"),
+    "a byte within": (lambda path: path.write_bytes(CONTENT[:9] + b"\0" + CONTENT[10:]), "not the engine"),
+    "its last byte": (lambda path: path.write_bytes(CONTENT[:-1] + b"!"), "not the engine"),
+    "its length": (lambda path: path.write_bytes(CONTENT[:-1]), "cut short"),
+    "no manifest": (lambda path: engine_file.manifest_path(path).unlink(), "is not beside it"),
+    "no JSON": (lambda path: engine_file.manifest_path(path).write_text("{"), "not a valid engine manifest"),
+    "another engine's": (lambda path: rewritten(path, sha256="0" * 64), "not the engine"),
+    "another version": (lambda path: rewritten(path, version="1.7.1.115"), "and here is"),
+    "another GPU": (lambda path: rewritten(path, gpus=("12.0",)), "this one has 8.9"),
+}
+
+
+def rewritten(path: Path, **changes: Any) -> None:
+    manifest = engine_file.read_engine_manifest(path).model_copy(update=changes)
+    engine_file.manifest_path(path).write_text(manifest.model_dump_json())
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_tensorrt_sees_no_byte_of_what_is_refused(trt: stand_in_gpu.TensorRt, engine: Path, kind: str) -> None:
+    change, message = REFUSED[kind]
+    change(engine)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        TensorRtBackend(engine)
+    assert trt.opened == []
+    assert "\n" not in str(caught.value)
+    assert "cm-runtime export CKPT --format tensorrt-rtx" in str(caught.value)
+
+
+def test_bytes_are_checked_as_files_are(trt: stand_in_gpu.TensorRt, engine: Path) -> None:
+    manifest = engine_file.read_engine_manifest(engine)
+    with pytest.raises(ArtifactError, match="the built engine is not the engine"):
+        TensorRtBackend(CONTENT[::-1], manifest)
+    assert trt.opened == []
+    assert TensorRtBackend(CONTENT, manifest).file == manifest
+    assert trt.opened == [CONTENT]
+
+
+def test_an_engine_of_the_other_package_is_refused(trt: stand_in_gpu.TensorRt, engine: Path) -> None:
+    with pytest.raises(ArtifactError, match="is an engine of tensorrt_rtx, not of tensorrt; "):
+        TensorRtBackend(engine, package="tensorrt")
+    assert trt.opened == []
+
+
+def test_an_engine_with_other_tensors_than_its_manifest_says_is_refused(
+    trt: stand_in_gpu.TensorRt, boundary: exported.Files, engine: Path
+) -> None:
+    rewritten(engine, model=read_manifest(boundary.onnx).model_copy(update={"image_shape": (3, 16, 16)}))
+    with pytest.raises(ArtifactError, match="are not those of its manifest"):
+        TensorRtBackend(engine)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1", "gpu", ""])
+def test_another_device_is_refused(trt: stand_in_gpu.TensorRt, engine: Path, device: str) -> None:
+    with pytest.raises(EngineError, match="device must be auto or cuda:0"):
+        TensorRtBackend(engine, device=device)
+    assert trt.opened == []
+
+
+# What TensorRT and CUDA refuse
+
+
+@pytest.mark.parametrize("when", ["open", "context"])
+def test_an_engine_that_does_not_open_is_one_line(trt: stand_in_gpu.TensorRt, engine: Path, when: str) -> None:
+    trt.refuses = when
+    with pytest.raises(EngineError, match=r"model\.engine: tensorrt_rtx (cannot open it|has no room)") as caught:
+        TensorRtBackend(engine)
+    assert "\n" not in str(caught.value)
+    assert when == "context" or "Serialization assertion failed at line 48" in str(caught.value)
+
+
+@pytest.mark.parametrize("when", ["shape", "run"])
+def test_a_run_that_tensorrt_refuses_is_one_line(
+    trt: stand_in_gpu.TensorRt, backend: TensorRtBackend, when: str
+) -> None:
+    trt.refuses = when
+    with pytest.raises(EngineError, match=r"tensorrt_rtx refused (the shape \(4, 3, 8, 8\) of x|to run): "):
+        backend.denoise(image(4), 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("when", "message"), [("take", r"taking 0\.0 MB of GPU memory for x: out of memory"), ("fetch", "computing deno")]
+)
+def test_what_cuda_refuses_is_one_line(
+    gpu: stand_in_gpu.Gpu, backend: TensorRtBackend, when: str, message: str
+) -> None:
+    gpu.fail_at = when
+    with pytest.raises(EngineError, match=f"CUDA failed while {message}") as caught:
+        backend.denoise(image(4), 1.0, 0)
+    assert "\n" not in str(caught.value)
+    gpu.fail_at = ""
+    gpu.queue.clear()
+    assert np.isfinite(backend.denoise(image(4), 1.0, 0)).all()
+
+
+def test_memory_is_given_back_with_the_backend(trt: stand_in_gpu.TensorRt, engine: Path) -> None:
+    backend = TensorRtBackend(engine)
+    backend.denoise(image(4), 1.0, 0)
+    assert trt.gpu.held
+    del backend
+    gc.collect()
+    assert not trt.gpu.held
+
+
+def test_without_a_driver_it_is_one_line(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with stand_in_gpu.installed(stand_in_gpu.Gpu()):
+        monkeypatch.setitem(sys.modules, "pycuda.autoprimaryctx", None)
+        with pytest.raises(EngineError, match="there is no NVIDIA GPU that CUDA can use: ") as caught:
+            TensorRtBackend(engine)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("package", "extra"), [("pycuda", "gpu"), ("tensorrt_rtx", "tensorrt-rtx")])
+def test_a_missing_package_is_named(engine: Path, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXTRAS, package, extra)
+
+    class Hidden:
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+            if name == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
+    cuda.driver.cache_clear()
+    with pytest.raises(MissingExtraError, match=rf"pip install 'cm-runtime\[{extra}\]'"):
+        TensorRtBackend(engine)
+
+
+def test_the_logger_keeps_what_it_hears() -> None:
+    """Of the real package: the builder calls it from C++."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = tensorrt.listener(trt)
+    logger.log(trt.ILogger.Severity.VERBOSE, "chatter")
+    logger.log(trt.ILogger.Severity.WARNING, "beware")
+    assert (list(logger.lines), logger.last()) == (["[WARNING] beware"], "it gave no reason")
+    assert trt.Runtime(logger).deserialize_cuda_engine(b"no engine") is None  # what it says needs no driver
+    assert any(line.startswith("[ERROR] ") for line in logger.lines)
+    assert logger.last() in "".join(logger.lines)
+    assert tensorrt.listener(trt) is logger  # TensorRT keeps the first that it is given
+    assert not logger.lines
