@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from cm_runtime.errors import MissingExtraError
@@ -10,6 +11,10 @@ from cm_runtime.errors import MissingExtraError
 # The extra of pyproject.toml that brings each optional package.
 EXTRAS = {
     "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "pycuda": "gpu",
     "torch": "train",
     "onnx": "train",
     "onnxscript": "train",
@@ -31,3 +36,11 @@ def require(package: str, what: str) -> ModuleType:
         if error.name != package:
             raise
         raise MissingExtraError(package, EXTRAS[package], what) from error
+
+
+def has(package: str) -> bool:
+    """Whether ``package`` is installed; it is not imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False

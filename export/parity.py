@@ -17,6 +17,7 @@ from onnx import helper
 from cm_runtime import noise, sampling
 from cm_runtime.artifact import Manifest, Parity, Precision
 from cm_runtime.backends.base import Backend
+from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.torch import TorchBackend
 from cm_runtime.errors import ParityError
@@ -101,8 +102,6 @@ def measure(path: Path, manifest: Manifest, expected: list[NDArray[Any]]) -> Par
 def _engine(path: Path, manifest: Manifest) -> Backend:
     threads = torch.get_num_threads()
     if manifest.precision == "bf16":
-        from cm_runtime.backends.openvino import OpenVinoBackend
-
         return OpenVinoBackend(path, manifest, threads=threads, precision="bf16")
     return OrtBackend(path, manifest, threads=threads)
 
@@ -120,9 +119,11 @@ def _asked(manifest: Manifest) -> str:
 
 
 def _psnr(error: NDArray[np.float64]) -> float:
-    """dB on [-1, 1] data."""
+    """dB on [-1, 1] data; of errors that are not finite, minus infinity."""
     mean = float(np.mean(error**2))
-    return min(MOST_PSNR, 10 * np.log10(4 / mean)) if mean else MOST_PSNR
+    if not np.isfinite(mean):
+        return -np.inf
+    return min(MOST_PSNR, 10 * float(np.log10(4 / mean))) if mean else MOST_PSNR
 
 
 def _scaled(values: NDArray[Any]) -> NDArray[np.float64]:

@@ -134,4 +134,5 @@ def _size(tensor: TensorProto) -> int:
 def _content(tensor: TensorProto, network: Network) -> Any:
     """The bytes of an initializer's weight, little-endian; a copy only where the type or layout is another."""
     kind = helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
-    return np.ascontiguousarray(network.weights[tensor.name], kind).reshape(-1).view(np.uint8).data
+    with np.errstate(over="ignore"):  # what a half type cannot hold is infinite, and no parity
+        return np.ascontiguousarray(network.weights[tensor.name], kind).reshape(-1).view(np.uint8).data

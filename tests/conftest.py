@@ -1,6 +1,8 @@
 """What several test modules share: a reference Philox, small configs, manifests, and networks that are not silent."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,16 @@ def addressed_words(seed: int, sample: int, draw: int, block: int) -> tuple[int,
     """The four words of the design's layout: counter (block, draw, sample low, high), key (seed low, high)."""
     low = 0xFFFFFFFF
     return philox4x32((block, draw, sample & low, sample >> 32), (seed & low, seed >> 32))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered between processes is remembered for this session only, by all of pytest's workers."""
+    session = tmp_path_factory.getbasetemp()
+    folder: Path = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")

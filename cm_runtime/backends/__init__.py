@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from cm_runtime.artifact import read_manifest
+from cm_runtime.artifact import Manifest, read_manifest
+from cm_runtime.backends import choice, engine_file
 from cm_runtime.backends.base import Backend, checked_threads
+from cm_runtime.backends.openvino import OpenVinoBackend, has_bf16
 from cm_runtime.backends.ort import OrtBackend, has_cuda
 from cm_runtime.errors import ArtifactError, RequestError
-from cm_runtime.extras import require
+from cm_runtime.extras import has, require
 
 if TYPE_CHECKING:
     from cm_runtime.backends.torch import TorchBackend
 
-BackendName = Literal["auto", "ort", "torch"]
+BackendName = Literal["auto", "ort", "openvino", "torch", "torch.compile", "tensorrt", "tensorrt-rtx"]
+ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
+FOR_GRAPHS, FOR_CHECKPOINTS, FOR_ENGINES = ("ort", "openvino"), ("torch", "torch.compile"), ("tensorrt", "tensorrt-rtx")
 DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "fashion-mnist.onnx"
 
 
@@ -24,29 +28,88 @@ def load(
     backend: BackendName = "auto",
     device: str = "auto",
     threads: int = 0,
+    precision: ComputePrecision = "auto",
+    batch: int | None = None,
 ) -> Backend:
-    """The model in ``path`` on an engine, ready to denoise: an exported ``.onnx``, or a checkpoint.
+    """The model in ``path`` on an engine, ready to denoise or draw: an exported file, or a checkpoint.
 
-    path: None is the bundled model; a checkpoint is whatever `importers.load_checkpoint` reads. backend: auto takes
-    ONNX Runtime for ``.onnx`` and torch for checkpoints. device: auto (a GPU where the engine can use one, else the
-    CPU), cpu or cuda:N. threads: 0 is one per core. Raises ArtifactError, CheckpointError, EngineError,
-    MissingExtraError, and RequestError for a backend that cannot run such a file.
+    path: None is the bundled model; a checkpoint is whatever `importers.load_checkpoint` reads. backend: for an
+    ``.onnx``, auto takes the fastest installed engine, by a short measurement that is remembered (see `choice`); for a
+    checkpoint, eager torch. device: auto (a GPU where the engine can use one, else the CPU), cpu or cuda:N. threads: 0
+    is one per core. precision: what an engine computes in that can choose; auto is the file's own, and on a CPU fp32
+    where that is fp16. batch: how many images a request will have, for auto to measure; unknown by default. Raises
+    ArtifactError, CheckpointError, EngineError, MissingExtraError, and RequestError for a backend or precision that
+    such a file does not run in.
     """
     where = DEFAULT_MODEL if path is None else Path(path)
-    if backend not in ("auto", "ort", "torch"):
-        raise RequestError(f"backend must be auto, ort or torch, not {backend!r}")
+    if backend not in get_args(BackendName):
+        raise RequestError(f"backend must be one of {', '.join(get_args(BackendName))}, not {backend!r}")
+    if precision not in get_args(ComputePrecision):
+        raise RequestError(f"precision must be auto, fp32, bf16 or fp16, not {precision!r}")
     checked_threads(threads)
     if not where.exists():
         raise ArtifactError(f"{where}: no such model")
     if is_checkpoint(where):
-        if backend == "ort":
-            raise RequestError(f"{where} is a checkpoint; ONNX Runtime runs what cm-runtime export makes of it")
-        return _torch(where, device, threads)
-    if backend == "torch":
+        if backend not in ("auto", *FOR_CHECKPOINTS):
+            raise RequestError(f"{where} is a checkpoint; {backend} runs what cm-runtime export makes of it")
+        return _torch(where, device, threads, precision, is_compiled=backend == "torch.compile")
+    if where.suffix == engine_file.SUFFIX:
+        return _tensorrt(where, backend, device, precision)
+    if backend in FOR_CHECKPOINTS:
         raise RequestError(f"{where}: the torch backend runs checkpoints (.pt), not exported files")
+    if backend in FOR_ENGINES:
+        raise RequestError(f"{where}: {backend} runs engines; make one with cm-runtime export CKPT --format {backend}")
     manifest = read_manifest(where)
-    chosen = ("cuda:0" if has_cuda() else "cpu") if device == "auto" else device
-    return OrtBackend(where, manifest, chosen, threads)
+    if backend != "auto":
+        return _open(backend, where, manifest, device, threads, precision)
+    asked = choice.question(where, manifest, auto_device(device), threads, precision, batch)
+    return choice.fastest(asked, lambda name: _open(name, where, manifest, asked.device, threads, precision))
+
+
+def auto_device(device: str) -> str:
+    """The first GPU where ONNX Runtime can use one, else the CPU, in place of auto."""
+    if device != "auto":
+        return device
+    return "cuda:0" if has("onnxruntime") and has_cuda() else "cpu"
+
+
+def precisions() -> dict[str, str]:
+    """What each installed engine computes in here."""
+    found = {}
+    if has("onnxruntime"):
+        found["ort"] = "the file's (fp32, fp16)"
+    if has("openvino"):
+        found["openvino"] = "fp32, bf16" if has_bf16() else "fp32"
+    if has("torch"):
+        found["torch"] = "fp32, bf16, fp16"
+    return found
+
+
+def _open(name: str, where: Path, manifest: Manifest, device: str, threads: int, precision: str) -> Backend:
+    """An exported ``.onnx`` on ONNX Runtime or OpenVINO. Raises RequestError for a precision it does not compute in."""
+    if name == "openvino":
+        if precision == "fp16":
+            raise RequestError("OpenVINO's CPU computes in fp32 or bf16, not in fp16")
+        chosen: Any = precision if precision != "auto" else "bf16" if manifest.precision == "bf16" else "fp32"
+        return OpenVinoBackend(where, manifest, device, threads, chosen)
+    if precision not in ("auto", manifest.precision):
+        raise RequestError(
+            f"ONNX Runtime computes in the types of the file, {manifest.precision}; for {precision} export with"
+            f" --precision {precision}, or take --backend openvino"
+        )
+    return OrtBackend(where, manifest, auto_device(device), threads)
+
+
+def _tensorrt(where: Path, backend: str, device: str, precision: str) -> Backend:
+    if backend not in ("auto", *FOR_ENGINES):
+        raise RequestError(f"{where} is a TensorRT engine, which {backend} does not run")
+    from cm_runtime.backends.tensorrt import TensorRtBackend
+
+    packages: dict[str, Any] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+    opened = TensorRtBackend(where, package=packages.get(backend), device=device)
+    if precision not in ("auto", opened.manifest.precision):
+        raise RequestError(f"{where} was built in {opened.manifest.precision}; {precision} takes another engine")
+    return opened
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -58,10 +121,10 @@ def is_model(path: Path) -> bool:
     """Whether ``path`` is a model, exported or not, and no data set, by its name; of folders, what diffusers saved."""
     if path.is_dir():
         return any((path / name).is_file() for name in ("model_index.json", "config.json"))
-    return path.suffix == ".onnx" or is_checkpoint(path)
+    return path.suffix in (".onnx", engine_file.SUFFIX) or is_checkpoint(path)
 
 
-def _torch(path: Path, device: str, threads: int) -> TorchBackend:
+def _torch(path: Path, device: str, threads: int, precision: ComputePrecision, *, is_compiled: bool) -> TorchBackend:
     torch = require("torch", f"running the checkpoint {path}")
     from cm_runtime.backends.torch import TorchBackend, chosen_device
     from cm_runtime.importers import load_checkpoint
@@ -69,4 +132,10 @@ def _torch(path: Path, device: str, threads: int) -> TorchBackend:
     if threads:
         torch.set_num_threads(threads)
     checkpoint = load_checkpoint(path)
-    return TorchBackend(checkpoint.model(), checkpoint.manifest(), str(chosen_device(device)))
+    return TorchBackend(
+        checkpoint.model(),
+        checkpoint.manifest(),
+        str(chosen_device(device)),
+        precision="fp32" if precision == "auto" else precision,
+        is_compiled=is_compiled,
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.artifact import OUTPUTS, Manifest, data_path, read_manifest
@@ -14,6 +17,9 @@ from cm_runtime.backends.base import Backend, checked_threads
 from cm_runtime.errors import ArtifactError, EngineError
 from cm_runtime.extras import require
 
+LOG = logging.getLogger("cm_runtime")
+MOST_BOUND = 4  # batch sizes whose memory is kept
+NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a session some of whose nodes are not on the GPU
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -27,9 +33,10 @@ class OrtBackend(Backend):
     """An exported ``.onnx`` on ONNX Runtime.
 
     model: a path, or the file's bytes with their ``manifest``; device: cpu or cuda:N; threads: 0 leaves it to ONNX
-    Runtime (one per core). Raises ArtifactError for a file that is not ours or damaged, or whose data file is missing
-    or too short, and EngineError when ONNX Runtime cannot load it or the device is not there: it never falls back to
-    another.
+    Runtime (one per core). On a GPU inputs and outputs are bound to memory of the device, once for each batch size, and
+    where every node runs there the whole run is one CUDA graph. Raises ArtifactError for a file that is not ours or
+    damaged, or whose data file is missing or too short, and EngineError when ONNX Runtime cannot load it or the device
+    is not there: it never falls back to another.
     """
 
     name = "ort"
@@ -45,8 +52,10 @@ class OrtBackend(Backend):
         where = "the exported graph" if isinstance(model, bytes) else str(Path(model))
         self.manifest = manifest or read_manifest(where)
         self.device = device
+        self._graphs = 0
         self.version = f"onnxruntime {ort.__version__}"
         data = None if isinstance(model, bytes) else data_path(where, self.manifest)
+        self._bound: OrderedDict[tuple[Any, ...], Bound] = OrderedDict()
         try:
             self._session = open_session(model, where, device, threads)
         except (ArtifactError, EngineError) as error:
@@ -58,11 +67,61 @@ class OrtBackend(Backend):
 
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """One run of the graph on checked inputs; see `Backend`."""
+        output = OUTPUTS[self.manifest.graph]
         try:
-            (made,) = self._session.run([OUTPUTS[self.manifest.graph]], dict(feed))
+            if self.device == "cpu":
+                (made,) = self._session.run([output], dict(feed))
+            else:
+                made = self._binding(feed, output).run(feed)
         except Exception as error:
             raise EngineError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
         return made  # type: ignore[no-any-return]
+
+    def _binding(self, feed: Mapping[str, NDArray[Any]], output: str) -> Bound:
+        """The memory for inputs of these shapes; that of the shape longest unused is let go beyond a few."""
+        key = tuple(array.shape for array in feed.values())
+        if key not in self._bound:
+            if len(self._bound) == MOST_BOUND:
+                self._bound.popitem(last=False)
+            self._graphs += 1
+            self._bound[key] = Bound(self._session, feed, output, self.device, self._graphs)
+        self._bound.move_to_end(key)
+        return self._bound[key]
+
+
+class Bound:
+    """A session's inputs and output in memory of ``device`` whose addresses stay, as a CUDA graph needs them.
+
+    The first run makes the output's memory, the engine knowing its shape best. number: of the graph that ONNX Runtime
+    captures for these addresses, where the session captures any.
+    """
+
+    def __init__(self, session: Any, feed: Mapping[str, NDArray[Any]], output: str, device: str, number: int) -> None:
+        ort = require("onnxruntime", "the ONNX Runtime backend")
+        kind, _, index = device.partition(":")
+        self._session, self._output = session, output
+        self._inputs = {  # of copies: on the CPU a value is the array's own memory
+            name: ort.OrtValue.ortvalue_from_numpy(array.copy(), kind, int(index or 0)) for name, array in feed.items()
+        }
+        binding = session.io_binding()
+        for name, value in self._inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(output, kind, int(index or 0))
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", "-1")  # this once without a graph: its output's address is new
+        session.run_with_iobinding(binding, options)
+        (self._made,) = binding.get_outputs()
+        binding.clear_binding_outputs()
+        binding.bind_ortvalue_output(output, self._made)
+        self._binding, self._options = binding, ort.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(number))
+
+    def run(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """One run of inputs of the same shapes; the answer is in memory of its own."""
+        for name, array in feed.items():
+            self._inputs[name].update_inplace(array)
+        self._session.run_with_iobinding(self._binding, self._options)
+        return np.array(self._made.numpy())
 
 
 def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str, threads: int) -> Any:
@@ -75,11 +134,17 @@ def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str,
     options.intra_op_num_threads = checked_threads(threads)
     options.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
     provider = _provider(ort, device)
+    source = model if isinstance(model, bytes) else where
     try:
         # Without enable_fallback=0 it would print on standard output and go on with other providers.
-        session = ort.InferenceSession(
-            model if isinstance(model, bytes) else where, options, providers=[provider], enable_fallback=0
-        )
+        try:
+            session = ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+        except Exception as error:
+            if isinstance(provider, str) or NO_CAPTURE not in str(error):
+                raise
+            LOG.warning("%s runs without a CUDA graph: ONNX Runtime has not all of its nodes on the GPU", where)
+            provider = provider[0], {**provider[1], "enable_cuda_graph": "0"}
+            session = ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
     except Exception as error:  # its exceptions share no base of their own
         reason = str(error).splitlines()[0]
         if provider == "CPUExecutionProvider":
@@ -100,4 +165,4 @@ def _provider(ort: Any, device: str) -> Any:
         raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: pip install 'cm-runtime[gpu]'")
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # the CUDA libraries of pip packages
-    return "CUDAExecutionProvider", {"device_id": number or "0"}
+    return "CUDAExecutionProvider", {"device_id": number or "0", "enable_cuda_graph": "1"}

@@ -11,7 +11,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from cm_runtime.backends.ort import OrtBackend
+from cm_runtime.backends import ort as ort_module
+from cm_runtime.backends.ort import Bound, OrtBackend
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
 
 SHAPE = (3, 8, 8)
@@ -137,7 +138,8 @@ def test_a_label_for_a_model_without_classes_is_refused(unlabelled: OrtBackend) 
 COUNT_THREADS = """
 import os, sys
 import onnxruntime
-from cm_runtime.backends.ort import OrtBackend
+from cm_runtime.backends import ort as ort_module
+from cm_runtime.backends.ort import Bound, OrtBackend
 before = len(os.listdir("/proc/self/task"))
 backend = OrtBackend(sys.argv[1], threads=int(sys.argv[2]))
 print(len(os.listdir("/proc/self/task")) - before)
@@ -234,3 +236,62 @@ def test_a_damaged_data_file_is_one_line_that_names_it(
         OrtBackend(path)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+# A GPU's bound memory, on the CPU: the same calls, but for where the memory lies
+
+
+def test_bound_inputs_and_outputs_compute_the_same(backend: OrtBackend) -> None:
+    for n in (1, 3, 7):
+        x, sigma, label = (np.random.default_rng(n).standard_normal((n, 3, 8, 8)), np.full(n, 2.0), np.arange(n) % 5)
+        feed = {"x": x.astype(np.float32), "sigma": sigma.astype(np.float32), "label": label}
+        bound = Bound(backend._session, feed, "denoised", "cpu", 1)
+        first = bound.run(feed)
+        assert np.array_equal(first, backend.evaluate(feed))
+        other = feed | {"x": feed["x"] * np.float32(0.5)}
+        second = bound.run(other)
+        assert np.array_equal(second, backend.evaluate(other))
+        assert np.array_equal(first, backend.evaluate(feed))  # the first answer is the caller's
+
+
+def test_memory_is_kept_for_a_few_batch_sizes_and_graphs_are_numbered_apart(
+    boundary: exported.Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = OrtBackend(boundary.onnx)
+    made: list[tuple[int, int]] = []
+
+    class Recorded:
+        def __init__(self, session: object, feed: Any, output: str, device: str, number: int) -> None:
+            made.append((len(feed["x"]), number))
+
+    monkeypatch.setattr(ort_module, "Bound", Recorded)
+    for n in (1, 2, 1, 3, 4, 1, 5, 2, 1):
+        backend._binding({"x": np.zeros((n, 3, 8, 8), np.float32)}, "denoised")
+    assert made == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (2, 6)]  # 2 was the longest unused when 5 came
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
+    boundary: exported.Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, captures: bool
+) -> None:
+    """With a session that stands in for the CUDA provider's, which no machine of ours has."""
+    asked: list[str] = []
+
+    class Session:
+        def __init__(self, source: object, options: object, providers: Any, enable_fallback: int) -> None:
+            ((_, chosen),) = providers
+            asked.append(chosen["enable_cuda_graph"])
+            if not captures and chosen["enable_cuda_graph"] == "1":
+                raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    OrtBackend(boundary.onnx, device="cuda:0")
+    assert asked == (["1"] if captures else ["1", "0"])
+    assert [r.getMessage().partition(": ")[0].endswith("without a CUDA graph") for r in caplog.records] == (
+        [] if captures else [True]
+    )

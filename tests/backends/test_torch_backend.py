@@ -1,6 +1,7 @@
 """Eager torch behind the Denoiser protocol."""
 
 import warnings
+from typing import Any
 
 import exported
 import numpy as np
@@ -115,3 +116,43 @@ def test_large_images_come_in_small_batches(backend: TorchBackend) -> None:
     for size, expected in {8: 256, 28: 83, 32: 64, 64: 16, 256: 1}.items():
         backend.manifest = backend.manifest.model_copy(update={"image_shape": (3, size, size)})
         assert backend.micro_batch == expected
+
+
+@pytest.mark.parametrize(("precision", "least"), [("bf16", 40), ("fp16", 55)])
+def test_half_precision_keeps_its_decibels_at_every_noise_level(
+    boundary: exported.Files, precision: Any, least: float
+) -> None:
+    """By autocast, with the last convolution in float32."""
+    full = TorchBackend(boundary.model(), read_checkpoint(boundary.checkpoint).manifest())
+    half = TorchBackend(boundary.model(), full.manifest, precision=precision)
+    sigma = np.geomspace(0.002, 80, 7).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((7, 3, 8, 8)) * np.hypot(sigma, 0.5)[:, None, None, None]
+    label = np.arange(7) % exported.CLASSES
+    error = half.denoise(x.astype(np.float32), sigma, label) - full.denoise(x.astype(np.float32), sigma, label)
+    assert np.abs(error).max() > 1e-5
+    assert 10 * np.log10(4 / np.maximum(np.mean(error**2, axis=(1, 2, 3)), 1e-20)).min() >= least
+    assert half._model.F.out[-1].layer.weight.dtype == torch.float32
+
+
+def test_a_compiler_that_fails_is_one_line(boundary: exported.Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(*_: object, **__: object) -> object:
+        raise OSError("backend='inductor' raised:\nno C++ compiler was found\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: compiled)
+    ours = read_checkpoint(boundary.checkpoint)
+    backend = TorchBackend(ours.model(), ours.manifest(), is_compiled=True)
+    assert backend.name == "torch.compile"
+    with pytest.raises(EngineError) as caught:
+        backend.denoise(image(), 1.0, 0)
+    assert str(caught.value) == "torch.compile: backend='inductor' raised: no C++ compiler was found"
+
+
+@pytest.mark.slow
+def test_compiled_it_computes_the_same_for_more_batch_sizes_than_torch_allows_by_itself(
+    boundary: exported.Files,
+) -> None:
+    ours = read_checkpoint(boundary.checkpoint)
+    eager, compiled = (TorchBackend(ours.model(), ours.manifest(), is_compiled=c) for c in (False, True))
+    for n in range(1, 11):
+        x = np.random.default_rng(n).standard_normal((n, 3, 8, 8)).astype(np.float32)
+        assert np.abs(eager.denoise(x, 1.0, 0) - compiled.denoise(x, 1.0, 0)).max() < 1e-4

@@ -1,0 +1,198 @@
+"""f, or a whole sampler, on OpenVINO: the CPU, in float32 or bfloat16."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cm_runtime.artifact import OUTPUTS, Manifest, data_path, read_manifest
+from cm_runtime.backends.base import Backend, checked_threads
+from cm_runtime.errors import ArtifactError, EngineError, RequestError
+from cm_runtime.extras import require
+
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+TELEMETRY = "openvino_telemetry"
+IMAGES = {"denoiser": "x", "sampler": "noise", "network": "x_in"}  # the input that is as large as the images
+
+
+class OpenVinoBackend(Backend):
+    """An exported ``.onnx`` on OpenVINO.
+
+    threads: 0 leaves it to OpenVINO (one per core); precision: what it computes in, whatever types the file has. In
+    bf16, all that does not depend on the images (the noise level's embedding above all, which bfloat16 cannot hold) is
+    a model of its own in float32. Raises ArtifactError for a file that is not ours or damaged, RequestError for
+    another device than the CPU, and EngineError for bf16 on a processor without it: it never falls back.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        manifest: Manifest | None = None,
+        device: str = "cpu",
+        threads: int = 0,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        ov = package()
+        if device not in ("cpu", "auto"):
+            raise RequestError(f"OpenVINO runs on the CPU here, not on {device}")
+        where = Path(model)
+        self.manifest = manifest or read_manifest(where)
+        self.device = "cpu"
+        self.precision = precision
+        self.version = f"openvino {ov.__version__.partition('-')[0]}"
+        data = data_path(where, self.manifest)
+        self._lock = threading.Lock()  # a request serves one thread at a time
+        core = ov.Core()
+        if precision == "bf16" and not has_bf16():
+            raise EngineError(
+                "OpenVINO computes in bf16 only where the processor does, and this one does not: use fp32"
+            )
+        core.add_extension(_skip_scale_extension())
+        try:
+            graph = core.read_model(str(where))
+        except Exception as error:  # its exceptions are RuntimeErrors of many lines
+            if data and data.name in str(error):
+                raise ArtifactError(
+                    f"{where}: its weights in {data} are damaged or cut short; export it again"
+                ) from error
+            raise ArtifactError(f"{where}: OpenVINO cannot load it: {_reason(error)}") from error
+        _check_labels(graph, self.manifest, where)
+        options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+        if checked_threads(threads):
+            options["INFERENCE_NUM_THREADS"] = str(threads)
+        try:
+            self._apart: list[str] = []
+            self._before = None
+            if precision == "bf16":
+                before, graph, self._apart = split(graph, IMAGES[self.manifest.graph])
+                if self._apart:
+                    self._before = core.compile_model(before, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"})
+            compiled = core.compile_model(graph, "CPU", options | {"INFERENCE_PRECISION_HINT": HINTS[precision]})
+            self._request = compiled.create_infer_request()
+        except Exception as error:
+            raise ArtifactError(f"{where}: OpenVINO cannot load it: {_reason(error)}") from error
+        self._names = {each.any_name for each in compiled.inputs}
+
+    def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """One run of the graph on checked inputs; see `Backend`."""
+        try:
+            given = dict(feed)
+            with self._lock:
+                if self._before is not None:
+                    made = self._before({each.any_name: given[each.any_name] for each in self._before.inputs})
+                    given |= {name: made[i] for i, name in enumerate(self._apart)}
+                answer = self._request.infer({name: given[name] for name in self._names}, share_inputs=True)
+                return np.array(answer[OUTPUTS[self.manifest.graph]])
+        except Exception as error:
+            raise EngineError(f"OpenVINO: {_reason(error)}") from error
+
+
+def package() -> ModuleType:
+    """openvino, imported without its telemetry, which would send an event and leave files in the home folder.
+
+    Raises MissingExtraError.
+    """
+    absent = object()
+    before = sys.modules.get(TELEMETRY, absent)
+    if before is absent and "openvino" not in sys.modules:
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        return require("openvino", "the OpenVINO backend")
+    finally:
+        if before is absent and sys.modules.get(TELEMETRY, absent) is None:
+            del sys.modules[TELEMETRY]
+
+
+def has_bf16() -> bool:
+    """Whether OpenVINO can compute in bfloat16 on this processor; whether that is faster is another question."""
+    return "BF16" in package().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _check_labels(graph: Any, manifest: Manifest, where: Path) -> None:
+    """Raises ArtifactError where a table that labels look into has not a row for each class: it would be overrun."""
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "Gather":
+            continue
+        index = node.input_value(1).get_node()
+        while index.get_type_name() == "Convert":
+            index = index.input_value(0).get_node()
+        rows = node.input_value(0).get_partial_shape()[0]
+        if index.get_type_name() == "Parameter" and rows != manifest.num_classes:
+            raise ArtifactError(f"{where}: its graph is not for the {manifest.num_classes} classes of its manifest")
+
+
+def split(graph: Any, images: str) -> tuple[Any, Any, list[str]]:
+    """An ov.Model as two: what does not depend on the input ``images``, and the rest, which is given its results.
+
+    The third is the names of those results, in their order: inputs of the second model, outputs of the first.
+    """
+    ov = package()
+    ops = importlib.import_module("openvino.opset13")
+    late: set[str] = set()  # names of nodes that depend on the images
+    fixed: set[str] = set()  # and on no input at all
+    taken: dict[tuple[str, int], Any] = {}
+    cuts: dict[tuple[str, int], Any] = {}
+    for node in graph.get_ordered_ops():
+        name, sources = node.get_friendly_name(), [node.input_value(i) for i in range(node.get_input_size())]
+        parents = {source.get_node().get_friendly_name() for source in sources}
+        if node.get_type_name() == "Parameter":
+            if images in node.output(0).get_names():
+                late.add(name)
+        elif parents <= fixed:  # a constant has none
+            fixed.add(name)
+        elif parents & late:
+            late.add(name)
+            for i, source in enumerate(sources):
+                parent = source.get_node().get_friendly_name()
+                if parent not in late | fixed:
+                    key = parent, source.get_index()
+                    taken.setdefault(key, source)
+                    if key not in cuts:
+                        cuts[key] = ops.parameter(source.get_partial_shape(), source.get_element_type())
+                        cuts[key].output(0).set_names({f"apart{len(cuts) - 1}"})
+                    node.input(i).replace_source_output(cuts[key].output(0))
+    given = [each for each in graph.get_parameters() if images in each.output(0).get_names()]
+    others = [each for each in graph.get_parameters() if images not in each.output(0).get_names()]
+    results = [ops.result(source) for source in taken.values()]
+    before = ov.Model(results, others, "before") if results else None
+    rest = ov.Model(graph.get_results(), [*given, *cuts.values()], "rest")
+    return before, rest, [f"apart{i}" for i in range(len(cuts))]
+
+
+def _skip_scale_extension() -> Any:
+    """cm::SkipScale in OpenVINO's ops: it does not read the file's own function (arXiv 2303.01469, appendix C)."""
+    ops = importlib.import_module("openvino.opset13")
+    frontend = importlib.import_module("openvino.frontend.onnx")
+
+    def number(value: float) -> Any:
+        return ops.constant(np.float32(value))
+
+    def convert(node: Any) -> list[Any]:
+        x, F, sigma = (node.get_input(i) for i in range(3))
+        data, boundary = (float(node.get_attribute(name)) for name in ("sigma_data", "sigma_boundary"))
+        s = ops.reshape(sigma, ops.constant(np.array([-1, 1, 1, 1], np.int64)), special_zero=False)
+        d, variance = ops.subtract(s, number(boundary)), number(data**2)
+        c_skip = ops.divide(variance, ops.add(ops.multiply(d, d), variance))
+        c_out = ops.divide(ops.multiply(number(data), d), ops.sqrt(ops.add(ops.multiply(s, s), variance)))
+        full = ops.convert(F, "f32")
+        return [ops.add(ops.multiply(c_skip, x), ops.multiply(c_out, full)).output(0)]
+
+    return frontend.ConversionExtension("SkipScale", "cm", convert)
+
+
+def _reason(error: Exception) -> str:
+    """The line of an OpenVINO exception that tells something: the first ones say where it was thrown."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (telling or lines or [type(error).__name__])[0]

@@ -1,0 +1,287 @@
+"""The choice of an engine: measured, remembered, believed only as far as it goes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import exported
+import numpy as np
+import pytest
+
+import cm_runtime as cm
+from cm_runtime.artifact import Manifest, read_manifest
+from cm_runtime.backends import choice
+from cm_runtime.backends.base import Backend
+from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError
+
+
+class Fake(Backend):
+    """An engine that takes a while, and answers ``offset`` everywhere."""
+
+    device = "cpu"
+    version = "fake 1"
+
+    def __init__(self, name: str, manifest: Manifest, seconds: float, offset: float = 0.0) -> None:
+        self.name, self.manifest, self.seconds, self.offset = name, manifest, seconds, offset
+        self.runs = 0
+
+    def evaluate(self, feed: Mapping[str, Any]) -> Any:
+        self.runs += 1
+        time.sleep(self.seconds)
+        return np.full(feed["x"].shape, self.offset, np.float32)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of its own, no waiting."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(choice, "PAUSE", 0.0)
+    monkeypatch.setattr(choice, "SECONDS", 0.01)
+
+
+@pytest.fixture
+def asked(boundary: exported.Files) -> choice.Question:
+    return choice.question(boundary.onnx, read_manifest(boundary.onnx), "cpu")
+
+
+@pytest.fixture
+def opened() -> list[str]:
+    return []
+
+
+def opening(asked: choice.Question, opened: list[str], **engines: Any) -> Callable[[str], Backend]:
+    """Opens fakes of so many seconds, or raises what is given in their place."""
+
+    def open_engine(name: str) -> Backend:
+        opened.append(name)
+        made = engines[name]
+        if isinstance(made, Exception):
+            raise made
+        return made if isinstance(made, Backend) else Fake(name, asked.manifest, made)
+
+    return open_engine
+
+
+def kept() -> list[Path]:
+    folder = choice._folder()
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+@pytest.mark.parametrize(("ort", "openvino"), [(0.001, 0.01), (0.01, 0.001)])
+def test_the_faster_is_taken_and_next_time_opened_alone(
+    asked: choice.Question, opened: list[str], ort: float, openvino: float
+) -> None:
+    best = "ort" if ort < openvino else "openvino"
+    open_engine = opening(asked, opened, ort=ort, openvino=openvino)
+    assert choice.fastest(asked, open_engine).name == best
+    assert opened == ["ort", "openvino"]
+    again = choice.fastest(asked, open_engine)
+    assert (again.name, opened[2:]) == (best, [best])
+    assert again.runs == 0  # type: ignore[attr-defined]
+    (path,) = kept()
+    assert set(json.loads(path.read_text())["seconds"]) == {"ort", "openvino"}
+    assert choice.said(asked).startswith(f"{best}, device cpu: measured at batch 8: {best} ")
+
+
+def test_real_engines_rank_as_they_are_timed_here(boundary: exported.Files) -> None:
+    """The whole path with ONNX Runtime and OpenVINO, and what is said of it."""
+    model = cm.load(boundary.onnx, batch=4)
+    asked = choice.question(boundary.onnx, model.manifest, "cpu", batch=4)
+    answer = choice.remembered(asked)
+    assert answer is not None and next(iter(answer.seconds)) == model.name
+    assert asked.batch == 4
+
+
+OTHERS: dict[str, Callable[[choice.Question], choice.Question]] = {
+    "threads": lambda q: replace(q, threads=1),
+    "precision": lambda q: replace(q, precision="fp32"),
+    "batch": lambda q: replace(q, batch=1),
+    "device": lambda q: replace(q, device="cuda:0"),
+    "engines": lambda q: replace(q, names=("ort",)),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_every_part_of_the_question_counts(asked: choice.Question, what: str) -> None:
+    assert OTHERS[what](asked).key != asked.key
+    assert replace(asked).key == asked.key
+
+
+def test_so_do_the_file_the_machine_and_the_versions(
+    asked: choice.Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = asked.key
+    copy = tmp_path / "elsewhere.onnx"
+    copy.write_bytes(asked.path.read_bytes())
+    assert replace(asked, path=copy).key == key
+    copy.write_bytes(asked.path.read_bytes().replace(b"F.out", b"F.Out", 1))
+    assert replace(asked, path=copy).key != key
+    for name, value in (("version", lambda _: "99"), ("_processor", lambda: "another")):
+        with monkeypatch.context() as patch:
+            patch.setattr(choice, name, value)
+            assert asked.key != key
+
+
+SECONDS = ["3", "{}", '{"ort": "x"}', '{"ort": -1}', '{"ort": NaN}', '{"magic": 1}']
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "[" * 100000, *(f'{{"seconds": {each}}}' for each in SECONDS), None]
+)
+def test_what_cannot_be_believed_is_measured_anew(
+    asked: choice.Question, opened: list[str], content: str | None
+) -> None:
+    path = choice._folder() / f"{asked.key}.json"
+    path.parent.mkdir(parents=True)
+    if content is None:
+        path.write_bytes(b"\xff\xfe\x00")
+    else:
+        path.write_text(content)
+    assert choice.fastest(asked, opening(asked, opened, ort=0.01, openvino=0.001)).name == "openvino"
+    assert opened == ["ort", "openvino"]
+    assert choice.remembered(asked) is not None
+
+
+@pytest.mark.parametrize("obstacle", ["a file for a folder", "a folder for a file"])
+def test_a_cache_that_cannot_be_written_is_none(
+    asked: choice.Question, opened: list[str], obstacle: str, tmp_path: Path
+) -> None:
+    if obstacle == "a file for a folder":
+        (tmp_path / "cache").write_text("")
+    else:
+        (choice._folder() / f"{asked.key}.json").mkdir(parents=True)
+    for _ in range(2):
+        assert choice.fastest(asked, opening(asked, opened, ort=0.01, openvino=0.001)).name == "openvino"
+    assert opened == ["ort", "openvino"] * 2
+
+
+def test_one_candidate_is_not_measured(asked: choice.Question, opened: list[str]) -> None:
+    alone = replace(asked, names=("openvino",))
+    assert choice.fastest(alone, opening(asked, opened, openvino=0.001)).runs == 0  # type: ignore[attr-defined]
+    assert kept() == []
+    assert choice.said(alone) == "openvino, device cpu: no other installed engine can"
+
+
+def test_without_an_engine_the_pip_command_is_named(asked: choice.Question, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        choice, "require", lambda package, what: (_ for _ in ()).throw(MissingExtraError(package, "cpu", what))
+    )
+    with pytest.raises(MissingExtraError, match=r"cm-runtime\[cpu\]"):
+        choice.fastest(replace(asked, names=()), lambda _: pytest.fail("nothing is there"))
+    assert "pip install 'cm-runtime[cpu]'" in choice.said(replace(asked, names=()))
+
+
+# Engines that fail
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_the_next_is_taken_with_one_line_where_the_best_cannot_start(
+    asked: choice.Question, opened: list[str], caplog: pytest.LogCaptureFixture, remembered: bool
+) -> None:
+    if remembered:
+        choice.fastest(asked, opening(asked, opened, ort=0.01, openvino=0.001))
+    caplog.clear()
+    failing = opening(asked, opened, ort=0.001, openvino=EngineError("no more memory"))
+    assert choice.fastest(asked, failing).name == "ort"
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("cm_runtime", logging.WARNING)
+    assert record.getMessage() == "auto does without openvino: no more memory"
+
+
+def test_where_none_starts_the_first_ones_reason_is_given(asked: choice.Question, opened: list[str]) -> None:
+    with pytest.raises(EngineError, match="first"):
+        choice.fastest(asked, opening(asked, opened, ort=EngineError("first"), openvino=EngineError("second")))
+
+
+def test_a_file_that_one_calls_damaged_is_not_drawn_from(asked: choice.Question, opened: list[str]) -> None:
+    with pytest.raises(ArtifactError, match="damaged"):
+        choice.fastest(asked, opening(asked, opened, ort=ArtifactError("damaged"), openvino=0.001))
+
+
+class Failing(Fake):
+    def evaluate(self, feed: Mapping[str, Any]) -> Any:
+        raise EngineError("an index out of range")
+
+
+def test_the_first_engine_that_starts_but_fails_is_not_passed_over(asked: choice.Question, opened: list[str]) -> None:
+    """What exports are proved with knows that the file lies."""
+    broken = Failing("ort", asked.manifest, 0)
+    with pytest.raises(EngineError, match="index out of range"):
+        choice.fastest(asked, opening(asked, opened, ort=broken, openvino=0.001))
+
+
+@pytest.mark.parametrize("offset", [0.01, -1.0, np.nan, np.inf])
+def test_an_engine_that_draws_something_else_is_left_out(
+    asked: choice.Question, opened: list[str], caplog: pytest.LogCaptureFixture, offset: float
+) -> None:
+    other = Fake("openvino", asked.manifest, 0.0001, offset)
+    assert choice.fastest(asked, opening(asked, opened, ort=0.001, openvino=other)).name == "ort"
+    (record,) = caplog.records
+    assert record.getMessage().startswith("auto does without openvino: its images are ")
+    assert kept() == []
+
+
+def test_so_is_one_that_fails_at_once(
+    asked: choice.Question, opened: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Failing("openvino", asked.manifest, 0)
+    assert choice.fastest(asked, opening(asked, opened, ort=0.001, openvino=broken)).name == "ort"
+    assert [record.getMessage() for record in caplog.records] == ["auto does without openvino: an index out of range"]
+
+
+# Candidates
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "wanted", "names"),
+    [
+        ("fp32", "cpu", "auto", ("ort", "openvino")),
+        ("fp32", "cpu", "fp32", ("ort", "openvino")),
+        ("fp32", "cpu", "bf16", ("openvino",)),
+        ("fp32", "cpu", "fp16", ()),
+        ("fp16", "cpu", "auto", ("ort", "openvino")),
+        ("fp16", "cpu", "fp16", ("ort",)),
+        ("bf16", "cpu", "auto", ("openvino",)),
+        ("bf16", "cpu", "bf16", ("openvino",)),
+        ("bf16", "cuda:0", "auto", ("ort",)),
+        ("fp32", "cuda:0", "auto", ("ort",)),
+        ("fp32", "cuda:0", "bf16", ()),
+    ],
+)
+def test_who_can_run_what(
+    asked: choice.Question, monkeypatch: pytest.MonkeyPatch, precision: Any, device: str, wanted: str, names: Any
+) -> None:
+    manifest = asked.manifest.model_copy(update={"precision": precision})
+    monkeypatch.setattr(choice, "has", lambda package: True)
+    assert choice.candidates(manifest, device, wanted) == names
+    monkeypatch.setattr(choice, "has", lambda package: package != "openvino")
+    assert choice.candidates(manifest, device, wanted) == tuple(name for name in names if name != "openvino")
+
+
+@pytest.mark.parametrize(("given", "batch"), [(None, 8), (1, 1), (3, 3), (64, 8), (0, 1)])
+def test_the_batch_is_that_of_the_request_up_to_eight(boundary: exported.Files, given: int | None, batch: int) -> None:
+    assert choice.question(boundary.onnx, read_manifest(boundary.onnx), "cpu", batch=given).batch == batch
+
+
+def _load(path: str, line: Any) -> None:
+    line.send(cm.load(path).name)
+
+
+def test_two_processes_at_once_both_get_an_engine(boundary: exported.Files) -> None:
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(2)]
+    processes = [context.Process(target=_load, args=(str(boundary.onnx), theirs)) for _, theirs in pipes]
+    for process in processes:
+        process.start()
+    names = [ours.recv() for ours, _ in pipes]
+    for process in processes:
+        process.join()
+    assert set(names) <= {"ort", "openvino"}
+    assert len(kept()) == 1
