@@ -13,7 +13,7 @@ def doctor() -> None:
 
     from cm_runtime import __version__
     from cm_runtime.artifact import read_manifest
-    from cm_runtime.backends import DEFAULT_MODEL
+    from cm_runtime.backends import DEFAULT_MODEL, auto_device, choice, precisions
     from cm_runtime.errors import CmRuntimeError
     from cm_runtime.extras import EXTRAS
 
@@ -25,14 +25,13 @@ def doctor() -> None:
         found = metadata.version(distributions[0]) if distributions else f"missing: pip install 'cm-runtime[{extra}]'"
         typer.echo(f"{package:12} {found}")
     try:
-        from cm_runtime.backends.ort import has_cuda
-
-        device = "cuda:0" if has_cuda() else "cpu"
-        typer.echo(f"auto         .onnx files run on ONNX Runtime, device {device}")
+        manifest = read_manifest(DEFAULT_MODEL)
+        asked = choice.question(DEFAULT_MODEL, manifest, auto_device("auto"))
+        typer.echo(f"auto         the bundled model runs on {choice.said(asked)}")
     except CmRuntimeError as error:
         typer.echo(f"auto         {error}")
-    try:
-        shape = "x".join(map(str, read_manifest(DEFAULT_MODEL).image_shape))
-        typer.echo(f"model        the bundled model draws {shape} images")
-    except CmRuntimeError as error:
-        typer.echo(f"model        {error}")
+        return
+    if able := ", ".join(f"{name}: {what}" for name, what in precisions().items()):
+        typer.echo(f"precision    {able}")
+    shape = "x".join(map(str, manifest.image_shape))
+    typer.echo(f"model        the bundled model draws {shape} images")

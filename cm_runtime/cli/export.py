@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cm_runtime.cli.options import Sigmas
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cm_runtime.checkpoint import Checkpoint
+    from cm_runtime.export.comparison import Comparison
+    from cm_runtime.export.onnx_file import Exported
+
+Format = Literal["onnx", "tensorrt", "tensorrt-rtx", "diffusers"]
 
 
 def export(
@@ -20,14 +27,42 @@ def export(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The .onnx file, or diffusers' folder. [default: the checkpoint's name]"),
+        typer.Option(
+            "-o", "--output", help="The .onnx or .engine file, or diffusers' folder. [default: the checkpoint's name]"
+        ),
     ] = None,
     form: Annotated[
-        Literal["onnx", "diffusers"],
+        Format,
         typer.Option(
-            "--format", help="A graph for engines, or a folder that diffusers' ConsistencyModelPipeline opens."
+            "--format",
+            help="A graph for engines; a TensorRT engine: tensorrt for the GPU here, tensorrt-rtx for any RTX GPU,"
+            " built on any machine; or a folder that diffusers' ConsistencyModelPipeline opens.",
         ),
     ] = "onnx",
+    graph: Annotated[
+        Literal["denoiser", "sampler", "network"],
+        typer.Option(help="f at any noise level; a whole sampler at fixed ones, the fastest; or F alone, for a GPU."),
+    ] = "denoiser",
+    steps: Annotated[int | None, typer.Option(help="Of --graph sampler: evaluations an image. [default: 2]")] = None,
+    sigmas: Sigmas = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"],
+        typer.Option(help="Of weights and feature maps; what must be float32 stays so."),
+    ] = "fp32",
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Batch sizes that a TensorRT engine takes, and the one it is fastest at."
+            " [default: 1 to what a GPU sees at once]",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8.9,12.0", help="Compute capabilities to build for, of tensorrt-rtx. [default: the GPU here]"
+        ),
+    ] = None,
     inline: Annotated[
         bool, typer.Option("--inline", help="Skip-scale as standard ops, for engines without local functions.")
     ] = False,
@@ -48,20 +83,23 @@ def export(
             metavar="NAME", help="The published model that this is, as cd_imagenet64_l2. [default: the file's]"
         ),
     ] = None,
+    compare: Annotated[
+        bool, typer.Option(help="Time the .onnx against a plain torch.onnx.export, which takes as long as that does.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
-    """Export a checkpoint to ONNX, with the skip-scaling in the graph, proved equal to the torch model.
+    """Export a checkpoint for an engine, with the skip-scaling in the graph, proved equal to the torch model.
 
-    Example: cm-runtime export runs/fashion-mnist/ckpt.pt -o model.onnx
+    Example: cm-runtime export runs/fashion-mnist/ckpt.pt --graph sampler --steps 2 -o sampler.onnx
     """
+    _check(form, graph, steps, sigmas, precision, batch, gpu, inline)
     from cm_runtime.extras import require
 
-    if inline and form != "onnx":
-        raise RequestError("--inline is of --format onnx")
-    for package in ("torch", "onnx", "onnxruntime"):
+    for package in ("torch", "onnx", *["onnxscript"] * (compare and form == "onnx")):
         require(package, "cm-runtime export")
     from cm_runtime import export as exporting
     from cm_runtime import files
+    from cm_runtime.cli import values
     from cm_runtime.importers import load_checkpoint
 
     def load() -> Checkpoint:
@@ -77,17 +115,102 @@ def export(
         exporting.diffusers(load(), target, force=force)
         typer.echo(f"{target}: now ConsistencyModelPipeline.from_pretrained({str(target)!r})")
         return
-    target = output or (checkpoint if checkpoint.name else name).with_suffix(".onnx")
+    ending = ".onnx" if form == "onnx" else ".engine"
+    target = output or (checkpoint if checkpoint.name else name).with_suffix(ending)
     if checkpoint.exists():
         files.check_writable(target, force=force)  # before minutes of reading
-    manifest = exporting.onnx(load(), target, inline=inline, force=force).manifest
-    assert manifest.parity is not None  # no file is written without its proof
-    size = target.stat().st_size
-    data = f" with {manifest.data_file} beside it" if manifest.data_file else ""
-    if manifest.data_file:
-        size += (target.parent / manifest.data_file).stat().st_size
-    typer.echo(
-        f"{target}{data}: {size / 1e6:.1f} MB, within {manifest.parity.max_abs:.1e} of torch at"
-        f" {len(manifest.parity.sigmas)} noise levels ({manifest.parity.engine});"
-        f" now cm-runtime sample {target}"
+
+    def write(path: Path, *, force: bool) -> Exported:
+        levels = values.numbers("--sigmas", sigmas) if sigmas else None
+        return exporting.onnx(
+            load(), path, graph=graph, steps=steps, sigmas=levels, precision=precision, inline=inline, force=force
+        )
+
+    if form != "onnx":
+        _build_engine(write, target, form, batch, gpu, force=force)
+        return
+    made = write(target, force=force)
+    comparison = None
+    if compare:
+        from cm_runtime.export.comparison import with_plain
+
+        comparison = with_plain(load(), target, made.manifest)
+    _summarise(target, made, comparison)
+
+
+def _check(
+    form: Format,
+    graph: str,
+    steps: int | None,
+    sigmas: str | None,
+    precision: str,
+    batch: str | None,
+    gpu: str | None,
+    inline: bool,
+) -> None:
+    """Raises RequestError for options that this form or graph has no use for."""
+    if form == "diffusers" and (graph != "denoiser" or precision != "fp32" or inline):
+        raise RequestError("--graph, --precision and --inline are of graphs for engines, not of --format diffusers")
+    if graph != "sampler" and (steps is not None or sigmas is not None):
+        raise RequestError("--steps and --sigmas are of --graph sampler; other graphs take any noise level")
+    if batch is not None and form not in ("tensorrt", "tensorrt-rtx"):
+        raise RequestError("--batch is of --format tensorrt and tensorrt-rtx; an .onnx takes any batch")
+    if gpu is not None and form != "tensorrt-rtx":
+        raise RequestError("--gpu is of --format tensorrt-rtx")
+
+
+def _build_engine(
+    write: Callable[..., Exported], target: Path, form: Format, batch: str | None, gpu: str | None, *, force: bool
+) -> None:
+    """The graph in a temporary folder, and the engine that TensorRT makes of it."""
+    import tempfile
+
+    from cm_runtime.backends import engine_file
+    from cm_runtime.export import tensorrt
+
+    profile = engine_file.profile(batch) if batch else None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        write(path, force=False)
+        made = tensorrt.build(
+            path,
+            target,
+            "tensorrt" if form == "tensorrt" else "tensorrt_rtx",
+            batch=profile,
+            gpus=gpu.split(",") if gpu else (),
+            force=force,
+        )
+    proof = (
+        f"within {made.parity.max_abs:.1e} of ONNX Runtime" if made.parity else "not compared: no GPU here can open it"
     )
+    typer.echo(
+        f"{target}: {made.bytes / 1e6:.1f} MB, {made.model.graph} in {made.model.precision} for compute capability"
+        f" {', '.join(made.gpus)}, batches {made.profile}; its graph is proved, the engine {proof}"
+    )
+    typer.echo(f"  what TensorRT said is in {engine_file.log_path(target)}")
+
+
+def _summarise(target: Path, made: Exported, plain: Comparison | None) -> None:
+    manifest, parity = made.manifest, made.manifest.parity
+    assert parity is not None  # no file is written without its proof
+    own = ""
+    if manifest.graph == "sampler":
+        own = f", {manifest.steps} steps at {', '.join(f'{s:g}' for s in parity.sigmas)}"
+    data = f", weights in {manifest.data_file}" if manifest.data_file else ""
+    typer.echo(f"{target}: {manifest.graph}{own}, {manifest.precision}{data}")
+    times = manifest.steps if manifest.graph == "sampler" else 1
+    beside = f" ({plain.nodes * times} in a plain export)" if plain else ""
+    typer.echo(f"  nodes    {made.nodes}{beside}; {made.folds} constants folded")
+    beside = f" ({plain.bytes / 1e6:.1f} MB plain)" if plain else ""
+    typer.echo(f"  size     {made.bytes / 1e6:.1f} MB{beside}")
+    typer.echo(f"  parity   within {parity.max_abs:.1e} of torch in float32 ({parity.engine}); PSNR in dB:")
+    levels = parity.sigmas if len(parity.psnr) > 1 else ("images",)
+    shown = (f"{s if isinstance(s, str) else f'{s:g}'}: {psnr:g}" for s, psnr in zip(levels, parity.psnr, strict=True))
+    typer.echo(f"           {', '.join(shown)}")
+    if plain:
+        typer.echo(
+            f"  speed    a plain export takes {plain.times:.2f}x [{plain.low:.2f}, {plain.high:.2f}] as long,"
+            f" batch {plain.batch} ({plain.engine})"
+        )
+    if manifest.graph != "network":
+        typer.echo(f"  now      cm-runtime sample {target}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def sample(
     model: Annotated[
-        Path | None, typer.Argument(help="An exported .onnx or a checkpoint. [default: the bundled model]")
+        Path | None, typer.Argument(help="An exported .onnx or .engine, or a checkpoint. [default: the bundled model]")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Network evaluations per image. [default: 2]")] = None,
     sigmas: Sigmas = None,
@@ -33,8 +33,18 @@ def sample(
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     labels: Labels = None,
     micro_batch: MicroBatch = "auto",
-    backend: Annotated[str, typer.Option(metavar="auto|ort|torch", help="The engine.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|ort|openvino|torch|torch.compile|tensorrt|tensorrt-rtx",
+            help="The engine; auto measures, once, which of those installed is fastest for the file.",
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where it runs.")] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(metavar="auto|fp32|bf16|fp16", help="What OpenVINO or torch computes in. [auto: as the file]"),
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the engine. [default: one per core]")] = None,
     floats: Annotated[bool, typer.Option("--float", help="npz: float32 before quantisation.")] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="A grid (.png), or arrays (.npz).")] = Path(
@@ -54,7 +64,8 @@ def sample(
     files.check_writable(output)
     if batch < 1:
         raise RequestError(f"--batch must be at least 1, not {batch}")
-    engine = backends.load(model, backend, device, values.threads(threads))  # type: ignore[arg-type]
+    at_once = batch if micro_batch == "auto" else min(batch, int(micro_batch) if micro_batch.isdigit() else batch)
+    engine = backends.load(model, backend, device, values.threads(threads), precision, at_once)  # type: ignore[arg-type]
     chosen = sampling.request(
         engine.manifest,
         batch if count is None else count,

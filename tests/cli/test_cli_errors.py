@@ -217,7 +217,7 @@ WRONG_REQUESTS: dict[str, tuple[Words, str]] = {
     "seed too large": (["--seed", 2**64], "seed must be from 0 to 2^64-1"),
     "negative start": (["--start", -1], "from 0 to 2^64-1"),
     "start overflows": (["--start", 2**64 - 255], "from 0 to 2^64-1"),
-    "unknown backend": (["--backend", "magic"], "auto, ort or torch, not 'magic'"),
+    "unknown backend": (["--backend", "magic"], "tensorrt, tensorrt-rtx, not 'magic'"),
     "backend of checkpoints": (["--backend", "torch"], "checkpoints"),
     "unknown device": (["--device", "gpu"], "auto, cpu or cuda:N, not gpu"),
     "a picture too large": (["--count", 10**9], "write more with -o NAME.npz"),
@@ -417,7 +417,7 @@ def test_a_reader_that_stops_listening_is_no_traceback(boundary: exported.Files,
 @pytest.mark.parametrize(
     ("hidden", "words", "message"),
     [
-        ("onnxruntime", ["sample", "model.onnx"], "onnxruntime: pip install 'cm-runtime[cpu]'"),
+        ("onnxruntime", ["sample", "model.onnx", "--backend", "ort"], "onnxruntime: pip install 'cm-runtime[cpu]'"),
         ("torch", ["sample", "ckpt.pt"], "torch: pip install 'cm-runtime[train]'"),
         ("torch", ["info", "ckpt.pt"], "torch: pip install 'cm-runtime[train]'"),
         ("torch", ["export", "ckpt.pt"], "torch: pip install 'cm-runtime[train]'"),

@@ -25,8 +25,17 @@ def test_it_names_versions_cores_engine_and_model(cli: Cli) -> None:
     assert said["cores"] == str(len(os.sched_getaffinity(0)))
     for package in ("numpy", "torch", "onnx", "onnxruntime", "onnxscript", "pooch"):
         assert said[package] == metadata.version(package)
-    assert "ONNX Runtime" in said["auto"]
+    assert "ort" in said["auto"] and "openvino" in said["auto"] and "device cpu" in said["auto"]
+    assert said["precision"].startswith("ort: the file's")
     assert said["model"] == "the bundled model draws 1x28x28 images"
+
+
+def test_what_auto_measured_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "whichever is faster; measured on first use" in lines(cli("doctor").out)["auto"]
+    assert cli("sample", "--count", 1, "--steps", 1, "--batch", 8, "-o", "x.npz").code == 0
+    said = lines(cli("doctor").out)["auto"]
+    assert "measured at batch 8: " in said and "ort" in said and "openvino" in said and " ms" in said
 
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def run(
     ] = None,
     steps: Annotated[str | None, typer.Option(metavar="1,2,4", help="Step counts. [default: 2]")] = None,
     batch: Annotated[str | None, typer.Option(metavar="1,64", help="Images a request. [default: 1]")] = None,
-    backend: Annotated[str | None, typer.Option(metavar="ort,torch", help="Engines. [default: auto]")] = None,
+    backend: Annotated[str | None, typer.Option(metavar="ort,openvino,torch", help="Engines. [default: auto]")] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where to run.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads of an engine. [default: one per core]")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second that arrive, of --kind server.")] = None,
