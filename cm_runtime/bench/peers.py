@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cm_runtime.backends import openvino
 from cm_runtime.backends.base import checked_threads
 from cm_runtime.backends.ort import open_session
 from cm_runtime.bench.scenario import PEERS, Peer
@@ -57,7 +58,10 @@ def peer(name: Peer, checkpoint: Checkpoint | Path, work: Path, threads: int = 0
     if name not in PEERS:
         raise RequestError(f"there is no peer {name!r}; they are {', '.join(PEERS)}")
     for package in NEEDED[name]:
-        require(package, f"the peer {name}")
+        if package == "openvino":
+            openvino.package()
+        else:
+            require(package, f"the peer {name}")
     import torch
 
     from cm_runtime.backends.torch import chosen_device
@@ -70,8 +74,8 @@ def peer(name: Peer, checkpoint: Checkpoint | Path, work: Path, threads: int = 0
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=work) as folder:
         if name == "diffusers":
             return _diffusers(loaded, Path(folder), str(where))
-        if name == "onnx":
-            return _onnx(loaded, Path(folder), str(where), threads)
+        if name in ("onnx", "openvino"):
+            return (_onnx if name == "onnx" else _openvino)(loaded, Path(folder), str(where), threads)
         return _compiled(loaded, where) if name == "torch.compile" else _eager(loaded, where)
 
 
@@ -80,6 +84,7 @@ NEEDED: dict[Peer, tuple[str, ...]] = {
     "torch": ("torch",),
     "torch.compile": ("torch",),
     "onnx": ("torch", "onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("torch", "onnx", "onnxscript", "openvino"),
 }
 
 
@@ -203,23 +208,58 @@ def _torch_loop(
 def _onnx(checkpoint: Checkpoint, folder: Path, device: str, threads: int) -> Drawer:
     import torch
 
-    from cm_runtime.export.by_torch import plain
-
     ort = require("onnxruntime", "the peer onnx")
-    config = checkpoint.config
-    path = folder / "model.onnx"
-    plain(checkpoint, path)
+    path = _plain(checkpoint, folder)
     session = open_session(path, str(path), device, threads)
 
+    def denoise(feed: dict[str, Any]) -> Array:
+        (x0,) = session.run(None, feed)
+        return x0  # type: ignore[no-any-return]
+
+    version = f"onnxruntime {ort.__version__}, exported by torch {torch.__version__}"
+    return Drawer(_numpy_loop(denoise, checkpoint.config.sigma_min), version)
+
+
+def _openvino(checkpoint: Checkpoint, folder: Path, device: str, threads: int) -> Drawer:
+    """In float32, which OpenVINO leaves for bfloat16 by itself where the processor has it."""
+    import torch
+
+    if device != "cpu":
+        raise RequestError(f"the peer openvino runs on the CPU, not on {device}")
+    ov = openvino.package()
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = str(threads)
+    compiled = ov.Core().compile_model(str(_plain(checkpoint, folder)), "CPU", options)
+
+    def denoise(feed: dict[str, Any]) -> Array:
+        return np.array(compiled(feed)[0])
+
+    version = f"openvino {ov.__version__.partition('-')[0]}, exported by torch {torch.__version__}"
+    return Drawer(_numpy_loop(denoise, checkpoint.config.sigma_min), version)
+
+
+def _plain(checkpoint: Checkpoint, folder: Path) -> Path:
+    from cm_runtime.export.by_torch import plain
+
+    path = folder / "model.onnx"
+    plain(checkpoint, path)
+    return path
+
+
+def _numpy_loop(
+    denoise: Callable[[dict[str, Any]], Array], sigma_min: float
+) -> Callable[[Array, Sequence[float], Label], Array]:
+    """The sampler in NumPy, around an engine's denoiser."""
+
     def draw(z: Array, sigmas: Sequence[float], label: Label) -> Array:
-        def denoise(x: Array, sigma: float) -> Array:
+        def denoised(x: Array, sigma: float) -> Array:
             feed = {"x": x, "sigma": np.full(len(x), sigma, np.float32)}
-            (x0,) = session.run(None, feed if label is None else feed | {"label": label})
-            return x0  # type: ignore[no-any-return]
+            return denoise(feed if label is None else feed | {"label": label})
 
-        return to_nhwc(_multistep(denoise, z, sigmas, config.sigma_min))
+        return to_nhwc(_multistep(denoised, z, sigmas, sigma_min))
 
-    return Drawer(draw, f"onnxruntime {ort.__version__}, exported by torch {torch.__version__}")
+    return draw
 
 
 def _multistep(denoise: Callable[[Any, float], Any], z: Any, sigmas: Sequence[float], sigma_min: float) -> Any:

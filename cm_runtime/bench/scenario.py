@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cm_runtime.errors import ConfigError
 
 Kind = Literal["single-stream", "offline", "server"]
-Backend = Literal["auto", "ort", "torch"]
-Peer = Literal["diffusers", "torch", "torch.compile", "onnx"]
-PEERS: tuple[Peer, ...] = ("diffusers", "torch", "torch.compile", "onnx")
+Backend = Literal["auto", "ort", "openvino", "torch", "torch.compile"]
+Peer = Literal["diffusers", "torch", "torch.compile", "onnx", "openvino"]
+PEERS: tuple[Peer, ...] = ("diffusers", "torch", "torch.compile", "onnx", "openvino")
 SUITES = Path(__file__).parent / "suites"
 
 

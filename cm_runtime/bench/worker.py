@@ -7,6 +7,7 @@ libraries print goes to standard error.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -25,7 +26,11 @@ class Model:
         import cm_runtime as cm
 
         self._cm, self._spec = cm, spec
-        self._model = cm.load(spec["path"], backend=spec["backend"], device=spec["device"], threads=spec["threads"])
+        known = inspect.signature(cm.load).parameters
+        hint = {"batch": spec["batch"]} if "batch" in known else {}
+        self._model = cm.load(
+            spec["path"], backend=spec["backend"], device=spec["device"], threads=spec["threads"], **hint
+        )
         self._inside: int | None = None
         if hasattr(self._model, "evaluate"):
             self._inside, evaluate = 0, self._model.evaluate
@@ -43,7 +48,8 @@ class Model:
             "device": self._model.device,
             "engine": getattr(self._model, "version", self._model.name),
             "micro_batch": -(-spec["batch"] // -(-spec["batch"] // self._model.micro_batch)),
-            "on_torch_stream": self._model.name == "torch",
+            "on_torch_stream": self._model.name.startswith("torch"),
+            "is_quantised": self._model.manifest.graph == "sampler",
         }
 
     def prepare(self, first: int, count: int | None = None) -> Callable[[], Any]:
@@ -60,9 +66,10 @@ class Model:
     def images(self) -> Any:
         """The first request's images, (N,H,W,C) float32 in [-1, 1]."""
         spec = self._spec
-        return self._cm.sample(
-            self._model, count=spec["batch"], sigmas=spec["sigmas"], seed=spec["seed"], output="float32"
-        )
+        how = {"count": spec["batch"], "sigmas": spec["sigmas"], "seed": spec["seed"]}
+        if self.facts["is_quantised"]:  # a sampler file has no others
+            return self._cm.sample(self._model, **how).astype(np.float32) / 127.5 - 1
+        return self._cm.sample(self._model, **how, output="float32")
 
     def network_ns(self) -> int | None:
         """Nanoseconds in network evaluations since last asked; None where that cannot be told."""
@@ -89,7 +96,7 @@ class Peer:
             "device": spec["device"],
             "engine": self._draw.version,
             "micro_batch": spec["batch"],
-            "on_torch_stream": spec["peer"] != "onnx",
+            "on_torch_stream": spec["peer"] not in ("onnx", "openvino"),
         }
 
     def prepare(self, first: int) -> Callable[[], Any]:

@@ -95,7 +95,7 @@ def test_a_peer_that_is_given_something_else_draws_something_else(drawn: tuple[p
 def test_its_packages_are_named(drawn: tuple[peers.Drawer, exported.Files], request: pytest.FixtureRequest) -> None:
     drawer, _ = drawn
     name = request.node.callspec.params["drawn"][0]
-    first = {"diffusers": "diffusers ", "onnx": "onnxruntime "}.get(name, "torch ")
+    first = {"diffusers": "diffusers ", "onnx": "onnxruntime ", "openvino": "openvino "}.get(name, "torch ")
     assert drawer.version.startswith(first)
     assert f"torch {torch.__version__}" in drawer.version
 
