@@ -37,7 +37,7 @@ def test_a_revision(work: Path, name: str) -> None:
     before = git("worktree", "list")
     found = base_build(name, work)
     assert found.commit == git("rev-parse", "HEAD") and found.root == work / "base"
-    assert (found.root / "cm_runtime" / "export" / "denoiser.py").is_file()
+    assert (found.root / "cm_runtime" / "export" / "graphs.py").is_file()
     assert (found.root / "cm_runtime" / "sampling.py").read_text() == git("show", "HEAD:cm_runtime/sampling.py") + "\n"
     assert git("worktree", "list") == before
 
