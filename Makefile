@@ -8,24 +8,40 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test check format clean
+.PHONY: help sample test check lint types kernels gpu-check format clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 sample: ## Draw samples.png with the bundled model: 256 images, two steps, no torch installed
 	@+$(call environment,.venv)
 	.venv/bin/cm-runtime sample --steps 2 --batch 256
 
-check: ## Lint, formatting and types
+check: ## Lint, formatting and types; and the kernels compile, where there is nvcc
 	@+$(call environment,.venv-dev)
+	@+$(MAKE) --silent --no-print-directory --jobs 2 --output-sync kernels types lint
+
+lint:
 	.venv-dev/bin/ruff check
 	.venv-dev/bin/ruff format --check
+
+types:
 	.venv-dev/bin/mypy
+
+kernels:
+	$(MAKE) -C kernels check
 
 # Two workers of one thread each: torch's own threads would otherwise contend for the same cores.
 test: check ## What CI runs: make check, then the tests; MARKS="gpu" or "slow" runs those instead
 	OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
+
+# GPU_PYTHON: one that has torch for CUDA, onnxruntime-gpu, pycuda, cuda-bindings and pytest, or some of them.
+GPU_PYTHON ?=
+GPU_RESULT ?= build/gpu.json
+
+gpu-check: ## What only a GPU can prove, in eight minutes, into GPU_RESULT; without a GPU, in host mode
+	@+$(if $(GPU_PYTHON),,$(call environment,.venv-dev))
+	$(or $(GPU_PYTHON),.venv-dev/bin/python) benchmarks/gpu_check.py -o $(GPU_RESULT)
 
 format: ## Mend what ruff can mend
 	@+$(call environment,.venv-dev)

@@ -10,6 +10,7 @@
     │   └── ArtifactError     exported files: .onnx and what else we write for an engine
     ├── OutputError         a path that cannot be written, or that must not be replaced
     ├── EngineError         ONNX Runtime, torch or another engine refused or failed
+    │   └── OutOfMemoryError  a GPU has no memory left; a smaller micro-batch may fit
     ├── ParityError         an export that does not compute what its checkpoint computes
     ├── UnmeasuredError     a benchmark some of whose scenarios failed; the result is written and says which
     ├── TrainingError       a run that cannot go on: loss not finite, state of another run
@@ -69,6 +70,10 @@ class OutputError(CmRuntimeError):
 
 class EngineError(CmRuntimeError):
     """An inference engine could not load or run a model."""
+
+
+class OutOfMemoryError(EngineError):
+    """A GPU has no memory left."""
 
 
 class ParityError(CmRuntimeError):

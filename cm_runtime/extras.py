@@ -15,6 +15,7 @@ EXTRAS = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "pycuda": "gpu",
+    "cuda.bindings": "gpu",
     "torch": "train",
     "onnx": "train",
     "onnxscript": "train",
@@ -33,7 +34,7 @@ def require(package: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package:
+        if error.name not in (package, package.partition(".")[0]):
             raise
         raise MissingExtraError(package, EXTRAS[package], what) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,6 +47,38 @@ def drafted(path: str | os.PathLike[str], suffix: str | None = None, *, force: b
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_written(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `written`, but a folder with all that the block puts in it.
+
+    Where there is such a folder by then, it stays and the block's is removed. Raises OutputError.
+    """
+    target = Path(path)
+    temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.sync()  # once, and not a thousand times for a thousand files
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes what a kill left behind; nobody may be writing in the folder."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
 def sync(path: Path) -> None:
     """Returns when the file's bytes are on the disk."""
     with path.open("rb") as file:
@@ -71,6 +104,28 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # some network file systems have none
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """As `locked`, but no process waits: yields False where locks do not work.
+
+    Raises OutputError where another process, or another thread, is in such a block.
+    """
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            works = True
+        except BlockingIOError as error:
+            raise OutputError(f"{folder}: another run is at work in it; wait for its end, or give another") from error
+        except OSError:  # some network file systems have none
+            works = False
+        yield works
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -51,9 +52,31 @@ def save_png(picture: NDArray[np.uint8], path: str | os.PathLike[str], text: Map
     """
     info = PngImagePlugin.PngInfo()
     info.add_text("cm_runtime", json.dumps(text))
-    image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
     with files.written(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info, compress_level=6)
+        _pillow(picture).save(temporary, format="PNG", pnginfo=info, compress_level=6)
+
+
+def encoded(picture: NDArray[np.uint8]) -> bytes:
+    """(H,W,C) uint8 as a PNG file's bytes; C must be 1 or 3."""
+    file = io.BytesIO()
+    _pillow(picture).save(file, format="PNG", compress_level=6)
+    return file.getvalue()
+
+
+def _pillow(picture: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+
+
+def save_animation(frames: NDArray[np.uint8], path: str | os.PathLike[str], milliseconds: int = 80) -> None:
+    """Writes (N,H,W,C) uint8 as an animated .gif or lossless .webp, there and back for ever, whole or not at all.
+
+    milliseconds: that each frame stays. Raises OutputError.
+    """
+    pictures = [_pillow(each) for each in (*frames, *frames[-2:0:-1])]
+    with files.written(path) as temporary:
+        pictures[0].save(
+            temporary, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, lossless=True
+        )
 
 
 class NpzWriter:

@@ -1,16 +1,12 @@
-"""The one sampling loop, and the requests it serves. Nothing else in the project loops over steps.
-
-Image ``i`` of a seed depends on (model, seed, i) alone: its noise and its label are addressed by those numbers, so
-micro-batches may be of any size and come in any order.
-"""
+"""The one sampling loop, over requests. Nothing else in the project loops over steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +14,21 @@ from numpy.typing import NDArray
 from cm_runtime import noise as addressable
 from cm_runtime.artifact import Manifest
 from cm_runtime.errors import RequestError
-from cm_runtime.schedule import checked_sigmas, karras_sigmas, sampler_sigmas
+from cm_runtime.projections import Edit
+from cm_runtime.requests import Labels as Labels
+from cm_runtime.requests import Output as Output
+from cm_runtime.requests import Request as Request
+from cm_runtime.requests import edit_request as edit_request
+from cm_runtime.requests import even as even
+from cm_runtime.requests import labels_of as labels_of
+from cm_runtime.requests import request as request
+from cm_runtime.requests import split as split
+from cm_runtime.requests import teacher_request as teacher_request
+from cm_runtime.schedule import karras_sigmas
 from cm_runtime.steps import Array, HostSteps, to_nhwc, to_uint8
 
-Labels = int | Sequence[int] | Literal["all", "random"] | None
-Output = Literal["uint8", "float32"]
-MICRO_BATCH_LIMIT = 1 << 16
+X = TypeVar("X")
+L = TypeVar("L", contravariant=True)
 AT_ONCE = 1 << 15  # normals that are drawn in one go
 
 
@@ -59,36 +64,28 @@ class Drawer(Protocol):
         ...
 
 
-class StepOps(Protocol):
-    """What surrounds f in the loop; see `steps.HostSteps`."""
+class Evaluation(Protocol[X, L]):
+    """What the loop asks of a denoiser, whatever images and labels are to it: arrays, or addresses on a GPU."""
 
-    def first(self, sigma: float) -> Array: ...
-    def step(self, x0: Array, k: int, sigma: float) -> Array: ...
-    def finish(self, x0: Array) -> Array: ...
+    def denoise(self, x: X, sigma: float, label: L, /) -> X: ...
 
 
-def run(denoiser: Denoiser, ops: StepOps, sigmas: Sequence[float], label: NDArray[np.int64] | None) -> Array:
-    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): x0 (N,C,H,W) float32."""
+class StepOps(Protocol[X]):
+    """What surrounds f in the loop; see `steps.HostSteps`, and `cuda.DeviceSteps`."""
+
+    def first(self, sigma: float) -> X: ...
+    def step(self, x0: X, k: int, sigma: float) -> X: ...
+    def finish(self, x0: X) -> X: ...
+
+
+def run(denoiser: Evaluation[X, L], ops: StepOps[X], sigmas: Sequence[float], label: L) -> X:
+    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): x0, or what stands for it."""
     x = ops.first(sigmas[0])
     x0 = denoiser.denoise(x, sigmas[0], label)
     for k, sigma in enumerate(sigmas[1:], start=1):
         x = ops.step(x0, k, sigma)
         x0 = denoiser.denoise(x, sigma, label)
     return ops.finish(x0)
-
-
-@dataclass(frozen=True)
-class Request:
-    """Images ``start`` to ``start + count - 1`` of a seed, checked against a model by `request`."""
-
-    count: int
-    sigmas: tuple[float, ...]
-    seed: int
-    start: int
-    labels: Labels
-    micro_batch: int
-    output: Output
-    clip: bool
 
 
 @dataclass(frozen=True)
@@ -100,141 +97,32 @@ class Batch:
     images: NDArray[Any]
 
 
-def request(
-    manifest: Manifest,
-    count: int,
-    steps: int | None = None,
-    *,
-    sigmas: Sequence[float] | None = None,
-    seed: int = 0,
-    start: int = 0,
-    labels: Labels = None,
-    micro_batch: int,
-    output: Output = "uint8",
-    clip: bool = True,
-) -> Request:
-    """A request that the model can serve, or a RequestError that says why not.
-
-    steps (default 2) and sigmas exclude each other; labels left out: all classes in turn where there are classes.
-    """
-    if manifest.is_teacher:
-        raise RequestError("this model is an EDM teacher, which a few steps cannot sample; make it consistent first")
-    if manifest.graph == "network":
-        raise RequestError("this file is a network graph, the part of a sampler on a GPU; export a denoiser or sampler")
-    if manifest.graph == "sampler":
-        levels = _own_levels(manifest, steps, sigmas, output, clip)
-    elif sigmas is not None:
-        if steps is not None:
-            raise RequestError("give steps or sigmas, not both")
-        levels = checked_sigmas(sigmas, manifest.sigma_min, manifest.sigma_max)
-    else:
-        chosen = 2 if steps is None else steps
-        levels = sampler_sigmas(chosen, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
-    return _request(manifest, count, levels, seed, start, labels, micro_batch, output, clip)
-
-
-def _own_levels(
-    manifest: Manifest, steps: int | None, sigmas: Sequence[float] | None, output: Output, clip: bool
-) -> tuple[float, ...]:
-    """The levels of a sampler graph, where nothing else is asked of it. Raises RequestError."""
-    (levels,) = manifest.sigmas.values()
-    if steps not in (None, len(levels)) or (sigmas is not None and tuple(sigmas) != levels):
-        asked = f"{steps} steps" if sigmas is None else f"the levels {', '.join(f'{s:g}' for s in sigmas)}"
-        raise RequestError(
-            f"this sampler file draws in {len(levels)} steps, at {', '.join(f'{s:g}' for s in levels)}, not {asked};"
-            " a denoiser file draws in any"
-        )
-    if output != "uint8" or not clip:
-        raise RequestError("a sampler file makes uint8 images, clamped at each step; a denoiser file makes others too")
-    return levels
-
-
-def teacher_request(
-    manifest: Manifest,
-    count: int,
-    steps: int = 18,
-    *,
-    seed: int = 0,
-    start: int = 0,
-    labels: Labels = None,
-    micro_batch: int,
-) -> Request:
-    """A request for `teacher_batches`: the Karras grid of ``steps`` ODE steps. Raises RequestError."""
-    if not manifest.is_teacher:
-        raise RequestError("this model is no EDM teacher; a few steps sample it")
-    if not 2 <= steps <= 1000:
-        raise RequestError(f"an EDM teacher takes from 2 to 1000 ODE steps, not {steps}")
-    levels = tuple(float(s) for s in karras_sigmas(steps, manifest.sigma_min, manifest.sigma_max, manifest.rho))
-    return _request(manifest, count, levels, seed, start, labels, micro_batch, "uint8", True)
-
-
-def _request(
-    manifest: Manifest,
-    count: int,
-    levels: tuple[float, ...],
-    seed: int,
-    start: int,
-    labels: Labels,
-    micro_batch: int,
-    output: Output,
-    clip: bool,
-) -> Request:
-    if count < 1:
-        raise RequestError(f"count must be at least 1, not {count}")
-    micro_batch = min(micro_batch, count)
-    if not 1 <= micro_batch <= MICRO_BATCH_LIMIT:
-        raise RequestError(f"micro-batch must be from 1 to {MICRO_BATCH_LIMIT}, not {micro_batch}")
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
-        raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
-    if not 0 <= start <= (1 << 64) - count:
-        raise RequestError(f"image indices must be from 0 to 2^64-1; {count} images from {start} are not")
-    if output not in ("uint8", "float32"):
-        raise RequestError(f"output must be uint8 or float32, not {output!r}")
-    checked = _checked_labels(labels, manifest.num_classes)
-    return Request(count, levels, seed, start, checked, micro_batch, output, clip)
-
-
-def even(count: int, most: int) -> int:
-    """The size of micro-batches that splits ``count`` images evenly with at most ``most`` in each."""
-    return -(-count // -(-count // most))
-
-
-def split(chosen: Request, batch: int) -> Iterator[Request]:
-    """The same images as requests of ``batch`` each, the last one shorter."""
-    for first in range(0, chosen.count, batch):
-        yield replace(chosen, start=chosen.start + first, count=min(batch, chosen.count - first))
-
-
-def labels_of(chosen: Request, index: NDArray[np.uint64], num_classes: int) -> NDArray[np.int64] | None:
-    """The label of each image, a function of (seed, index): (n,) int64, or None without classes."""
-    if chosen.labels is None:
-        return None
-    if chosen.labels == "random":
-        return addressable.random_labels(chosen.seed, index, num_classes)
-    if chosen.labels == "all":
-        return (index % np.uint64(num_classes)).astype(np.int64)
-    listed = np.atleast_1d(np.asarray(chosen.labels, np.int64))
-    picked: NDArray[np.int64] = listed[(index % np.uint64(listed.size)).astype(np.intp)]
-    return picked
-
-
 def batches(model: Denoiser | Drawer, chosen: Request, noise: Array | None = None) -> Iterator[Batch]:
     """The request's images, one micro-batch at a time, in order of index. Memory does not grow with the count.
 
     noise: (K,count,C,H,W) standard normals in place of those of the request's seed.
     """
+    on_device: Callable[..., Iterator[Batch] | None] | None = getattr(model, "batches", None)
+    if on_device is not None and (made := on_device(chosen, noise)) is not None:
+        yield from made
+        return
     for index, labels, source in _parts(model.manifest, chosen, len(chosen.sigmas), noise):
-        yield Batch(index, labels, _images(model, chosen, source, labels))
+        edit = chosen.edit and chosen.edit.part(int(index[0]) - chosen.start, index.size)
+        yield Batch(index, labels, _images(model, chosen, source, labels, edit))
 
 
 def _images(
-    model: Denoiser | Drawer, chosen: Request, source: Callable[[int], Array], label: NDArray[np.int64] | None
+    model: Denoiser | Drawer,
+    chosen: Request,
+    source: Callable[[int], Array],
+    label: NDArray[np.int64] | None,
+    edit: Edit | None,
 ) -> NDArray[Any]:
     """A micro-batch, (n,H,W,C), by the loop, or by the graph that holds it."""
     if model.manifest.graph == "sampler":
         z = np.stack([source(k) for k in range(len(chosen.sigmas))])
         return cast("Drawer", model).draw(z, label)
-    ops = HostSteps(source, model.manifest.sigma_min, chosen.clip)
+    ops = HostSteps(source, model.manifest.sigma_min, chosen.clip, edit)
     x0 = run(cast("Denoiser", model), ops, chosen.sigmas, label)
     return to_uint8(x0) if chosen.output == "uint8" else to_nhwc(x0)
 
@@ -336,23 +224,3 @@ def _seeded(seed: int, index: NDArray[np.uint64], draws: int, shape: tuple[int, 
 
 def _given(noise: Array, first: int, size: int) -> Callable[[int], Array]:
     return lambda k: noise[k, first : first + size]
-
-
-def _checked_labels(labels: Labels, num_classes: int) -> Labels:
-    if not num_classes:
-        if labels is not None:
-            raise RequestError("this model has no classes; leave the labels out")
-        return None
-    if labels is None:
-        return "all"
-    if isinstance(labels, str):
-        if labels not in ("all", "random"):
-            raise RequestError(f"labels must be all, random or numbers from 0 to {num_classes - 1}, not {labels!r}")
-        return labels
-    listed = [labels] if isinstance(labels, int | np.integer) else list(labels)
-    if not listed:
-        raise RequestError("the list of labels is empty")
-    for label in listed:
-        if not isinstance(label, int | np.integer) or not 0 <= label < num_classes:
-            raise RequestError(f"labels must be from 0 to {num_classes - 1}, not {label}")
-    return tuple(int(label) for label in listed)

@@ -13,37 +13,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.errors import EngineError
+from cm_runtime.projections import Edit
 
 Array = NDArray[np.float32]
+NOT_FINITE = "the model's output is not finite; its weights or its precision cannot serve"
 
 
 @dataclass(frozen=True)
 class HostSteps:
-    """First noise, clamp and renoise for one micro-batch.
+    """First noise, clamp, projection and renoise for one micro-batch.
 
     noise: k -> z_k, (N,C,H,W) float32 standard normals; sigma_min: the noise that x0 is taken to hold already;
-    clip: clamp each x0 to [-1, 1].
+    clip: clamp each x0 to [-1, 1]; edit: of as many images, one given image each, or None.
     """
 
     noise: Callable[[int], Array]
     sigma_min: float
     clip: bool = True
+    edit: Edit | None = None
 
     def first(self, sigma: float) -> Array:
-        """sigma_0 z_0."""
-        return self.noise(0) * np.float32(sigma)
+        """sigma_0 z_0, with what an edit begins with."""
+        if self.edit is None:
+            return self.noise(0) * np.float32(sigma)
+        if self.edit.is_noisy:
+            return self.edit.start.copy()
+        return self.edit.start + self.noise(0) * np.float32(sigma)
 
     def step(self, x0: Array, k: int, sigma: float) -> Array:
-        """clamp(x0) + sqrt(sigma_k^2 - sigma_min^2) z_k (arXiv 2303.01469, algorithm 1); x0 is overwritten."""
+        """project(clamp(x0)) + sqrt(sigma_k^2 - sigma_min^2) z_k (arXiv 2303.01469, alg. 1, 4); x0 is overwritten."""
         x = self.finish(x0)
         x += self.noise(k) * np.float32(math.sqrt(sigma**2 - self.sigma_min**2))
         return x
 
     def finish(self, x0: Array) -> Array:
-        """clamp(x0), in place. Raises EngineError where x0 is not finite."""
+        """project(clamp(x0)), in place. Raises EngineError where x0 is not finite."""
         if not np.isfinite(x0).all():
-            raise EngineError("the model's output is not finite; its weights or its precision cannot serve")
-        return np.clip(x0, -1, 1, out=x0) if self.clip else x0
+            raise EngineError(NOT_FINITE)
+        if self.clip:
+            np.clip(x0, -1, 1, out=x0)
+        return x0 if self.edit is None or self.edit.project is None else self.edit.project(x0)
 
 
 def to_nhwc(x0: Array) -> Array:

@@ -14,8 +14,10 @@ from cm_runtime import kernels
 from cm_runtime.errors import EngineError
 from cm_runtime.export.skip_scale import DOMAIN, NAME
 
-KERNELS = {"FLOAT": "skip_scale_float", "HALF": "skip_scale_half", "BF16": "skip_scale_bfloat16"}  # by the type of F
+# By the type of F
+KERNELS = {"FLOAT": "cm_skip_scale_float", "HALF": "cm_skip_scale_half", "BF16": "cm_skip_scale_bfloat16"}
 THREADS = 256
+PER_THREAD = 4  # pixels or more; one whose image is no multiple of them goes round
 
 _registered: set[int] = set()
 
@@ -55,7 +57,7 @@ def implementation(trtp: Any) -> Callable[..., Any]:
         images, *pixels = x.shape_expr
         count = pixels[0] * pixels[1] * pixels[2]
         launch = trtp.KernelLaunchParams()
-        launch.grid_x = trtp.cdiv(count, THREADS)
+        launch.grid_x = trtp.cdiv(count, THREADS * PER_THREAD)
         launch.grid_y = images
         launch.block_x = THREADS
         extras = trtp.SymIntExprs(4)

@@ -1,10 +1,37 @@
-"""The CUDA kernels: their sources, and what is made of them ahead of time."""
+"""The CUDA kernels: their sources, what is made of them ahead of time, and the launches that call them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
+
+from cm_runtime.errors import EngineError
+
+FOLDER = Path(__file__).parent
+
+
+def fatbin() -> bytes:
+    """All kernels for sm_80, sm_90 and sm_120, and as PTX. Raises EngineError unless it is what was built."""
+    content = _read("kernels.fatbin")
+    if hashlib.sha256(content).hexdigest() != described()["fatbin_sha256"]:
+        raise EngineError(f"{FOLDER / 'kernels.fatbin'} is damaged; install cm-runtime again")
+    return content
+
+
+def described() -> dict[str, Any]:
+    """What `make -C kernels` wrote down: compiler, hashes, and the registers of each kernel on each GPU."""
+    return json.loads(_read("kernels.json"))  # type: ignore[no-any-return]
 
 
 def ptx(name: str) -> str:
     """The compiled form of ``kernels/NAME.cu`` that a driver finishes for its own GPU."""
-    return Path(__file__).with_name(f"{name}.ptx").read_text()
+    return _read(f"{name}.ptx").decode()
+
+
+def _read(name: str) -> bytes:
+    try:
+        return (FOLDER / name).read_bytes()
+    except OSError as error:
+        raise EngineError(f"{FOLDER / name} cannot be read: {error.strerror or error}") from error

@@ -27,6 +27,13 @@ def addressed_words(seed: int, sample: int, draw: int, block: int) -> tuple[int,
     return philox4x32((block, draw, sample & low, sample >> 32), (seed & low, seed >> 32))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Of a worker that died pytest-xdist does not say how: a negative status is the number of the signal."""
+    if error:
+        print(f"\n{node.gateway.id} died, exit status {node.gateway._io.wait()}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is remembered between processes is remembered for this session only, by all of pytest's workers."""

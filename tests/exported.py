@@ -22,6 +22,7 @@ import torch
 
 from cm_runtime import export
 from cm_runtime.artifact import TrainingSummary, read_manifest
+from cm_runtime.backends.openvino import has_bf16
 from cm_runtime.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from cm_runtime.export import onnx_file
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
@@ -30,6 +31,9 @@ from cm_runtime.unet import UNetConfig
 ROOT = Path(__file__).parents[1]
 CLASSES = 5
 KINDS = ("boundary", "edm", "piecewise")
+
+needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this processor has no bfloat16 for OpenVINO")
+HALVES = ("fp16", pytest.param("bf16", marks=needs_bf16))
 
 
 def checkpoint(kind: str, method: str = "ect") -> Checkpoint:

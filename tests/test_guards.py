@@ -19,15 +19,25 @@ PACKAGE = ROOT / "cm_runtime"
 
 # A file imports only from its left. Nothing imports the face (__init__.py, __main__.py), which may import everything.
 ORDER = """
-    errors < files, extras, bounded, npz, protobuf < schedule, precond, noise, artifact < images, steps < sampling
-    < editing < unet < model < checkpoint < importers < kernels < cuda < backends < evaluate < training < export
-    < bench < cli
+    errors < files, extras, bounded, npz, protobuf < schedule, precond, noise, artifact, projections
+    < images, pictures, steps, requests < given, sampling < shards, editing < unet < model < checkpoint < importers
+    < kernels < cuda < ahead, backends < job, dataset, streaming < cluster < evaluate < training < export < bench < cli
 """
 PLACES = ORDER.replace("<", " ").replace(",", " ").split()
 FACE = {"", "__main__"}
 USERS = {"bench.worker"}  # a program that runs other builds as their users do
 # These need torch, so the others import them inside functions only, where the missing extra has been reported.
-TORCH = {"unet", "model", "checkpoint", "importers", "training", "export", "backends.torch"}
+TORCH = {
+    "unet",
+    "model",
+    "checkpoint",
+    "importers",
+    "dataset",
+    "training",
+    "export",
+    "backends.torch",
+    "cuda.torch_ops",
+}
 # Third-party packages at module level: what a bare install brings, what the [train] extra adds, and the command line,
 # which imports our modules as well as others' inside functions only, errors apart: --help is to be quick.
 BASE = {"numpy", "PIL", "pydantic", "rich", "typer"}

@@ -30,12 +30,12 @@ for name in sys.argv[2:]:
 def package_files() -> set[str]:
     """Every file of the package in this tree, through the links, named as in a wheel: modules, presets, models.
 
-    Not caches, not hidden files, and not what only a reader of the tree needs: a folder's README.md.
+    Not caches, not hidden files, and not what only a reader of the tree needs: a folder's README.md, the ladder.
     """
     found = set()
     for folder, _, names in os.walk(ROOT / "cm_runtime", followlinks=True):
         where = Path(folder).relative_to(ROOT)
-        if "__pycache__" not in where.parts:
+        if "__pycache__" not in where.parts and where.name != "ladder":
             found |= {(where / name).as_posix() for name in names if name[0] != "."}
     return {name for name in found if not name.endswith("/README.md") or name.startswith("cm_runtime/models/")}
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cm_runtime.artifact import Manifest
+from cm_runtime.artifact import OUTPUTS, Manifest, Precision
 from cm_runtime.errors import EngineError, RequestError
+from cm_runtime.precond import precond
 from cm_runtime.steps import Array
 
 MAX_THREADS = 1024
+NETWORK_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Backend(ABC):
     """A model on an engine: `sampling.Denoiser` for a graph of f, `sampling.Drawer` for a sampler graph.
 
-    name: as --backend has it; device: cpu or cuda:N; version: the engine's package and version.
+    name: as --backend has it; device: cpu or cuda:N; precision: what it computes in; version: the engine's package and
+    version.
     """
 
     name: str
     manifest: Manifest
     device: str
+    precision: Precision
     version: str
 
     @abstractmethod
@@ -41,15 +45,26 @@ class Backend(ABC):
 
     def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
         """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped, the caller's."""
-        if self.manifest.graph != "denoiser":
-            raise RequestError(
-                f"this file is a {self.manifest.graph} graph; denoise needs one of cm-runtime export --graph denoiser"
-            )
+        if self.manifest.graph == "sampler":
+            raise RequestError("this file is a sampler graph; denoise needs one of cm-runtime export --graph denoiser")
         images, levels, labels = checked_inputs(self.manifest, x, sigma, label)
-        feed: dict[str, NDArray[Any]] = {"x": images, "sigma": levels}
-        if labels is not None:
-            feed["label"] = labels
-        return self._checked(self.evaluate(feed), images.dtype, images.shape)
+        feed: dict[str, NDArray[Any]] = {} if labels is None else {"label": labels}
+        if self.manifest.graph == "network":
+            return self._by_network(images, levels, feed)
+        return self._checked(self.evaluate({"x": images, "sigma": levels, **feed}), images.dtype, images.shape)
+
+    def _by_network(self, x: Array, sigma: Array, feed: Mapping[str, NDArray[Any]]) -> Array:
+        """f = c_skip x + c_out F(c_in x, c_noise) of a graph of F (arXiv 2303.01469, eq. 5), around it on the host."""
+        m = self.manifest
+        if m.precision == "bf16":
+            raise RequestError(
+                "a network graph in bf16 is sampled on a GPU alone; NumPy, which feeds it here, has no bf16"
+            )
+        form, s = precond(m.precond, m.sigma_data, m.sigma_boundary), sigma.reshape(-1, 1, 1, 1)
+        x_in = (form.c_in(s) * x).astype(NETWORK_TYPES[m.precision])
+        F = self.evaluate({"x_in": x_in, "c_noise": form.c_noise(sigma), **feed})
+        f: Array = form.c_skip(s) * x + form.c_out(s) * self._checked(F, x.dtype, x.shape)
+        return f
 
     def draw(self, noise: ArrayLike, label: ArrayLike | None = None) -> NDArray[np.uint8]:
         """A sampler graph's images: noise (K,N,C,H,W) float32 standard normals, label (N,) -> (N,H,W,C) uint8."""
@@ -68,6 +83,37 @@ class Backend(ABC):
         if found != (dtype, shape):
             raise EngineError(f"the graph made {found[0]} {found[1]}, not the {dtype} {shape} that its manifest says")
         return made  # type: ignore[no-any-return]
+
+
+class Interface(NamedTuple):
+    """NumPy type and shape of each of a graph's inputs, and of its output."""
+
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    output: tuple[str, tuple[str, tuple[int, ...]]]
+
+    def batch(self, feed: Mapping[str, NDArray[Any]]) -> int:
+        """How many images ``feed`` asks for."""
+        first = next(iter(self.inputs))  # noise (K,N,...), or what is of N images
+        return int(feed[first].shape[1 if first == "noise" else 0])
+
+
+def interface(manifest: Manifest, n: int) -> Interface:
+    """The tensors of a graph at a batch of ``n``."""
+    c, h, w = manifest.image_shape
+    made: tuple[str, tuple[int, ...]]
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    if manifest.graph == "sampler":
+        inputs = {"noise": ("float32", (manifest.steps, n, c, h, w))}
+        made = "uint8", (n, h, w, c)
+    elif manifest.graph == "network":
+        inputs = {"x_in": (NETWORK_TYPES[manifest.precision], (n, c, h, w)), "c_noise": ("float32", (n,))}
+        made = "float32", (n, c, h, w)
+    else:
+        inputs = {"x": ("float32", (n, c, h, w)), "sigma": ("float32", (n,))}
+        made = "float32", (n, c, h, w)
+    if manifest.num_classes:
+        inputs["label"] = "int64", (n,)
+    return Interface(inputs, (OUTPUTS[manifest.graph], made))
 
 
 def checked_inputs(

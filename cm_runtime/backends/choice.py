@@ -97,7 +97,7 @@ def candidates(manifest: Manifest, device: str, precision: str) -> tuple[str, ..
     if device == "cpu" and precision in ("auto", "fp32", "bf16"):
         found.append("openvino")
     installed = tuple(name for name in found if has(PACKAGES[name]))
-    return installed[:1] if manifest.graph == "network" else installed  # which nothing here runs by itself
+    return installed
 
 
 def question(
@@ -116,7 +116,7 @@ def fastest(asked: Question, open_engine: Callable[[str], Backend]) -> Backend:
     whichever cannot start, in one line on standard error; a file that any of them calls damaged is refused.
     """
     if not asked.names:
-        require(PACKAGES["ort"], f"running {asked.path}")
+        require(_wanted(asked), f"running {asked.path}")
         raise EngineError(f"no installed engine runs {asked.path} on {asked.device} in {asked.precision}")
     if len(asked.names) == 1:
         return open_engine(asked.names[0])
@@ -133,7 +133,7 @@ def remembered(asked: Question) -> Answer | None:
     try:
         said = json.loads((_folder() / f"{asked.key}.json").read_text(encoding="utf-8"))["seconds"]
         seconds = {str(name): float(taken) for name, taken in said.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
         return None
     if not seconds or not set(seconds) <= set(asked.names) or not all(0 < s < math.inf for s in seconds.values()):
         return None
@@ -143,13 +143,21 @@ def remembered(asked: Question) -> Answer | None:
 def said(asked: Question) -> str:
     """What auto would choose and why, without loading or measuring anything."""
     if not asked.names:
-        return f"no installed engine: pip install 'cm-runtime[{EXTRAS[PACKAGES['ort']]}]'"
+        if has(_wanted(asked)):
+            return f"no installed engine runs it on {asked.device} in {asked.precision}"
+        return f"no installed engine: pip install 'cm-runtime[{EXTRAS[_wanted(asked)]}]'"
     if len(asked.names) == 1:
         return f"{asked.names[0]}, device {asked.device}: no other installed engine can"
     known = remembered(asked)
     if known is None:
         return f"{' or '.join(asked.names)}, device {asked.device}: whichever is faster; measured on first use"
     return f"{next(iter(known.seconds))}, device {asked.device}: measured at batch {asked.batch}: {known}"
+
+
+def _wanted(asked: Question) -> str:
+    """The package to install where no installed engine can."""
+    is_bf16 = "bf16" in (asked.precision, asked.manifest.precision)
+    return PACKAGES["openvino" if is_bf16 and asked.device == "cpu" else "ort"]
 
 
 def version(name: str) -> str:
@@ -252,8 +260,8 @@ def _remember(asked: Question, answer: Answer) -> None:
         _folder().mkdir(parents=True, exist_ok=True)
         with files.written(_folder() / f"{asked.key}.json") as temporary:
             temporary.write_text(json.dumps({"seconds": answer.seconds, "batch": asked.batch}), encoding="utf-8")
-    except (OSError, OutputError):
-        LOG.debug("the choice of an engine cannot be kept in %s", _folder())
+    except (OSError, OutputError, RuntimeError) as error:  # the last where there is no home folder
+        LOG.debug("the choice of an engine cannot be kept: %s", error)
 
 
 def _folder() -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
 import os
 import sys
 import threading
@@ -18,10 +20,16 @@ from cm_runtime.artifact import OUTPUTS, Manifest, data_path, read_manifest
 from cm_runtime.backends.base import Backend, checked_threads
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
 from cm_runtime.extras import require
+from cm_runtime.protobuf import MalformedError, fields
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 TELEMETRY = "openvino_telemetry"
 IMAGES = {"denoiser": "x", "sampler": "noise", "network": "x_in"}  # the input that is as large as the images
+INPUTS = {"denoiser": {"x", "sigma"}, "sampler": {"noise"}, "network": {"x_in", "c_noise"}}
+NODES = {7: 1, 25: 7}  # fields of onnx.ModelProto that hold nodes, the graph and functions, and theirs that are nodes
+DOMAINS = ("", "ai.onnx", "cm")
+FEWEST = {"Constant": 0, "Conv": 2, "Pad": 2}  # inputs, without which OpenVINO's reader is a segmentation fault; else 1
+PREAMBLE = ("Exception from", "Check '", "FrontEnd API failed", "Loading input model", "Model wasn't fully", "Summary:")
 
 
 class OpenVinoBackend(Backend):
@@ -53,21 +61,21 @@ class OpenVinoBackend(Backend):
         self.version = f"openvino {ov.__version__.partition('-')[0]}"
         data = data_path(where, self.manifest)
         self._lock = threading.Lock()  # a request serves one thread at a time
-        core = ov.Core()
+        plugins = core()
         if precision == "bf16" and not has_bf16():
             raise EngineError(
                 "OpenVINO computes in bf16 only where the processor does, and this one does not: use fp32"
             )
-        core.add_extension(_skip_scale_extension())
+        _check_nodes(where)
         try:
-            graph = core.read_model(str(where))
-        except Exception as error:  # its exceptions are RuntimeErrors of many lines
+            graph = read(where)
+        except Exception as error:  # its exceptions have many lines and no base of their own
             if data and data.name in str(error):
                 raise ArtifactError(
                     f"{where}: its weights in {data} are damaged or cut short; export it again"
                 ) from error
             raise ArtifactError(f"{where}: OpenVINO cannot load it: {_reason(error)}") from error
-        _check_labels(graph, self.manifest, where)
+        _check_ports(graph, self.manifest, where)
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
         if checked_threads(threads):
             options["INFERENCE_NUM_THREADS"] = str(threads)
@@ -77,8 +85,8 @@ class OpenVinoBackend(Backend):
             if precision == "bf16":
                 before, graph, self._apart = split(graph, IMAGES[self.manifest.graph])
                 if self._apart:
-                    self._before = core.compile_model(before, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"})
-            compiled = core.compile_model(graph, "CPU", options | {"INFERENCE_PRECISION_HINT": HINTS[precision]})
+                    self._before = plugins.compile_model(before, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"})
+            compiled = plugins.compile_model(graph, "CPU", options | {"INFERENCE_PRECISION_HINT": HINTS[precision]})
             self._request = compiled.create_infer_request()
         except Exception as error:
             raise ArtifactError(f"{where}: OpenVINO cannot load it: {_reason(error)}") from error
@@ -114,21 +122,91 @@ def package() -> ModuleType:
             del sys.modules[TELEMETRY]
 
 
+def core() -> Any:
+    """The ov.Core of this process. Raises EngineError in a fork, where it would wait for threads that are not there."""
+    made, process = _started()
+    if process != os.getpid():
+        raise EngineError("OpenVINO was at work before this process was forked, and would hang: start it by spawn")
+    return made
+
+
+@functools.cache
+def _started() -> tuple[Any, int]:
+    """A core and its process, never let go.
+
+    Each loads a CPU plugin that gives its thread another stack for signal handlers. Of two, whichever goes last puts
+    back that of the other, which is unmapped by then, and the next Ctrl-C ends the process by a segmentation fault.
+    """
+    return package().Core(), os.getpid()
+
+
 def has_bf16() -> bool:
     """Whether OpenVINO can compute in bfloat16 on this processor; whether that is faster is another question."""
-    return "BF16" in package().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _check_labels(graph: Any, manifest: Manifest, where: Path) -> None:
-    """Raises ArtifactError where a table that labels look into has not a row for each class: it would be overrun."""
+def read(path: Path) -> Any:
+    """The ov.Model of an ``.onnx``; never by a reader of another format, which would print what it thinks of it."""
+    manager = importlib.import_module("openvino.frontend").FrontEndManager()
+    reader = manager.load_by_framework("onnx")
+    reader.add_extension(_skip_scale_extension())
+    return reader.convert(reader.load(str(path)))
+
+
+def _check_nodes(where: Path) -> None:
+    """Raises ArtifactError for a graph with a node that would end the process in OpenVINO's reader, or is none of ours.
+
+    Ours have inputs, no graphs of their own and no domain but ONNX's and cm.
+    """
+    try:
+        with where.open("rb") as file:
+            for part in fields(file, where.stat().st_size):
+                for field in fields(file, part.payload + part.length) if part.number in NODES else ():
+                    if field.number == NODES[part.number]:
+                        _check_node(file.read(field.length), where)
+    except MalformedError as error:
+        raise ArtifactError(f"{where} is not an ONNX file, or is truncated ({error})") from error
+    except OSError as error:
+        raise ArtifactError(f"{where} cannot be read: {error.strerror or error}") from error
+
+
+def _check_node(content: bytes, where: Path) -> None:
+    """An onnx.NodeProto: input is field 1, op_type 4, attribute 5 (its graphs 6 and 11), domain 7."""
+    file = io.BytesIO(content)
+    inputs: list[bytes] = []
+    texts = {4: "", 7: ""}
+    has_graph = False
+    for field in fields(file, len(content)):
+        if field.number == 1:
+            inputs.append(file.read(field.length))
+        elif field.number in texts:
+            texts[field.number] = file.read(field.length).decode(errors="replace")
+        elif field.number == 5:
+            has_graph |= any(each.number in (6, 11) for each in fields(file, field.payload + field.length))
+    kind, domain = texts.values()
+    fewest = FEWEST.get(kind, 1)
+    if has_graph or domain not in DOMAINS or len(inputs) < fewest or not all(inputs[:fewest]):
+        raise ArtifactError(f"{where}: its node {domain or 'ai.onnx'}::{kind} is not as cm-runtime export writes it")
+
+
+def _check_ports(graph: Any, manifest: Manifest, where: Path) -> None:
+    """Raises ArtifactError where inputs, outputs or the table that labels look into are not what the manifest says.
+
+    Of a label beyond such a table OpenVINO makes zeros, and no error.
+    """
+    takes, makes = (set().union(*(port.names for port in ports)) for ports in (graph.inputs, graph.outputs))
+    known = INPUTS[manifest.graph] | ({"label"} if manifest.num_classes else set())
+    if not takes <= known or OUTPUTS[manifest.graph] not in makes:
+        raise ArtifactError(f"{where}: its graph's inputs and outputs are not those of its manifest")
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "Gather":
             continue
         index = node.input_value(1).get_node()
         while index.get_type_name() == "Convert":
             index = index.input_value(0).get_node()
-        rows = node.input_value(0).get_partial_shape()[0]
-        if index.get_type_name() == "Parameter" and rows != manifest.num_classes:
+        shape = node.input_value(0).get_partial_shape()
+        is_table = shape.rank.is_static and len(shape) > 0 and shape[0] == manifest.num_classes
+        if index.get_type_name() == "Parameter" and not is_table:
             raise ArtifactError(f"{where}: its graph is not for the {manifest.num_classes} classes of its manifest")
 
 
@@ -144,8 +222,8 @@ def split(graph: Any, images: str) -> tuple[Any, Any, list[str]]:
     taken: dict[tuple[str, int], Any] = {}
     cuts: dict[tuple[str, int], Any] = {}
     for node in graph.get_ordered_ops():
-        name, sources = node.get_friendly_name(), [node.input_value(i) for i in range(node.get_input_size())]
-        parents = {source.get_node().get_friendly_name() for source in sources}
+        name, sources = node.get_name(), [node.input_value(i) for i in range(node.get_input_size())]
+        parents = {source.get_node().get_name() for source in sources}
         if node.get_type_name() == "Parameter":
             if images in node.output(0).get_names():
                 late.add(name)
@@ -154,7 +232,7 @@ def split(graph: Any, images: str) -> tuple[Any, Any, list[str]]:
         elif parents & late:
             late.add(name)
             for i, source in enumerate(sources):
-                parent = source.get_node().get_friendly_name()
+                parent = source.get_node().get_name()
                 if parent not in late | fixed:
                     key = parent, source.get_index()
                     taken.setdefault(key, source)
@@ -194,5 +272,5 @@ def _skip_scale_extension() -> Any:
 def _reason(error: Exception) -> str:
     """The line of an OpenVINO exception that tells something: the first ones say where it was thrown."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    telling = [line for line in lines if not line.startswith(PREAMBLE) and not line.endswith("with a message:")]
     return (telling or lines or [type(error).__name__])[0]

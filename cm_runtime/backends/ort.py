@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime.artifact import OUTPUTS, Manifest, data_path, read_manifest
-from cm_runtime.backends.base import Backend, checked_threads
-from cm_runtime.errors import ArtifactError, EngineError
+from cm_runtime import cuda
+from cm_runtime.artifact import OUTPUTS, GraphKind, Manifest, data_path, read_manifest
+from cm_runtime.backends.base import Backend, checked_threads, interface
+from cm_runtime.backends.on_device import Evaluate, OnDevice, can_stay
+from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
 from cm_runtime.extras import require
+from cm_runtime.kernels.launches import Images
+from cm_runtime.sampling import Batch, Request
+from cm_runtime.steps import Array
 
 LOG = logging.getLogger("cm_runtime")
 MOST_BOUND = 4  # batch sizes whose memory is kept
@@ -52,12 +58,14 @@ class OrtBackend(Backend):
         where = "the exported graph" if isinstance(model, bytes) else str(Path(model))
         self.manifest = manifest or read_manifest(where)
         self.device = device
+        self.precision = self.manifest.precision
         self._graphs = 0
         self.version = f"onnxruntime {ort.__version__}"
+        self._device = cuda.Device() if can_stay(device) else None
         data = None if isinstance(model, bytes) else data_path(where, self.manifest)
         self._bound: OrderedDict[tuple[Any, ...], Bound] = OrderedDict()
         try:
-            self._session = open_session(model, where, device, threads)
+            self._session = open_session(model, where, device, threads, self._device.stream if self._device else 0)
         except (ArtifactError, EngineError) as error:
             if data and "External" in str(error):  # as ONNX Runtime calls an initializer, or the path of its data
                 raise ArtifactError(
@@ -74,8 +82,41 @@ class OrtBackend(Backend):
             else:
                 made = self._binding(feed, output).run(feed)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
+            raise _failure(error) from error
         return made  # type: ignore[no-any-return]
+
+    # On the GPU, as on_device.Engine has it
+
+    @cached_property
+    def on_device(self) -> OnDevice | None:
+        """This engine's sampling that stays on the GPU."""
+        return OnDevice(self, self._device) if self._device else None
+
+    def batches(self, chosen: Request, noise: Array | None = None) -> Iterator[Batch] | None:
+        """`sampling.batches`, of which nothing but images leaves the GPU; None where it cannot stay there."""
+        return self.on_device.batches(chosen, noise) if self.on_device else None
+
+    @property
+    def graph(self) -> GraphKind:
+        """The file's."""
+        return self.manifest.graph
+
+    def images(self, count: int) -> Images:
+        """As the file's graph takes them."""
+        kind = self.manifest.precision if self.graph == "network" else "fp32"
+        return Images(count, *self.manifest.image_shape, type=kind, made="fp32")
+
+    def bind(self, device: cuda.Device, count: int) -> Evaluate:
+        """Evaluations bound to addresses; those of each step are a binding, and a CUDA graph, of their own."""
+        return Addressed(self._session, self.manifest, self.device, count, self._next_graph).evaluate
+
+    def capture(self, device: cuda.Device, body: Callable[[], Any]) -> None:
+        """None: ONNX Runtime captures its own runs, each as a graph, and cannot be captured from outside."""
+        return None
+
+    def _next_graph(self) -> int:
+        self._graphs += 1
+        return self._graphs
 
     def _binding(self, feed: Mapping[str, NDArray[Any]], output: str) -> Bound:
         """The memory for inputs of these shapes; that of the shape longest unused is let go beyond a few."""
@@ -83,8 +124,7 @@ class OrtBackend(Backend):
         if key not in self._bound:
             if len(self._bound) == MOST_BOUND:
                 self._bound.popitem(last=False)
-            self._graphs += 1
-            self._bound[key] = Bound(self._session, feed, output, self.device, self._graphs)
+            self._bound[key] = Bound(self._session, feed, output, self.device, self._next_graph())
         self._bound.move_to_end(key)
         return self._bound[key]
 
@@ -124,16 +164,57 @@ class Bound:
         return np.array(self._made.numpy())
 
 
-def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str, threads: int) -> Any:
+class Addressed:
+    """A session's runs from and to addresses of ``device``, put in the session's stream and not waited for."""
+
+    def __init__(self, session: Any, manifest: Manifest, device: str, count: int, number: Callable[[], int]) -> None:
+        self._session, self._number = session, number
+        self._kind, _, index = device.partition(":")
+        self._index = int(index or 0)
+        self._interface = interface(manifest, count)
+        self._bindings: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def evaluate(self, addresses: Mapping[str, int]) -> None:
+        """See `on_device.Evaluate`."""
+        names = (*self._interface.inputs, self._interface.output[0])
+        key = tuple(addresses[name] for name in names)
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(addresses)
+        try:
+            self._session.run_with_iobinding(*self._bindings[key])
+        except Exception as error:
+            raise _failure(error) from error
+
+    def _bind(self, addresses: Mapping[str, int]) -> tuple[Any, Any]:
+        binding = self._session.io_binding()
+        for name, (dtype, shape) in self._interface.inputs.items():
+            binding.bind_input(name, self._kind, self._index, np.dtype(dtype), shape, addresses[name])
+        name, (dtype, shape) = self._interface.output
+        binding.bind_output(name, self._kind, self._index, np.dtype(dtype), shape, addresses[name])
+        options = require("onnxruntime", "the ONNX Runtime backend").RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(self._number()))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return binding, options
+
+
+def _failure(error: Exception) -> EngineError:
+    """What ONNX Runtime raised, as ours: its exceptions share no base of their own."""
+    line = str(error).splitlines()[0]
+    is_memory = "Failed to allocate memory" in line or "out of memory" in line
+    return (OutOfMemoryError if is_memory else EngineError)(f"ONNX Runtime: {line}")
+
+
+def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str, threads: int, stream: int = 0) -> Any:
     """An onnxruntime.InferenceSession of a path or a file's bytes, on cpu or cuda:N and no other device.
 
-    where: what errors call it; threads: 0 leaves it to ONNX Runtime. Raises ArtifactError and EngineError.
+    where: what errors call it; threads: 0 leaves it to ONNX Runtime; stream: a CUDA stream's handle that its runs go
+    to, or 0 for one of its own. Raises ArtifactError and EngineError.
     """
     ort = require("onnxruntime", "the ONNX Runtime backend")
     options = ort.SessionOptions()
     options.intra_op_num_threads = checked_threads(threads)
     options.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
-    provider = _provider(ort, device)
+    provider = _provider(ort, device, stream)
     source = model if isinstance(model, bytes) else where
     try:
         # Without enable_fallback=0 it would print on standard output and go on with other providers.
@@ -155,7 +236,7 @@ def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str,
     return session
 
 
-def _provider(ort: Any, device: str) -> Any:
+def _provider(ort: Any, device: str, stream: int) -> Any:
     if device == "cpu":
         return "CPUExecutionProvider"
     kind, _, number = device.partition(":")
@@ -165,4 +246,5 @@ def _provider(ort: Any, device: str) -> Any:
         raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: pip install 'cm-runtime[gpu]'")
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # the CUDA libraries of pip packages
-    return "CUDAExecutionProvider", {"device_id": number or "0", "enable_cuda_graph": "1"}
+    own = {"user_compute_stream": str(stream)} if stream else {}
+    return "CUDAExecutionProvider", {"device_id": number or "0", "enable_cuda_graph": "1", **own}

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime import cuda
-from cm_runtime.artifact import OUTPUTS, Manifest
+from cm_runtime.artifact import GraphKind
 from cm_runtime.backends import engine_file
-from cm_runtime.backends.base import Backend, images_at_once
-from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package
-from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
+from cm_runtime.backends.base import Backend, images_at_once, interface
+from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
+from cm_runtime.backends.on_device import Evaluate, OnDevice
+from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, OutOfMemoryError, RequestError
 from cm_runtime.extras import require
+from cm_runtime.kernels.launches import Images
+from cm_runtime.sampling import Batch, Request
+from cm_runtime.steps import Array
 
 DEVICES = ("auto", "cuda", "cuda:0")
 KEPT_LINES = 10_000
-_TYPES = {"float32": "FLOAT", "int64": "INT64", "uint8": "UINT8"}  # NumPy's names and trt.DataType's
+# NumPy's names, with bfloat16, which it has not, and trt.DataType's
+_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "uint8": "UINT8"}
 
 
 class TensorRtBackend(Backend):
@@ -42,8 +47,6 @@ class TensorRtBackend(Backend):
     ) -> None:
         where = "the built engine" if isinstance(engine, bytes) else str(Path(engine))
         self.file = manifest or engine_file.read_engine_manifest(where)
-        if self.file.model.graph == "network":
-            raise RequestError(f"{where} is a network graph, which draws nothing by itself")
         if device not in DEVICES:
             raise EngineError(
                 f"device must be auto or cuda:0 for TensorRT, not {device}; choose among GPUs by CUDA_VISIBLE_DEVICES"
@@ -60,18 +63,17 @@ class TensorRtBackend(Backend):
         self.name = FORMATS[package]
         self.manifest = self.file.model
         self.device = "cuda:0"
+        self.precision = self.manifest.precision
         self.version = f"{package} {trt.__version__} on {found.name}"
         self._trt = trt
         self._logger = listener(trt)
-        self._memory = cuda.Memory()
+        self._device = cuda.Device()
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
             raise EngineError(f"{where}: {package} cannot open it: {self._logger.last()}")
         self._check_tensors(where)
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise EngineError(f"{where}: {package} has no room for it on the GPU: {self._logger.last()}")
+        self._context = self._new_context(where)
 
     @property
     def micro_batch(self) -> int:
@@ -88,10 +90,7 @@ class TensorRtBackend(Backend):
         profile = self.file.profile
         asked = interface(self.manifest, 0).batch(feed)
         if asked > profile.max:
-            raise RequestError(
-                f"this engine takes batches of {profile} (least:best:greatest), not {asked}; ask for --micro-batch"
-                f" {profile.max}, or export it with a greater --batch"
-            )
+            raise RequestError(_beyond(profile, asked))
         run = interface(self.manifest, max(asked, profile.min))
         context = self._context
         sent = []  # a host array must outlive its copy
@@ -99,20 +98,68 @@ class TensorRtBackend(Backend):
             array = _filled(np.ascontiguousarray(feed[name], dtype), shape)
             sent.append(array)
             self._must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
-            self._must(context.set_tensor_address(name, self._memory.send(name, array)), f"the address of {name}")
+            self._must(context.set_tensor_address(name, self._device.send(name, array)), f"the address of {name}")
         (name, (dtype, shape)) = run.output
         if tuple(context.get_tensor_shape(name)) != shape:
             raise EngineError(f"the engine makes {name} {tuple(context.get_tensor_shape(name))}, not {shape}")
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self._must(context.set_tensor_address(name, self._memory.address(name, size)), f"the address of {name}")
-        self._must(context.execute_async_v3(self._memory.stream), "to run")
-        made = self._memory.fetch(name, shape, np.dtype(dtype))
+        self._must(context.set_tensor_address(name, self._device.address(name, size)), f"the address of {name}")
+        self._must(context.execute_async_v3(self._device.stream), "to run")
+        made = self._device.fetch(name, shape, np.dtype(dtype))
         return made if len(made) == asked else made[:asked].copy()
+
+    # On the GPU, as on_device.Engine has it
+
+    @cached_property
+    def on_device(self) -> OnDevice:
+        """This engine's sampling that stays on the GPU."""
+        return OnDevice(self, self._device)
+
+    def batches(self, chosen: Request, noise: Array | None = None) -> Iterator[Batch]:
+        """`sampling.batches`, of which nothing but images leaves the GPU."""
+        return self.on_device.batches(chosen, noise)
+
+    @property
+    def graph(self) -> GraphKind:
+        """The file's."""
+        return self.manifest.graph
+
+    def images(self, count: int) -> Images:
+        """At least as many as the engine takes. Raises RequestError for more than it takes."""
+        profile, network = self.file.profile, self.manifest.graph == "network"
+        if count > profile.max:
+            raise RequestError(_beyond(profile, count))
+        kind = self.manifest.precision if network else "fp32"
+        return Images(max(count, profile.min), *self.manifest.image_shape, type=kind, made="fp32")
+
+    def bind(self, device: cuda.Device, count: int) -> Evaluate:
+        """A context of its own for each batch size, as a captured graph needs it."""
+        context = self._new_context(f"a batch of {count}")
+        run = interface(self.manifest, count)
+        for name, (_, shape) in run.inputs.items():
+            self._must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
+
+        def evaluate(addresses: Mapping[str, int]) -> None:
+            for name in (*run.inputs, run.output[0]):
+                self._must(context.set_tensor_address(name, addresses[name]), f"the address of {name}")
+            self._must(context.execute_async_v3(device.stream), "to run")
+
+        return evaluate
+
+    def capture(self, device: cuda.Device, body: Callable[[], Any]) -> cuda.Graph:
+        """The whole loop in one graph."""
+        return device.capture(body)
 
     def layers(self) -> str:
         """What the engine's layers are, as TensorRT's inspector has them in JSON."""
         inspector = self._engine.create_engine_inspector()
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def _new_context(self, what: str) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise OutOfMemoryError(f"{what}: {self.file.package} has no room for it on the GPU: {self._logger.last()}")
+        return context
 
     def _must(self, done: bool, what: str) -> None:
         if not done:
@@ -134,31 +181,11 @@ class TensorRtBackend(Backend):
             raise ArtifactError(f"{where}: its inputs and outputs {found} are not those of its manifest, {expected}")
 
 
-class Interface(NamedTuple):
-    """NumPy type and shape of each of a graph's inputs, and of its output."""
-
-    inputs: dict[str, tuple[str, tuple[int, ...]]]
-    output: tuple[str, tuple[str, tuple[int, ...]]]
-
-    def batch(self, feed: Mapping[str, NDArray[Any]]) -> int:
-        """How many images ``feed`` asks for."""
-        return feed["noise"].shape[1] if "noise" in self.inputs else len(feed["x"])
-
-
-def interface(manifest: Manifest, n: int) -> Interface:
-    """The tensors of a denoiser or sampler graph at a batch of ``n``."""
-    c, h, w = manifest.image_shape
-    made: tuple[str, tuple[int, ...]]
-    inputs: dict[str, tuple[str, tuple[int, ...]]]
-    if manifest.graph == "sampler":
-        inputs = {"noise": ("float32", (manifest.steps, n, c, h, w))}
-        made = "uint8", (n, h, w, c)
-    else:
-        inputs = {"x": ("float32", (n, c, h, w)), "sigma": ("float32", (n,))}
-        made = "float32", (n, c, h, w)
-    if manifest.num_classes:
-        inputs["label"] = "int64", (n,)
-    return Interface(inputs, (OUTPUTS[manifest.graph], made))
+def _beyond(profile: Profile, count: int) -> str:
+    return (
+        f"this engine takes batches of {profile} (least:best:greatest), not {count}; ask for --micro-batch"
+        f" {profile.max}, or export it with a greater --batch"
+    )
 
 
 def _filled(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

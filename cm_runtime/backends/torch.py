@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,10 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cm_runtime.artifact import Manifest, Precision
+from cm_runtime import cuda
+from cm_runtime.artifact import GraphKind, Manifest, Precision
 from cm_runtime.backends.base import Backend
-from cm_runtime.errors import EngineError
+from cm_runtime.backends.on_device import Captured, Evaluate, OnDevice, can_stay
+from cm_runtime.errors import EngineError, OutOfMemoryError
+from cm_runtime.kernels.launches import Images
 from cm_runtime.model import ConsistencyModel
+from cm_runtime.sampling import Batch, Request
+from cm_runtime.steps import Array
 
 MOST_BATCH_SIZES = 256  # that are compiled, each apart; torch by itself gives up after 8
 
@@ -27,6 +36,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
+    graph: GraphKind = "network"  # on a GPU, where the rest of f is in our kernels
 
     def __init__(
         self,
@@ -40,12 +50,13 @@ class TorchBackend(Backend):
         self._f: Callable[..., torch.Tensor] = self._model
         self.manifest = manifest
         self.device = device
+        self.precision = precision
         self.version = f"torch {torch.__version__}"
         self._type = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self._is_compiled = is_compiled
         if self._type is not None:
             out = self._model.F.out
-            out[-1] = _InFloat32(out[-1])
+            out[-1] = out[-1] if isinstance(out[-1], _InFloat32) else _InFloat32(out[-1])
         if is_compiled:
             self.name = "torch.compile"
             limits: Any = importlib.import_module("torch._dynamo").config
@@ -70,8 +81,99 @@ class TorchBackend(Backend):
         finally:
             self._model.train(training)
 
+    # On the GPU, as on_device.Engine has it
+
+    @cached_property
+    def on_device(self) -> OnDevice | None:
+        """This engine's sampling that stays on the GPU."""
+        return OnDevice(self, cuda.Device()) if can_stay(self.device) else None
+
+    def batches(self, chosen: Request, noise: Array | None = None) -> Iterator[Batch] | None:
+        """`sampling.batches`, of which nothing but images leaves the GPU; None where it cannot stay there."""
+        return self.on_device.batches(chosen, noise) if self.on_device else None
+
+    def images(self, count: int) -> Images:
+        """float32, of which autocast makes what it needs."""
+        return Images(count, *self.manifest.image_shape)
+
+    def bind(self, device: cuda.Device, count: int) -> Evaluate:
+        """F, compiled where this backend compiles f; the module is left in evaluation mode."""
+        self._model.eval()
+        shape, kind = (count, *self.manifest.image_shape), torch.device(self.device)
+        F = self._compiled(self._model.F)
+
+        def evaluate(addresses: Mapping[str, int]) -> None:
+            x_in, made = (tensor_at(addresses[name], shape, torch.float32, kind) for name in ("x_in", "F"))
+            given = [x_in, tensor_at(addresses["c_noise"], (count,), torch.float32, kind)]
+            if self.manifest.num_classes:
+                given.append(tensor_at(addresses["label"], (count,), torch.int64, kind))
+            try:
+                with (
+                    torch.inference_mode(),
+                    on_stream(device.stream, kind),
+                    torch.autocast(kind.type, self._type, enabled=self._type is not None),
+                ):
+                    made.copy_(F(*given))
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemoryError(f"torch: {str(error).splitlines()[0]}") from error
+            except RuntimeError as error:
+                raise EngineError(f"{self.name}: {str(error).splitlines()[0]}") from error
+
+        return evaluate
+
+    def capture(self, device: cuda.Device, body: Callable[[], Any]) -> Captured:
+        """The whole loop in one graph, by torch, whose allocator has to know of it."""
+        return TorchGraph(device.stream, torch.device(self.device), body)
+
+    def _compiled(self, module: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        if not self._is_compiled:
+            return module
+        # Graphs are ours: those that max-autotune itself captures cannot be inside of another.
+        return torch.compile(module, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
+
+
+class TorchGraph:
+    """A torch.cuda.CUDAGraph of what ``body`` puts in a stream, ours and torch's alike."""
+
+    def __init__(self, stream: int, device: torch.device, body: Callable[[], Any]) -> None:
+        self._stream, self._device = stream, device
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=_external(stream, device)):
+            body()
+
+    def launch(self) -> None:
+        """Puts the whole graph in the stream."""
+        with on_stream(self._stream, self._device):
+            self._graph.replay()
+
+
+def on_stream(stream: int, device: torch.device) -> AbstractContextManager[Any]:
+    """While it lasts, torch's work goes to a CUDA stream that is not torch's."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(_external(stream, device))
+
+
+def _external(stream: int, device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.ExternalStream(stream, device)  # type: ignore[no-untyped-call]
+
+
+class _At:
+    """An address as the __cuda_array_interface__ (version 3) has it."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], dtype: str) -> None:
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": shape, "typestr": dtype, "version": 3}
+
+
+def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of memory that is not torch's, which must outlive it."""
+    if device.type == "cuda":
+        return torch.as_tensor(_At(address, shape, {torch.float32: "<f4", torch.int64: "<i8"}[dtype]), device=device)
+    memory = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 class _InFloat32(nn.Module):

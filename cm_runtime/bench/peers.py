@@ -230,7 +230,7 @@ def _openvino(checkpoint: Checkpoint, folder: Path, device: str, threads: int) -
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = str(threads)
-    compiled = ov.Core().compile_model(str(_plain(checkpoint, folder)), "CPU", options)
+    compiled = openvino.core().compile_model(str(_plain(checkpoint, folder)), "CPU", options)
 
     def denoise(feed: dict[str, Any]) -> Array:
         return np.array(compiled(feed)[0])

@@ -32,7 +32,7 @@ class Model:
             spec["path"], backend=spec["backend"], device=spec["device"], threads=spec["threads"], **hint
         )
         self._inside: int | None = None
-        if hasattr(self._model, "evaluate"):
+        if hasattr(self._model, "evaluate") and self._model.device == "cpu":  # a GPU's evaluations are not waited for
             self._inside, evaluate = 0, self._model.evaluate
 
             def timed(*arguments: Any) -> Any:

@@ -21,7 +21,7 @@ def doctor() -> None:
     typer.echo(f"cores        {len(os.sched_getaffinity(0))}")
     homes = metadata.packages_distributions()
     for package, extra in {"numpy": "", **EXTRAS}.items():
-        distributions = homes.get(package)
+        distributions = homes.get(package.partition(".")[0])
         found = metadata.version(distributions[0]) if distributions else f"missing: pip install 'cm-runtime[{extra}]'"
         typer.echo(f"{package:12} {found}")
     try:

@@ -212,5 +212,4 @@ def _summarise(target: Path, made: Exported, plain: Comparison | None) -> None:
             f"  speed    a plain export takes {plain.times:.2f}x [{plain.low:.2f}, {plain.high:.2f}] as long,"
             f" batch {plain.batch} ({plain.engine})"
         )
-    if manifest.graph != "network":
-        typer.echo(f"  now      cm-runtime sample {target}")
+    typer.echo(f"  now      cm-runtime sample {target}")

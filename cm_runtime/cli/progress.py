@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from cm_runtime.sampling import Batch
@@ -13,8 +13,16 @@ if TYPE_CHECKING:
 PATIENCE = 1.0  # seconds before a bar appears
 
 
+T = TypeVar("T")
+
+
 def tracked(parts: Iterator[Batch], total: int, unit: str) -> Iterator[Batch]:
     """``parts`` as they come, counted in images."""
+    return counted(parts, total, unit, lambda part: len(part.index))
+
+
+def counted(parts: Iterator[T], total: int, unit: str, size: Callable[[T], int]) -> Iterator[T]:
+    """``parts`` as they come, each counted by its size."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,7 +34,7 @@ def tracked(parts: Iterator[Batch], total: int, unit: str) -> Iterator[Batch]:
     try:
         for part in parts:
             yield part
-            bar.update(task, advance=len(part.index))
+            bar.update(task, advance=size(part))
             if not bar.live.is_started and time.perf_counter() - began > PATIENCE:
                 bar.start()
     finally:

@@ -129,7 +129,7 @@ def test_so_do_the_file_the_machine_and_the_versions(
             assert asked.key != key
 
 
-SECONDS = ["3", "{}", '{"ort": "x"}', '{"ort": -1}', '{"ort": NaN}', '{"magic": 1}']
+SECONDS = ["3", "{}", '{"ort": 1' + "0" * 400 + "}", '{"ort": "x"}', '{"ort": -1}', '{"ort": NaN}', '{"magic": 1}']
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,20 @@ def test_a_cache_that_cannot_be_written_is_none(
     assert opened == ["ort", "openvino"] * 2
 
 
+def test_a_machine_without_a_home_folder_has_no_cache(
+    asked: choice.Question, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a container's user without an entry in /etc/passwd."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert choice.fastest(asked, opening(asked, opened, ort=0.01, openvino=0.001)).name == "openvino"
+    assert "measured on first use" in choice.said(asked)
+
+
 def test_one_candidate_is_not_measured(asked: choice.Question, opened: list[str]) -> None:
     alone = replace(asked, names=("openvino",))
     assert choice.fastest(alone, opening(asked, opened, openvino=0.001)).runs == 0  # type: ignore[attr-defined]
@@ -169,13 +183,29 @@ def test_one_candidate_is_not_measured(asked: choice.Question, opened: list[str]
     assert choice.said(alone) == "openvino, device cpu: no other installed engine can"
 
 
-def test_without_an_engine_the_pip_command_is_named(asked: choice.Question, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        choice, "require", lambda package, what: (_ for _ in ()).throw(MissingExtraError(package, "cpu", what))
-    )
-    with pytest.raises(MissingExtraError, match=r"cm-runtime\[cpu\]"):
-        choice.fastest(replace(asked, names=()), lambda _: pytest.fail("nothing is there"))
-    assert "pip install 'cm-runtime[cpu]'" in choice.said(replace(asked, names=()))
+@pytest.mark.parametrize(
+    ("precision", "device", "extra"), [("auto", "cpu", "cpu"), ("bf16", "cpu", "openvino"), ("auto", "cuda:0", "cpu")]
+)
+def test_without_an_engine_the_pip_command_is_named(
+    asked: choice.Question, monkeypatch: pytest.MonkeyPatch, precision: str, device: str, extra: str
+) -> None:
+    def absent(package: str, what: str) -> None:
+        raise MissingExtraError(package, choice.EXTRAS[package], what)
+
+    nothing = replace(asked, names=(), precision=precision, device=device)
+    monkeypatch.setattr(choice, "has", lambda _: False)
+    monkeypatch.setattr(choice, "require", absent)
+    with pytest.raises(MissingExtraError, match=rf"cm-runtime\[{extra}\]"):
+        choice.fastest(nothing, lambda _: pytest.fail("nothing is there"))
+    assert f"pip install 'cm-runtime[{extra}]'" in choice.said(nothing)
+
+
+def test_what_no_engine_can_is_said_without_a_pip_command(asked: choice.Question) -> None:
+    impossible = choice.question(asked.path, asked.manifest, "cpu", precision="fp16")
+    assert impossible.names == ()
+    assert choice.said(impossible) == "no installed engine runs it on cpu in fp16"
+    with pytest.raises(EngineError, match=r"no installed engine runs .* on cpu in fp16"):
+        choice.fastest(impossible, lambda _: pytest.fail("none can"))
 
 
 # Engines that fail
@@ -234,6 +264,23 @@ def test_so_is_one_that_fails_at_once(
     broken = Failing("openvino", asked.manifest, 0)
     assert choice.fastest(asked, opening(asked, opened, ort=0.001, openvino=broken)).name == "ort"
     assert [record.getMessage() for record in caplog.records] == ["auto does without openvino: an index out of range"]
+
+
+class Odd(Fake):
+    """Images of another type, or another shape."""
+
+    def evaluate(self, feed: Mapping[str, Any]) -> Any:
+        return np.zeros(feed["x"].shape, np.float64) if self.offset else np.zeros((1, 2, 3), np.float32)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_so_is_one_whose_images_are_none(
+    asked: choice.Question, opened: list[str], caplog: pytest.LogCaptureFixture, offset: float
+) -> None:
+    other = Odd("openvino", asked.manifest, 0, offset)
+    assert choice.fastest(asked, opening(asked, opened, ort=0.001, openvino=other)).name == "ort"
+    (record,) = caplog.records
+    assert record.getMessage().startswith("auto does without openvino: the graph made ")
 
 
 # Candidates

@@ -292,6 +292,6 @@ def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     OrtBackend(boundary.onnx, device="cuda:0")
     assert asked == (["1"] if captures else ["1", "0"])
-    assert [r.getMessage().partition(": ")[0].endswith("without a CUDA graph") for r in caplog.records] == (
-        [] if captures else [True]
-    )
+    said = [record.getMessage().partition(": ")[0] for record in caplog.records]
+    no_pycuda = "images go through the host after each step; pycuda is missing"  # nor is it on any machine of ours
+    assert said == [no_pycuda] + ([] if captures else [f"{boundary.onnx} runs without a CUDA graph"])

@@ -134,6 +134,18 @@ def test_half_precision_keeps_its_decibels_at_every_noise_level(
     assert half._model.F.out[-1].layer.weight.dtype == torch.float32
 
 
+def test_a_module_may_serve_two_backends(boundary: exported.Files) -> None:
+    """It is wrapped once, and in fp32 computes what it did."""
+    manifest, model = read_checkpoint(boundary.checkpoint).manifest(), boundary.model()
+    full = TorchBackend(model, manifest)
+    wanted = full.denoise(image(), 2.0, 1)
+    one, other = (TorchBackend(model, manifest, precision="bf16").denoise(image(), 2.0, 1) for _ in range(2))
+    assert np.array_equal(one, other)
+    assert isinstance(model.F.out[-1].layer, torch.nn.Conv2d)
+    assert np.array_equal(full.denoise(image(), 2.0, 1), wanted)
+    assert (full.name, full.version) == ("torch", f"torch {torch.__version__}")
+
+
 def test_a_compiler_that_fails_is_one_line(boundary: exported.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(*_: object, **__: object) -> object:
         raise OSError("backend='inductor' raised:\nno C++ compiler was found\nand more")
@@ -148,6 +160,7 @@ def test_a_compiler_that_fails_is_one_line(boundary: exported.Files, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # ten compilations
 def test_compiled_it_computes_the_same_for_more_batch_sizes_than_torch_allows_by_itself(
     boundary: exported.Files,
 ) -> None:

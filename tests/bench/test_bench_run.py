@@ -172,6 +172,7 @@ def test_a_base_that_draws_other_images_is_not_timed(tmp_path: Path, files: File
     assert base is not None and base.status == "failed" and "images are" in base.reason and base.latency is None
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_and_its_peers_agree(tmp_path: Path, files: Files) -> None:
     scenario = one(model=str(files.checkpoint), batch=3, peers=("diffusers", "torch", "onnx"))
     (found,) = measured(tmp_path, scenario).scenarios

@@ -191,6 +191,7 @@ def test_edm_learns_the_denoiser() -> None:
     assert result("edm", "phase.0.steps=500").missed == ()
 
 
+@pytest.mark.slow
 def test_coarse_cd_learns_the_product_over_its_grid_and_not_f() -> None:
     figures = result("cd-euler-18", "phase.0.steps=500").figures
     assert [round(at.product, 2) for at in figures][-1] == 0.84

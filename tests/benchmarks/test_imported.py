@@ -17,6 +17,8 @@ import imported  # type: ignore[import-not-found]
 import cm_runtime as cm
 from cm_runtime.importers.unet2d_options import network_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:

@@ -50,7 +50,7 @@ def test_a_sampler_says_its_steps_and_what_was_folded(cli: Cli, boundary: export
     assert refused.code == 1 and "draws in 2 steps" in refused.err
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", exported.HALVES)
 def test_half_precision_is_in_the_file(cli: Cli, boundary: exported.Files, tmp_path: Path, precision: str) -> None:
     assert cli("export", boundary.checkpoint, "--precision", precision, "-o", "m.onnx").code == 0
     assert read_manifest(tmp_path / "m.onnx").precision == precision

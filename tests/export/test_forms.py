@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from cm_runtime.backends import openvino
 from cm_runtime.export import forms, weights
 from cm_runtime.export.expression import Expression
 from cm_runtime.export.graph import FLOAT, HALF, INT64, Graph
@@ -43,7 +43,7 @@ def answers(g: Graph, out: str, feed: Mapping[str, Array], folder: Path) -> list
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     (one,) = onnxruntime.InferenceSession(str(path), options).run(None, dict(feed))
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return [one, np.array(compiled(dict(feed))[0])]
 
 

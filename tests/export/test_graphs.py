@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -197,14 +196,38 @@ def test_the_network_graph_is_F(each: exported.Files, tmp_path: Path, precision:
         wanted = model.F(*(torch.from_numpy(v.astype(np.float32) if k == "x_in" else v) for k, v in feed.items()))
     assert F.dtype == np.float32
     assert np.abs(F - wanted.numpy()).max() < (1e-5 if precision == "fp32" else 2e-2)
-    with pytest.raises(RequestError, match="network graph"):
-        cm.sample(OrtBackend(path), count=1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_with_its_coefficients_around_it_the_network_graph_is_f(
+    each: exported.Files, tmp_path: Path, precision: str
+) -> None:
+    path = made(each, tmp_path, graph="network", precision=precision)
+    for engine in (OrtBackend(path), OpenVinoBackend(path)):
+        config = each.model().config
+        x = np.random.default_rng(0).standard_normal((7, *config.image_shape)).astype(np.float32)
+        sigma = np.geomspace(0.002, 80, 7).astype(np.float32)
+        label = np.arange(7) % config.network.num_classes if config.network.num_classes else None
+        wanted = OrtBackend(each.onnx).denoise(sigma[:, None, None, None] * x, sigma, label)
+        found = engine.denoise(sigma[:, None, None, None] * x, sigma, label)
+        assert np.abs(found - wanted).max() < (1e-4 if precision == "fp32" else 0.05)
+        if precision == "fp32":
+            images = cm.sample(engine, 5, batch=3)
+            assert np.abs(images.astype(int) - cm.sample(OrtBackend(each.onnx), 5)).max() <= 1
+
+
+@exported.needs_bf16
+def test_what_numpy_cannot_feed_is_refused(tmp_path: Path, boundary: exported.Files) -> None:
+    engine = OpenVinoBackend(made(boundary, tmp_path, graph="network", precision="bf16"))
+    with pytest.raises(RequestError, match="a network graph in bf16 is sampled on a GPU alone"):
+        cm.sample(engine, 1)
 
 
 # Half precision
 
 
-@pytest.mark.parametrize(("precision", "graph"), list(itertools.product(("fp16", "bf16"), ("denoiser", "sampler"))))
+@pytest.mark.parametrize("graph", ["denoiser", "sampler"])
+@pytest.mark.parametrize("precision", exported.HALVES)
 def test_half_precision_keeps_40_dB_at_every_noise_level(
     each: exported.Files, tmp_path: Path, precision: str, graph: str
 ) -> None:
@@ -225,7 +248,7 @@ def test_half_precision_keeps_40_dB_at_every_noise_level(
     assert path.stat().st_size < 0.7 * made(each, tmp_path, graph=graph).stat().st_size
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", exported.HALVES)
 def test_the_islands_are_float32(each: exported.Files, tmp_path: Path, precision: str) -> None:
     """Every normalisation's statistics, and the last convolution's weights."""
     model = onnx.load(made(each, tmp_path, precision=precision))

@@ -25,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cm_runtime import export
 from cm_runtime.artifact import Parity, Precision, read_manifest, write_manifest
+from cm_runtime.backends import openvino
 from cm_runtime.checkpoint import Checkpoint, read_checkpoint
 from cm_runtime.errors import OutputError, RequestError
 from cm_runtime.export import graphs, onnx_file, parity, weights
@@ -131,12 +132,11 @@ def test_every_input_matters(each: exported.Files) -> None:
 
 @pytest.mark.parametrize("form", ["inline", "half", "inline_apart"])
 def test_openvino_runs_the_inlined_file(each: exported.Files, form: str, tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
     path = each.inline if form == "half" else getattr(each, form)
     if form == "half":
         path = tmp_path / "half-inline.onnx"
         export.onnx(read_checkpoint(each.half_checkpoint), path, inline=True)
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for n in BATCHES:
         given = inputs(each, n)
         assert largest_difference(compiled(given)["denoised"], expected(each, given)) < TOLERANCE

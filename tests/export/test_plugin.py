@@ -90,9 +90,9 @@ def test_the_launch_covers_every_pixel(kind: str, levels: int) -> None:
     assert (y.dtype.name, y.shape_expr) == ("FLOAT", [5, 3, 31, 32])
     name, ptx, launch, extras = plugin.implementation(stand_in())(x, F, sigma, *attributes, (y,), 0)
     assert f".visible .entry {name}(" in ptx == kernels.ptx("skip_scale")
-    assert name.removeprefix("skip_scale_") == {"FLOAT": "float", "HALF": "half", "BF16": "bfloat16"}[kind]
-    assert vars(launch) == {"grid_x": 12, "grid_y": 5, "block_x": 256}
-    assert launch.grid_x * launch.block_x >= 3 * 31 * 32
+    assert name.removeprefix("cm_skip_scale_") == {"FLOAT": "float", "HALF": "half", "BF16": "bfloat16"}[kind]
+    assert vars(launch) == {"grid_x": 3, "grid_y": 5, "block_x": 256}
+    assert launch.grid_x * launch.block_x * plugin.PER_THREAD >= 3 * 31 * 32
     assert extras.count == 4
     assert extras == {i: ("int32", n) for i, n in enumerate([2976, levels, 0x3F000000, plugin.bits(0.002)])}
 

@@ -418,6 +418,7 @@ def run(*words: object) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_a_published_file_is_exported_without_a_word_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`cm-runtime export cd_imagenet64_l2.pt` for a network whose heads have 64 channels, as all published ones."""
     config = UNetConfig(**{**TINY.model_dump(), "channels": 64, "head_channels": 64, "channel_mult": (1, 1, 1)})

@@ -150,6 +150,7 @@ def assert_equal_runs(found: Path, wanted: Path, *, weights: float, losses: floa
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=10 * losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ALONE)
 def test_two_workers_equal_one_after_20_steps(method: str, tmp_path: Path) -> None:
     """Noise, levels, masks, flips and the order of the data are addressed by place, never by rank."""

@@ -1,0 +1,530 @@
+"""Everything that only a GPU can prove, in one run of at most eight minutes: `make gpu-check`.
+
+    python benchmarks/gpu_check.py -o benchmarks/results/MACHINE/gpu.json
+    python benchmarks/gpu_check.py --parts sampling --networks imagenet64 --batches 1      # what there was no time for
+    python benchmarks/gpu_check.py --show benchmarks/results/MACHINE/gpu.json
+
+1. The kernels against their formulas: tests/kernels on the GPU itself, over types, shapes and launches, and under
+   compute-sanitizer where it is installed.
+2. The kernels' speed at 64 MB and more, as a share of what a copy on the same card reaches, in turns with it.
+3. Engines: samples of the bundled model on each that is installed, against ONNX Runtime's CPU.
+4. k-step sampling of the standing networks: torch eager, torch.compile (max-autotune), a plain export with a NumPy loop
+   on ONNX Runtime's CUDA provider, and cm-runtime on each engine, in turns; and the share of a request of cm-runtime's
+   that is no evaluation of the network.
+
+Without a GPU the kernels run in their host build and engines on the CPU; what cannot be measured is named. So is what
+lacks a package, or time: compilers get what is left, and what is found is written as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # a checkout that is not installed
+
+from cm_runtime import backends, cuda, export, files, noise, sampling  # noqa: E402
+from cm_runtime.bench import peers  # noqa: E402
+from cm_runtime.bench.networks import standing  # noqa: E402
+from cm_runtime.errors import CmRuntimeError  # noqa: E402
+from cm_runtime.importers import load_checkpoint  # noqa: E402
+from cm_runtime.kernels import launches  # noqa: E402
+from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Images  # noqa: E402
+
+BUDGET = 470.0  # seconds
+PACKAGES = ("torch", "pycuda", "cuda-bindings", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton")
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=short")
+PARTS = ("kernels", "engines", "bandwidth", "ops", "sampling", "sanitizer")
+BATCHES = (1, 64, 256)
+ROUNDS = 20
+STEPS = 2
+LONGEST = 15.0  # seconds of timed rounds
+
+
+class Report:
+    """What was found, what was skipped and why, and how much time is left."""
+
+    def __init__(self, budget: float, output: Path | None = None) -> None:
+        self.end = time.monotonic() + budget
+        self.output = output
+        self.result: dict[str, Any] = {"skipped": {}, "failed": {}}
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def part(self, name: str, need: float, body: Callable[[], Any]) -> None:
+        """Runs a part if there is time for it; what it raises is a line, and the others go on."""
+        if self.left < need:
+            self.skip(name, f"{self.left:.0f} s are left and it takes {need:.0f}")
+            return
+        began = time.monotonic()
+        try:
+            self.result[name] = body()
+            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+        except Exception as error:
+            self.result["failed"][name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            print(f"{name} FAILED: {self.result['failed'][name]}", file=sys.stderr)
+        self.keep()
+
+    def skip(self, name: str, why: str) -> None:
+        self.result["skipped"][name] = why
+        print(f"{name} skipped: {why}", file=sys.stderr)
+
+    def keep(self) -> None:
+        """Writes what there is: a run that is cut short has not been for nothing."""
+        if self.output:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            with files.written(self.output) as temporary:
+                temporary.write_text(json.dumps(self.result, indent=1) + "\n")
+
+
+class Overtime(BaseException):
+    """A contender took longer than there was time for; no `except Exception` of a compiler's may swallow it."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises Overtime after so many seconds, in the main thread.
+
+    A thread sends the signal, not the system's alarm clock, of which there is one, and which pytest's time limit has.
+    """
+    is_over = threading.Event()
+
+    def ring(*_: object) -> None:
+        if not is_over.is_set():
+            raise Overtime
+
+    def watch() -> None:
+        if not is_over.wait(seconds):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, ring)  # and stays: a signal that comes late does nothing
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+# 1. Right
+
+
+def kernels_are_right(on_gpu: bool, sanitizer: str | None = None, seconds: float = 200) -> dict[str, Any]:
+    """The kernels' tests, on the GPU or in the host build; some of them under compute-sanitizer."""
+    where = "gpu" if on_gpu else "host"
+    tests = ["test_noise.py", "test_steps.py", "test_skip_scale.py", "test_group_norm.py"]
+    words = [sys.executable, *PYTEST, "-x", *(str(ROOT / "tests" / "kernels" / test) for test in tests)]
+    if sanitizer:
+        words = [sanitizer, "--error-exitcode", "9", *words, "-k", "every_launch or in_place or beside"]
+    return {"where": where, "summary": _tested(words, seconds, CM_RUNTIME_KERNELS=where)}
+
+
+def ops_are_right(seconds: float) -> dict[str, Any]:
+    """torch's custom ops on the GPU."""
+    test = ROOT / "tests" / "kernels" / "test_torch_ops.py"
+    return {"where": "gpu", "summary": _tested([sys.executable, *PYTEST, "-m", "gpu", str(test)], seconds)}
+
+
+def _tested(words: Sequence[str], seconds: float, **environment: str) -> str:
+    """The last line of a run of pytest. Raises RuntimeError where a test failed."""
+    every = os.environ | {"PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(words, capture_output=True, text=True, env=every, cwd=ROOT, timeout=seconds)
+    last = (done.stdout.strip().splitlines() or ["pytest said nothing"])[-1]
+    if done.returncode:
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
+        raise RuntimeError(" ".join([last, *failed[:5], done.stderr[-300:]]))
+    return last
+
+
+# 2. Fast
+
+
+def bandwidth() -> dict[str, Any]:
+    """GB/s of each kernel and of a copy, medians over rounds in which all take turns."""
+    device = cuda.Device()
+    clock = Clock(device)
+    found: dict[str, Any] = {}
+    for type in ("fp32", "fp16"):
+        for count in (1024, 4096):
+            found[f"{type}, {count} images of 3x64x64"] = clock.turns(kernel_work(device, count, type))
+    return found
+
+
+def kernel_work(device: cuda.Device, count: int, type: Any) -> dict[str, tuple[int, Callable[[], None]]]:
+    """Name -> bytes that are moved, and the launch."""
+    images, norm = Images(count, 3, 64, 64, type), Images(count, 128, 16, 16, type, "nhwc")
+    n, size = images.elements, SIZES[images.type]
+    m = norm.elements
+    at = {name: device.address(name, n * 4) for name in ("x", "y", "F", "x_in")}
+    at |= {name: device.address(name, m * size) for name in ("norm", "normed")}
+    at |= {"bytes": device.address("bytes", n), "flag": device.address("flag", 16)}
+    weights = np.ones(256, np.float32)
+    gamma = device.send("gamma", weights)
+    request = device.send("request", np.array([(0, 0)], REQUEST))
+    level = device.send("level", np.array([(0.1, 0.5, 1.5, 0.6)], LEVEL))
+    sigma = device.send("sigma", np.full(count, 1.5, np.float32))
+    for name in ("x", "F", "norm"):
+        device.clear(at[name], n * size if name == "F" else 4)
+    from cm_runtime.precond import precond
+
+    work = {
+        "cm_first_noise": (
+            n * (4 + size),
+            launches.first_noise(images, request, level, at["x"], x_in=at["x_in"]),
+        ),
+        "cm_step": (
+            n * (8 + 2 * size),
+            launches.step(images, request, level, 1, at["F"], at["x"], at["flag"], x=at["x"], x_in=at["x_in"]),
+        ),
+        "cm_finish": (
+            n * (4 + size + 1),
+            launches.finish(images, level, at["F"], at["flag"], x=at["x"], bytes=at["bytes"]),
+        ),
+        "cm_skip_scale": (
+            n * (8 + size),
+            launches.skip_scale(images, at["x"], at["F"], sigma, at["y"], precond("boundary")),
+        ),
+        "cm_group_norm_silu": (
+            2 * m * size,
+            launches.group_norm_silu(norm, at["norm"], gamma, gamma, at["normed"], shared=64 << 10),
+        ),
+    }
+    copied = n * 4
+    found: dict[str, tuple[int, Callable[[], None]]] = {
+        "copy": (2 * copied, lambda: device.move(at["y"], at["x"], copied))
+    }
+    return found | {name: (moved, lambda each=each: device.launch(each)) for name, (moved, each) in work.items()}
+
+
+class Clock:
+    """Times of what is put in a device's stream, by events of the GPU."""
+
+    def __init__(self, device: cuda.Device) -> None:
+        self._device = device
+        self._cuda = cuda.driver()
+
+    def milliseconds(self, body: Callable[[], None], repeats: int = 10) -> float:
+        """Of one of ``repeats`` in a row."""
+        begin, end = self._cuda.Event(), self._cuda.Event()
+        begin.record(self._device.queue)
+        for _ in range(repeats):
+            body()
+        end.record(self._device.queue)
+        end.synchronize()
+        return float(end.time_since(begin)) / repeats
+
+    def turns(self, work: dict[str, tuple[int, Callable[[], None]]]) -> dict[str, Any]:
+        """Medians over rounds; shares are of the copy in the same round."""
+        for _, body in work.values():
+            self.milliseconds(body)
+        taken: dict[str, list[float]] = {name: [] for name in work}
+        for _ in range(ROUNDS):
+            for name, (_, body) in work.items():
+                taken[name].append(self.milliseconds(body))
+        speeds = {name: [work[name][0] / each / 1e6 for each in taken[name]] for name in work}
+        return {
+            name: {
+                "megabytes": round(work[name][0] / 1e6, 1),
+                "ms": round(statistics.median(taken[name]), 4),
+                "GB/s": round(statistics.median(speeds[name]), 1),
+                "of copy": [
+                    round(q, 3) for q in quartiles([a / b for a, b in zip(speeds[name], speeds["copy"], strict=True)])
+                ],
+            }
+            for name in work
+        }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, and the quartiles around it."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+# 3. The same
+
+
+def engines_agree(on_gpu: bool, folder: Path) -> dict[str, Any]:
+    """Samples of the bundled model on each engine: the largest difference in grey levels, and how many differ."""
+    from cm_runtime.checkpoint import save_checkpoint
+    from cm_runtime.export.recover import recovered
+
+    source = folder / "default.pt"
+    save_checkpoint(recovered(backends.DEFAULT_MODEL), source)
+    wanted = sampling.sample(backends.load(backends.DEFAULT_MODEL, "ort", "cpu"), 64)
+    found: dict[str, Any] = {}
+    for name, opened in contenders(source, folder, on_gpu).items():
+        try:
+            made = sampling.sample(opened(), 64)
+        except CmRuntimeError as error:
+            found[name] = {"skipped": str(error)}
+            continue
+        apart = np.abs(made.astype(int) - wanted)
+        found[name] = {"grey": int(apart.max()), "differ": float((apart > 0).mean())}
+        if apart.max() > 8:
+            raise RuntimeError(f"{name} is {apart.max()} grey levels from ONNX Runtime's CPU")
+    return found
+
+
+def contenders(source: Path, folder: Path, on_gpu: bool) -> dict[str, Callable[[], Any]]:
+    """cm-runtime on every engine, opened when asked."""
+    device = "cuda:0" if on_gpu else "cpu"
+    checkpoint = load_checkpoint(source)
+    stem = folder / source.stem
+    found: dict[str, Callable[[], Any]] = {}
+
+    def graph(kind: Any) -> Path:
+        path = stem.with_name(f"{stem.name}-{kind}.onnx")
+        if not path.exists():
+            export.onnx(checkpoint, path, graph=kind, steps=2 if kind == "sampler" else None)
+        return path
+
+    for kind in ("network", "denoiser", "sampler"):
+        found[f"onnxruntime {kind}"] = lambda kind=kind: backends.load(graph(kind), "ort", device)  # type: ignore[misc]
+    found["torch"] = lambda: backends.load(source, "torch", device)
+    if on_gpu:
+        found["torch fp16"] = lambda: backends.load(source, "torch", device, precision="fp16")
+        found["torch.compile"] = lambda: backends.load(source, "torch.compile", device)
+        for package in ("tensorrt", "tensorrt_rtx"):
+            found[package] = lambda package=package: _engine(graph("network"), stem, package)  # type: ignore[misc]
+    return found
+
+
+def _engine(graph: Path, stem: Path, package: Any) -> Any:
+    from cm_runtime.backends.engine_file import profile
+    from cm_runtime.export import tensorrt
+
+    path = stem.with_name(f"{stem.name}-{package}.engine")
+    if not path.exists():
+        tensorrt.build(graph, path, package, batch=profile("1:64:256"))
+    return backends.load(path)
+
+
+# 4. Faster
+
+
+def loaded(network: str, folder: Path, drawers: dict[str, Any]) -> dict[str, Any]:
+    """Puts contenders into ``drawers``; which there are, and why others are not.
+
+    What compiles comes last, for it takes all time there is.
+    """
+    source = standing(network, folder)
+    ours = contenders(source, folder, True)
+    opening: dict[str, Callable[[], Any]] = {
+        f"cm-runtime, {name}": lambda name=name: OwnDrawer(ours[name]())  # type: ignore[misc]
+        for name in ("torch", "torch fp16", "onnxruntime network", "tensorrt", "tensorrt_rtx")
+    }
+    for name in ("torch", "onnx", "torch.compile"):
+        opening[name] = lambda name=name: PeerDrawer(name, source, folder)  # type: ignore[misc]
+    missing: dict[str, str] = {}
+    for name, make in opening.items():
+        try:
+            drawers[name] = make()
+        except CmRuntimeError as error:
+            missing[name] = str(error)
+    return {"contenders": list(drawers), "missing": missing}
+
+
+def race(drawers: dict[str, Any], batch: int, steps: int, left: Callable[[], float]) -> dict[str, Any]:
+    """Medians and quartiles in ms, in turns, of those that agree with ``torch`` and were ready in time.
+
+    left: the seconds that there are, of which the last 15 are for the rounds.
+    """
+    images: dict[str, Any] = {}
+    why_not: dict[str, str] = {}
+    for name, each in drawers.items():
+        began = time.monotonic()
+        try:
+            with within(left() - LONGEST - 5):
+                for _ in range(3):
+                    images[name] = each.draw(batch, steps)
+        except Overtime:
+            images.pop(name, None)
+            why_not[name] = f"not ready after {time.monotonic() - began:.0f} s"
+        except Exception as error:
+            images.pop(name, None)
+            why_not[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if "torch" not in images:
+        raise RuntimeError(f"eager torch, which images are held to, drew none: {why_not['torch']}")
+    wanted = images["torch"]
+    apart = {name: int(np.abs(made.astype(int) - wanted).max()) for name, made in images.items()}
+    for name, grey in apart.items():
+        if grey > (40 if "fp16" in name else 4):
+            why_not[name] = f"{grey} grey levels from eager torch"
+    taken: dict[str, list[float]] = {name: [] for name in images if name not in why_not}
+    end, rounds = time.monotonic() + min(LONGEST, left()), 0
+    while rounds < 5 or (time.monotonic() < end and rounds < 200):
+        rounds += 1
+        for name, times in taken.items():
+            began = time.perf_counter()
+            drawers[name].draw(batch, steps)
+            times.append((time.perf_counter() - began) * 1e3)
+    own = {name: drawers[name] for name in taken if isinstance(drawers[name], OwnDrawer)}
+    return {
+        "ms": {name: [round(q, 3) for q in quartiles(times)] for name, times in taken.items()},
+        "outside": {name: each.outside(batch, steps) for name, each in own.items()},
+        "grey": apart,
+        "not timed": why_not,
+        "rounds": rounds,
+    }
+
+
+class OwnDrawer:
+    """cm.sample: noise drawn on the device, images in the host's memory."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def draw(self, batch: int, steps: int) -> Any:
+        """(N,H,W,C) uint8."""
+        return sampling.sample(self._model, batch, steps, batch=batch)
+
+    def outside(self, batch: int, steps: int) -> float:
+        """The share of a batch's time on the GPU that is no evaluation of the network, by the GPU's events."""
+        sampler = self._model.on_device
+        chosen = sampling.request(self._model.manifest, batch, steps, micro_batch=batch)
+        prepared = sampler.prepare(chosen, batch)
+        clock = Clock(sampler.device)
+        shares = []
+        for _ in range(ROUNDS):
+            network = clock.milliseconds(prepared.evaluate, steps) * steps
+            shares.append(1 - network / clock.milliseconds(prepared.put, 1))
+        return round(statistics.median(shares), 4)
+
+
+class PeerDrawer:
+    """Another tool's loop (see cm_runtime/bench/peers.py), its noise made beforehand, which is to its favour."""
+
+    def __init__(self, name: Any, source: Path, folder: Path) -> None:
+        self._manifest = load_checkpoint(source).manifest()
+        self._peer = peers.peer(name, source, folder, device="cuda:0")
+        self._given: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+    def draw(self, batch: int, steps: int) -> Any:
+        """(N,H,W,C) uint8."""
+        if (batch, steps) not in self._given:
+            m, index = self._manifest, np.arange(batch, dtype=np.uint64)
+            chosen = sampling.request(m, batch, steps, micro_batch=batch)
+            label = sampling.labels_of(chosen, index, m.num_classes)
+            self._given[batch, steps] = noise.normals(0, index, steps, m.image_shape), chosen.sigmas, label
+        return np.rint((self._peer(*self._given[batch, steps]) + 1) * 127.5).astype(np.uint8)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The checks; 1 where one failed, whatever was skipped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="where the result goes")
+    parser.add_argument("--show", type=Path, metavar="FILE.json", help="print the table of a result instead")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the checks")
+    parser.add_argument("--networks", nargs="+", default=("cifar32", "imagenet64"), help="of which sampling is timed")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="that are drawn")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="in all (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.show:
+        print(table(json.loads(options.show.read_text())))
+        return 0
+    report = Report(options.budget, options.output)
+    result = report.result
+    result["packages"] = {name: _version(name) for name in PACKAGES}
+    result["gpu"] = gpu = _gpu(report)
+    with tempfile.TemporaryDirectory() as temporary:
+        for part in options.parts:
+            run(part, report, Path(temporary), gpu is not None, options.networks, options.batches)
+    report.keep()
+    print(table(result))
+    return 1 if result["failed"] else 0
+
+
+def run(part: str, report: Report, folder: Path, on_gpu: bool, networks: Sequence[str], batches: Sequence[int]) -> None:
+    """One of PARTS."""
+    if part == "kernels":
+        report.part("kernels", 60, lambda: kernels_are_right(on_gpu, seconds=report.left))
+    elif part == "engines":
+        report.part("engines", 30, lambda: engines_agree(on_gpu, folder))
+    elif not on_gpu:
+        report.skip(part, "there is no GPU")
+    elif part == "bandwidth":
+        report.part("bandwidth", 20, bandwidth)
+    elif part == "ops":
+        report.part("torch ops", 30, lambda: ops_are_right(report.left))
+    elif part == "sampling":
+        for network in networks:
+            drawers: dict[str, Any] = {}
+            report.part(f"{network} contenders", 60, lambda n=network, d=drawers: loaded(n, folder, d))  # type: ignore[misc]
+            for batch in batches if drawers else ():
+                name = f"sampling {network}, batch {batch}"
+                report.part(name, 40, lambda b=batch, d=drawers: race(d, b, STEPS, lambda: report.left))  # type: ignore[misc]
+    elif sanitizer := shutil.which("compute-sanitizer"):
+        report.part("sanitizer", 60, lambda: kernels_are_right(True, sanitizer, report.left))
+    else:
+        report.skip("sanitizer", "compute-sanitizer is not installed")
+
+
+def _gpu(report: Report) -> dict[str, Any] | None:
+    try:
+        found = cuda.gpu()
+        driver = cuda.driver().get_driver_version()
+        return {"name": found.name, "capability": found.capability, "driver": driver}
+    except CmRuntimeError as error:
+        report.skip("gpu", f"{error}; kernels run in their host build, engines on the CPU")
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def table(result: dict[str, Any]) -> str:
+    """What was found, as Markdown."""
+    gpu = result["gpu"]
+    lines = [f"{gpu['name']}, compute capability {gpu['capability']}" if gpu else "no GPU: host mode", ""]
+    for part in ("kernels", "torch ops", "sanitizer"):
+        if part in result:
+            lines.append(f"{part} ({result[part]['where']}): {result[part]['summary']}")
+    for name, each in result.get("engines", {}).items():
+        said = each.get("skipped") or f"{each['grey']} grey levels at most, {each['differ']:.2e} of pixels differ"
+        lines.append(f"{name}: {said}")
+    for setup, each in result.get("bandwidth", {}).items():
+        lines += ["", f"| {setup} | MB | ms | GB/s | of copy |", "| --- | ---: | ---: | ---: | ---: |"]
+        for name, has_ in each.items():
+            middle, low, high = has_["of copy"]
+            share = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+            lines.append(f"| {name} | {has_['megabytes']} | {has_['ms']} | {has_['GB/s']} | {share} |")
+    for name, each in result.items():
+        if name.startswith("sampling "):
+            lines += ["", f"| {name}, two steps | ms | outside evaluations |", "| --- | ---: | ---: |"]
+            for contender, (middle, low, high) in each["ms"].items():
+                outside = each["outside"].get(contender)
+                share = "" if outside is None else f"{outside:.1%}"
+                lines.append(f"| {contender} | {middle} [{low}, {high}] | {share} |")
+            lines += [f"{contender}: {why}" for contender, why in each["not timed"].items()]
+        for contender, why in each.get("missing", {}).items() if isinstance(each, dict) else ():
+            lines.append(f"{name}: no {contender}: {why}")
+    lines += ["", *(f"skipped: {name}: {why}" for name, why in result["skipped"].items())]
+    lines += [f"FAILED: {name}: {why}" for name, why in result["failed"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What nvcc made of the kernels: its log and kernels.fatbin -> kernels.json. `make` calls it.
+
+    python resources.py NVCC LOG FOLDER        # writes FOLDER/kernels.json
+    python resources.py --compare FOLDER       # holds what is committed to the build in FOLDER
+
+The registers, spills and stack of each kernel on each GPU, as ptxas printed them, the compiler's version, and the
+hashes of the binary and of the sources it was built from. A kernel that spills is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+SOURCES = ("*.cu", "*.h", "Makefile")
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<gpu>\d+)a?'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def sources() -> dict[str, str]:
+    """The hash of each file that decides what is built, by its name."""
+    found = sorted(path for pattern in SOURCES for path in FOLDER.glob(pattern))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def kernels(log: str) -> dict[str, dict[str, dict[str, int]]]:
+    """Kernel -> GPU -> registers, bytes of stack, and bytes spilled."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for match in KERNEL.finditer(log):
+        spills = int(match["stores"]) + int(match["loads"])
+        numbers = {"registers": int(match["registers"]), "stack": int(match["stack"]), "spills": spills}
+        found.setdefault(match["name"], {})[f"sm_{match['gpu']}"] = numbers
+    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
+
+
+def main(nvcc: str, log: Path, folder: Path) -> None:
+    """Writes ``folder``/kernels.json; ends the program where a kernel spills."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = kernels(log.read_text())
+    result = {
+        "nvcc": re.findall(r"release ([\d.]+), V([\d.]+)", version)[0][1],
+        "fatbin_sha256": hashlib.sha256((folder / "kernels.fatbin").read_bytes()).hexdigest(),
+        "sources_sha256": sources(),
+        "kernels": found,
+    }
+    spilled = [f"{name} on {gpu}" for name, each in found.items() for gpu, has in each.items() if has["spills"]]
+    if spilled or not found:
+        sys.exit(f"registers are spilled in {', '.join(spilled)}" if spilled else "no kernel was compiled")
+    lines = json.dumps(result, indent=1)
+    (folder / "kernels.json").write_text(re.sub(r"\{\s+(\"registers\".*?)\s+\}", _on_a_line, lines, flags=re.S) + "\n")
+
+
+def compare(built: Path) -> None:
+    """Ends the program unless what is committed is of these sources and, with the same compiler, this binary."""
+    committed, new = (json.loads((folder / "kernels.json").read_text()) for folder in (FOLDER, built))
+    binary = hashlib.sha256((FOLDER / "kernels.fatbin").read_bytes()).hexdigest()
+    names = [name for name in ("sources_sha256", "fatbin_sha256", "kernels") if committed[name] != new[name]]
+    if committed["nvcc"] != new["nvcc"]:  # which makes another binary of the same sources
+        names = [name for name in names if name == "sources_sha256"]
+    if names or binary != committed["fatbin_sha256"]:
+        sys.exit(f"kernels.fatbin is not of these sources ({', '.join(names) or 'its hash'}); run make -C kernels")
+    count = len(new["kernels"]), sum(map(len, new["kernels"].values()))
+    most = max(has["registers"] for each in new["kernels"].values() for has in each.values())
+    print(f"{count[0]} kernels, {count[1]} builds, no warnings, no spills, at most {most} registers")
+
+
+def _on_a_line(match: re.Match[str]) -> str:
+    return "{" + re.sub(r"\s+", " ", match[1]) + "}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--compare":
+        compare(Path(sys.argv[2]))
+    else:
+        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,101 @@
+"""The kernels on the host: the sources that nvcc compiles, compiled by g++, launched with grids and blocks.
+
+Arrays are in host memory, and their addresses are what a GPU's would be. With CM_RUNTIME_KERNELS=gpu, as `make
+gpu-check` has it, they are launched on the GPU itself, which reads the same arrays, in memory that is mapped for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cm_runtime import cuda, kernels
+from cm_runtime.kernels.launches import Launch
+
+ON_GPU = os.environ.get("CM_RUNTIME_KERNELS") == "gpu"
+FOLDER = Path(kernels.__file__).parent
+WRONG = {
+    1: "no kernel has this name",
+    2: "no GPU takes this shape",
+    3: "not all threads reach a barrier",
+    4: "it writes beyond its shared memory",
+}
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """build/host.so, built once a process; a test without g++ and make is skipped."""
+    if shutil.which("g++") is None or shutil.which("make") is None:
+        pytest.skip("needs g++ and make")
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            ["make", "--silent", "-C", str(FOLDER), "host", f"BUILD={folder}"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"MAKEFLAGS": ""},
+        )
+        assert done.returncode == 0, done.stderr
+        loaded = ctypes.CDLL(str(Path(folder) / "host.so"))
+    loaded.cm_kernels.restype = ctypes.c_char_p
+    return loaded
+
+
+def names() -> set[str]:
+    """Of the kernels that were built."""
+    return set(library().cm_kernels().decode().split())
+
+
+@cache
+def gpu() -> Any:
+    """The GPU, where kernels run on one."""
+    return cuda.Device()
+
+
+def launch(work: Launch) -> None:
+    """Runs a launch to its end. Raises ValueError where a GPU would refuse it."""
+    if ON_GPU:
+        gpu().launch(work)
+        gpu().queue.synchronize()
+        return
+    values = [np.array(argument) for argument in work.arguments]  # of no dimensions, in memory of their own
+    pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+    grid, block = ((ctypes.c_uint * 3)(*size) for size in (work.grid, work.block))
+    code = library().cm_launch(work.kernel.encode(), grid, block, ctypes.c_uint(work.shared), pointers)
+    if code:
+        raise ValueError(f"{work.kernel}: {WRONG[code]}")
+
+
+def empty(shape: tuple[int, ...], dtype: Any, fill: float = np.nan) -> Any:
+    """An array whose address is a multiple of 16, full of ``fill``."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    if ON_GPU:
+        mapped = cuda.driver().host_alloc_flags.DEVICEMAP  # one address for both, on 64 bits
+        memory = cuda.driver().pagelocked_empty(size + 64, np.uint8, mem_flags=mapped)
+    else:
+        memory = np.empty(size + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    made = memory[begin : begin + size].view(dtype).reshape(shape)
+    made[...] = 0 if dtype.kind in "iu" or dtype.names else fill
+    return made
+
+
+def placed(array: Any) -> Any:
+    """A copy of ``array`` at such an address."""
+    made = empty(np.shape(array), np.asarray(array).dtype)
+    made[...] = array
+    return made
+
+
+def address(array: Any) -> int:
+    """Where ``array`` is."""
+    return int(array.ctypes.data)
