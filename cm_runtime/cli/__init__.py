@@ -9,6 +9,7 @@ import typer
 
 from cm_runtime.cli.bench import app as bench
 from cm_runtime.cli.doctor import doctor
+from cm_runtime.cli.edit import app as edit
 from cm_runtime.cli.eval import evaluate
 from cm_runtime.cli.export import export
 from cm_runtime.cli.info import info
@@ -29,6 +30,7 @@ app = typer.Typer(
 for command in (sample, export, train, tune, info, doctor):
     app.command()(command)
 app.command("eval")(evaluate)  # eval is Python's own
+app.add_typer(edit, name="edit")
 app.add_typer(bench, name="bench")
 
 

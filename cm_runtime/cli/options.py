@@ -42,3 +42,36 @@ Grid = Annotated[
     int | None,
     typer.Option(metavar="40", help="Points of the model's training grid, which --ts and --timesteps count in."),
 ]
+
+Steps = Annotated[int | None, typer.Option(help="Network evaluations per image.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|ort|openvino|torch|torch.compile|tensorrt|tensorrt-rtx",
+        help="The engine; auto measures, once, which of those installed is fastest for the file.",
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where it runs.")]
+Precision = Annotated[
+    str, typer.Option(metavar="auto|fp32|bf16|fp16", help="What OpenVINO or torch computes in. [auto: as the file]")
+]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine. [default: one per core]")]
+# Of the edits
+EditSteps = Annotated[int | None, typer.Option(help="Network evaluations per image. [default: 8]")]
+Images = Annotated[
+    list[Path],
+    typer.Argument(metavar="[MODEL] IMAGE...", help="PNG, JPEG, WebP or BMP pictures, or arrays in an npz."),
+]
+Label = Annotated[
+    str | None, typer.Option(metavar="3|0,1,2", help="The images' class: one for all, or one each. [an npz may say it]")
+]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Index = Annotated[int, typer.Option(help="Number of the first answer's noise; the others count on.")]
+Answers = Annotated[int, typer.Option(help="Answers to each image.")]
+Floats = Annotated[bool, typer.Option("--float", help="npz: float32 before quantisation.")]
+Edited = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output", help="A strip of before, given and answers (.png), the answers (.npz), or a folder for all."
+    ),
+]

@@ -16,6 +16,7 @@ import torch
 from onnx import TensorProto, helper
 
 import cm_runtime as cm
+from cm_runtime import editing
 from cm_runtime.backends import DEFAULT_MODEL
 from cm_runtime.checkpoint import save_checkpoint
 from cm_runtime.errors import ArtifactError, CheckpointError, CmRuntimeError, EngineError, RequestError
@@ -45,6 +46,20 @@ def test_all_engines_draw_the_same_images(boundary: exported.Files) -> None:
         assert np.abs(first - other).max() < 1e-4
 
 
+def test_all_engines_edit_alike(boundary: exported.Files) -> None:
+    y = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    models = [cm.load(boundary.onnx, backend=name) for name in ("ort", "openvino")] + [cm.load(boundary.checkpoint)]
+    how: Any = {"label": [1, 4], "answers": 2, "steps": 3, "output": "float32"}
+    for edit in (
+        lambda model: editing.inpaint(model, y, np.eye(8), **how),
+        lambda model: editing.colorize(model, y, **how),
+        lambda model: editing.superres(model, y[:, ::4, ::4], 4, **how),
+        lambda model: editing.stroke(model, y, 3.0, **how),
+    ):
+        first, *others = map(edit, models)
+        assert max(np.abs(first - other).max() for other in others) < 1e-4
+
+
 def test_what_an_engine_cannot_compute_in_is_refused_by_what_can(boundary: exported.Files) -> None:
     with pytest.raises(RequestError, match="take --backend openvino"):
         cm.load(boundary.onnx, backend="ort", precision="bf16")
@@ -52,7 +67,11 @@ def test_what_an_engine_cannot_compute_in_is_refused_by_what_can(boundary: expor
         cm.load(boundary.onnx, backend="openvino", precision="fp16")
     with pytest.raises(RequestError, match="precision must be auto, fp32, bf16 or fp16"):
         cm.load(boundary.onnx, precision="half")  # type: ignore[arg-type]
-    assert cm.load(boundary.onnx, precision="bf16").name == "openvino"  # the only one that can
+
+
+@exported.needs_bf16
+def test_bf16_on_the_cpu_is_openvinos(boundary: exported.Files) -> None:
+    assert cm.load(boundary.onnx, precision="bf16").name == "openvino"
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from cm_runtime.errors import DataError, data_error
+from cm_runtime import pictures
+from cm_runtime.errors import data_error
+from cm_runtime.pictures import SUFFIXES
 from cm_runtime.training.data.bars import progress_bar
 from cm_runtime.training.data.idx import Split
 from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-GREY = {"1", "L", "LA"}
-COLOUR = {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
-MAX_PIXELS = 2**26
 SPLIT_FOLDERS = {"train", "test", "val", "valid"}
 
 
@@ -37,11 +32,15 @@ def read_folder(folder: Path, split: Split, name: str, *, image_size: int | None
     Raises DataError, OSError. Returns (N, 1 or 3, H, W) uint8.
     """
     files, labels, num_classes = _list_images(_split_folder(folder, split))
-    grey = all(_is_grey(file) for file in files)
+    channels = 1 if all(pictures.is_grey(file) for file in files) else 3
+    size = None if image_size is None else (image_size, image_size)
     images: NDArray[np.uint8] | None = None
     with progress_bar(progress) as bar:
         for index, file in enumerate(bar.track(files, description=f"reading {name}")):
-            pixels = _read_pixels(file, grey, image_size)
+            pixels = pictures.read(file, channels, size).transpose(2, 0, 1)
+            if max(pixels.shape) > MAX_SIDE:
+                wrong = f"is {pixels.shape[2]}x{pixels.shape[1]}"
+                raise data_error(file, wrong, f"give image_size: sides go up to {MAX_SIDE}")
             if images is None:
                 images = np.empty((len(files), *pixels.shape), np.uint8)
             if pixels.shape != images.shape[1:]:
@@ -94,58 +93,3 @@ def _walk(folder: Path) -> list[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
-
-
-def _open(file: Path) -> Image.Image:
-    """The file's header read, its size and mode checked; no pixel is decoded. Raises DataError."""
-    if not file.is_file():
-        raise data_error(file, "is not a regular file", "repair or remove it")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
-            image = Image.open(file, formats=FORMATS)
-    except Exception as error:  # decoders raise whatever they trip over
-        raise data_error(file, f"is not a readable image ({error})", "repair or remove it") from error
-    if image.mode not in GREY | COLOUR:
-        image.close()
-        raise data_error(file, f"stores mode {image.mode}", "convert it to 8-bit grey or RGB")
-    animated = getattr(image, "is_animated", False) and image.format != "MPO"  # MPO: a JPEG with previews
-    if animated or image.width * image.height > MAX_PIXELS:
-        image.close()
-        wrong = "is animated" if animated else f"has {image.width}x{image.height} pixels, above {MAX_PIXELS}"
-        raise data_error(file, wrong, "make it one picture of moderate size")
-    return image
-
-
-def _is_grey(file: Path) -> bool:
-    """Whether the file stores grey. Raises DataError."""
-    with _open(file) as image:
-        return image.mode in GREY
-
-
-def _read_pixels(file: Path, grey: bool, image_size: int | None) -> NDArray[np.uint8]:
-    """The picture as (C, H, W) uint8. Raises DataError."""
-    with _open(file) as unread, _open(file) as stored:
-        try:
-            unread.verify()  # a PNG's checksums, which decoding skips; makes the object unusable
-            image = ImageOps.exif_transpose(stored)
-            if image.has_transparency_data and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
-                raise data_error(file, "has transparent pixels", "lay it over a background first")
-            image = image.convert("L" if grey else "RGB")
-            if image_size is not None:
-                image = _square(image, image_size)
-        except DataError:
-            raise
-        except Exception as error:  # decoders raise whatever they trip over
-            raise data_error(file, f"is truncated or damaged ({error})", "repair or remove it") from error
-    if max(image.size) > MAX_SIDE:
-        raise data_error(file, f"is {image.width}x{image.height}", f"give image_size: sides go up to {MAX_SIDE}")
-    pixels = np.asarray(image, np.uint8)
-    return pixels[None] if grey else pixels.transpose(2, 0, 1)
-
-
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """The largest centred square, resized. Cropped first: resizing with a box mixes in pixels around it."""
-    crop = min(image.size)
-    left, top = (image.width - crop) // 2, (image.height - crop) // 2
-    return image.crop((left, top, left + crop, top + crop)).resize((side, side), Image.Resampling.BICUBIC)

@@ -1,0 +1,64 @@
+"""``cm-runtime edit denoise``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cm_runtime.cli.edit.work import How, Work
+from cm_runtime.cli.options import (
+    Answers,
+    Backend,
+    Device,
+    Edited,
+    Floats,
+    Images,
+    Index,
+    Label,
+    MicroBatch,
+    Precision,
+    Seed,
+    Steps,
+    Threads,
+)
+
+
+def denoise(
+    paths: Images,
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Of the noise, where black is -1 and white 1. [default: estimated for each image]"),
+    ] = None,
+    label: Label = None,
+    seed: Seed = 0,
+    index: Index = 0,
+    answers: Answers = 1,
+    steps: Steps = 1,
+    micro_batch: MicroBatch = "auto",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+    floats: Floats = False,
+    output: Edited = Path("edited.png"),
+) -> None:
+    """Take the noise off images.
+
+    Noise that a picture clipped to black and white is not what the model knows; an npz of float32 is not clipped.
+
+    Example: cm-runtime edit denoise noisy.npz --sigma 0.3 --label 9
+    """
+    from cm_runtime import editing
+
+    how = How(
+        label, seed, index, answers, steps, None, micro_batch, backend, device, precision, threads, floats, output
+    )
+    work = Work(paths, how)
+    images = work.read()
+    made = editing.denoise(work.engine, images.images, sigma, **work.options(images))
+    work.write("denoise", images, [images.images], made, sigma=sigma)
+    if sigma is None:
+        y = editing.from_images(images.images, work.engine.manifest, is_bounded=False)
+        typer.echo("estimated sigma: " + ", ".join(f"{level:.3g}" for level in editing.estimated_sigma(y)))

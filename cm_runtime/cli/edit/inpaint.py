@@ -1,0 +1,77 @@
+"""``cm-runtime edit inpaint``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cm_runtime.cli import values
+from cm_runtime.cli.edit.work import How, Work
+from cm_runtime.cli.options import (
+    Answers,
+    Backend,
+    Device,
+    Edited,
+    EditSteps,
+    Floats,
+    Images,
+    Index,
+    Label,
+    MicroBatch,
+    Precision,
+    Seed,
+    Sigmas,
+    Threads,
+)
+from cm_runtime.errors import RequestError
+
+
+def inpaint(
+    paths: Images,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="A picture, white where to fill, of the images' size or the model's, fitted as they are."),
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option(metavar="LEFT,TOP,WIDTH,HEIGHT", help="Or a box, in pixels of the model's images.")
+    ] = None,
+    label: Label = None,
+    seed: Seed = 0,
+    index: Index = 0,
+    answers: Answers = 1,
+    steps: EditSteps = None,
+    sigmas: Sigmas = None,
+    micro_batch: MicroBatch = "auto",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+    floats: Floats = False,
+    output: Edited = Path("edited.png"),
+) -> None:
+    """Fill a hole in images; all around it stays as it is.
+
+    A picture of another size than the model's is cropped to its shape, in the middle, and resized.
+
+    Example: cm-runtime edit inpaint coat.png --box 8,8,12,12 --label 4 --answers 5
+    """
+    import numpy as np
+
+    from cm_runtime import editing, given
+
+    if (mask is None) == (box is None):
+        raise RequestError("give --mask FILE or --box LEFT,TOP,WIDTH,HEIGHT")
+    how = How(
+        label, seed, index, answers, steps, sigmas, micro_batch, backend, device, precision, threads, floats, output
+    )
+    work = Work(paths, how)
+    images, size = work.read(), (work.height, work.width)
+    if mask is not None:
+        hole = given.read_mask(mask, work.paths, size)
+    else:
+        hole = given.hole_of_box(values.whole_numbers("--box", box or ""), size)
+    made = editing.inpaint(work.engine, images.images, hole, **work.options(images))
+    y = np.moveaxis(editing.from_images(images.images, work.engine.manifest), 1, -1)
+    work.write("inpaint", images, [images.images, np.where(hole[..., None], np.float32(0), y)], made)

@@ -1,0 +1,70 @@
+"""``cm-runtime edit superres``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cm_runtime.cli.edit.work import How, Work
+from cm_runtime.cli.options import (
+    Answers,
+    Backend,
+    Device,
+    Edited,
+    EditSteps,
+    Floats,
+    Images,
+    Index,
+    Label,
+    MicroBatch,
+    Precision,
+    Seed,
+    Sigmas,
+    Threads,
+)
+
+
+def superres(
+    paths: Images,
+    factor: Annotated[int, typer.Option(metavar="2|4|8", help="How many pixels a side are made of one.")] = 2,
+    label: Label = None,
+    seed: Seed = 0,
+    index: Index = 0,
+    answers: Answers = 1,
+    steps: EditSteps = None,
+    sigmas: Sigmas = None,
+    micro_batch: MicroBatch = "auto",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+    floats: Floats = False,
+    output: Edited = Path("edited.png"),
+) -> None:
+    """Enlarge images to the model's size; the mean of each patch stays what the small image says.
+
+    An image of the model's size over the factor is taken as it is. Any other is fitted to the model's size (cropped to
+    its shape, in the middle, and resized), and the means of its patches are what is enlarged.
+
+    Example: cm-runtime edit superres small.png --factor 4 --label 7
+    """
+    import numpy as np
+
+    from cm_runtime import editing
+
+    how = How(
+        label, seed, index, answers, steps, sigmas, micro_batch, backend, device, precision, threads, floats, output
+    )
+    work = Work(paths, how)
+    whole, small = (work.height, work.width), editing.small_size(work.engine.manifest, factor)
+    images = work.read(whole, small)
+    columns, given = [], images.images
+    if given.shape[1:3] == whole:
+        columns = [given]
+        means = editing.patch_means(editing.from_images(given, work.engine.manifest), factor)
+        given = np.moveaxis(means, 1, -1)
+    made = editing.superres(work.engine, given, factor, **work.options(images))
+    columns.append(given.repeat(factor, axis=1).repeat(factor, axis=2))
+    work.write("superres", images, columns, made, factor=factor)

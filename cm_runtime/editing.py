@@ -1,0 +1,310 @@
+"""Zero-shot editing: what is known of an image goes in, answers of the model come out (arXiv 2303.01469, algorithm 4).
+
+Every edit is the one sampling loop from given images on, with a projection (or none) behind each clamp, on whatever
+engine the model runs. Images are (N,H,W,C), uint8, or float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cm_runtime import noise, sampling
+from cm_runtime.artifact import Manifest
+from cm_runtime.errors import RequestError
+from cm_runtime.projections import LUMA, Array, Edit, Luma, Mask, PatchMean, Projection
+from cm_runtime.sampling import Denoiser, Drawer, Output
+from cm_runtime.schedule import sampler_sigmas
+
+MOST_FRAMES = 10_000
+STEPS = 8  # where something is known of every x0: each step fits the rest to it better
+HAAR_MAD = 0.6744897501960817  # the median of |z|
+
+
+class Options(TypedDict, total=False):
+    """Of an edit. label: one for all images, or one each; steps and sigmas exclude each other.
+
+    steps: default 8 to inpaint, colorize and enlarge, 2 for a painting, 1 to denoise;
+    seed, index: answer n of them all has the noise of image ``index + n``; answers: to each image, one behind another;
+    batch: images the engine sees at once; output: uint8, or float32 before quantisation; clip: clamp each x0.
+    """
+
+    label: int | Sequence[int] | None
+    steps: int | None
+    sigmas: Sequence[float] | None
+    seed: int
+    index: int
+    answers: int
+    batch: int | None
+    output: Output
+    clip: bool
+
+
+@dataclass(frozen=True)
+class _How:
+    """`Options` with their defaults."""
+
+    label: int | Sequence[int] | None = None
+    steps: int | None = None
+    sigmas: Sequence[float] | None = None
+    seed: int = 0
+    index: int = 0
+    answers: int = 1
+    batch: int | None = None
+    output: Output = "uint8"
+    clip: bool = True
+
+
+def inpaint(model: Denoiser, images: ArrayLike, hole: ArrayLike, **options: Unpack[Options]) -> NDArray[Any]:
+    """Fills the hole of each image: (M * answers, H, W, C). What is known stays, to the bit in float32.
+
+    images: (M,H,W,C); hole: (H,W), or (M,H,W), true or 1 where pixels are to be made. Raises RequestError.
+    """
+    y = from_images(images, model.manifest)
+    return _answers(model, y.shape, Mask(y, _known(hole, y)), _How(**options))
+
+
+def colorize(model: Denoiser, grey: ArrayLike, **options: Unpack[Options]) -> NDArray[Any]:
+    """Gives each image its colours: (M * answers, H, W, 3), of which the luminance is that of ``grey``.
+
+    grey: (M,H,W,1), or (M,H,W,3), of which the luminance is taken. Raises RequestError.
+    """
+    channels, height, width = model.manifest.image_shape
+    y = from_images(grey, model.manifest, channels=(1, 3))
+    return _answers(model, (len(y), channels, height, width), Luma(luminance(y)), _How(**options))
+
+
+def superres(model: Denoiser, small: ArrayLike, factor: int, **options: Unpack[Options]) -> NDArray[Any]:
+    """Enlarges each image: (M * answers, H, W, C), of which the means of factor x factor patches are ``small``.
+
+    small: (M, H / factor, W / factor, C). Raises RequestError.
+    """
+    channels, height, width = model.manifest.image_shape
+    y = from_images(small, model.manifest, size=small_size(model.manifest, factor))
+    return _answers(model, (len(y), channels, height, width), PatchMean(y, factor), _How(**options))
+
+
+def stroke(model: Denoiser, paintings: ArrayLike, sigma: float, **options: Unpack[Options]) -> NDArray[Any]:
+    """Makes pictures of paintings by strokes: (M * answers, H, W, C) (SDEdit, arXiv 2108.01073, algorithm 1).
+
+    paintings: (M,H,W,C); sigma: the noise put over them; the more, the less is kept. Steps go down from there on the
+    Karras grid. Raises RequestError.
+    """
+    return _from(model, from_images(paintings, model.manifest), sigma, False, _How(**options))
+
+
+def denoise(model: Denoiser, noisy: ArrayLike, sigma: float | None = None, **options: Unpack[Options]) -> NDArray[Any]:
+    """Takes the noise off images: (M * answers, H, W, C), in one step where no other number is asked for.
+
+    noisy: (M,H,W,C), float32 if the noise is not to be clipped; sigma: of the noise, in units of the range [-1, 1];
+    left out, it is estimated for each image. Raises RequestError.
+    """
+    m = model.manifest
+    y = from_images(noisy, m, is_bounded=False)
+    how = _How(**options)
+    if how.steps is None:
+        how = replace(how, steps=1)
+    if sigma is not None:
+        return _from(model, y, sigma, True, how)
+    levels = np.clip(estimated_sigma(y), 1.001 * m.sigma_min, m.sigma_max)
+    label = _labels(how.label, len(y), m)
+    made = []
+    for n, level in enumerate(levels):
+        own = replace(how, index=how.index + n * how.answers, label=None if label is None else int(label[n]))
+        made.append(_from(model, y[n : n + 1], float(level), True, own))
+    return np.concatenate(made)
+
+
+def interpolate(
+    model: Denoiser | Drawer,
+    first: int,
+    last: int,
+    frames: int = 9,
+    *,
+    label: int | None = None,
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    output: Output = "uint8",
+    clip: bool = True,
+) -> NDArray[Any]:
+    """What lies between images ``first`` and ``last`` of a seed: (frames, H, W, C), both included, under one label.
+
+    Every draw of noise goes along the great circle between theirs (slerp). Raises RequestError.
+    """
+    m = model.manifest
+    if not 2 <= frames <= MOST_FRAMES:
+        raise RequestError(f"frames must be from 2 to {MOST_FRAMES}, not {frames}")
+    if first == last:
+        raise RequestError(f"there is nothing between image {first} and itself")
+    if m.num_classes and label is None:
+        raise RequestError(f"this model has {m.num_classes} classes: say which one the images are of")
+    draws = len(sampling.request(m, 1, steps, sigmas=sigmas, micro_batch=1, output=output, clip=clip).sigmas)
+    ends = noise.normals(seed, [first, last], draws, m.image_shape)
+    z = np.stack([slerp(a, b, np.linspace(0, 1, frames)) for a, b in ends])
+    return sampling.sample(
+        model, steps=steps, sigmas=sigmas, noise=z, labels=label, batch=batch, output=output, clip=clip
+    )
+
+
+def slerp(a: Array, b: Array, t: NDArray[np.float64]) -> Array:
+    """Spherical interpolation: (len(t), *a.shape) float32; a where t is 0 and b where it is 1, to the bit."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    angle = math.acos(np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1, 1))
+    if angle < 1e-6 or math.pi - angle < 1e-6:  # one number, or nearly: there is no great circle
+        made = np.outer(1 - t, x) + np.outer(t, y)
+    else:
+        made = (np.outer(np.sin((1 - t) * angle), x) + np.outer(np.sin(t * angle), y)) / math.sin(angle)
+    z = made.astype(np.float32).reshape(len(t), *a.shape)
+    z[t == 0], z[t == 1] = a, b
+    return z
+
+
+def estimated_sigma(images: Array) -> NDArray[np.float64]:
+    """The noise's sigma in each image, (N,), from the finest diagonal Haar coefficients (Donoho, Johnstone 1994, 4.2).
+
+    images: (N,C,H,W) of at least 2x2. Their median absolute value over that of a standard normal: edges count little
+    in it. Of noise that was clipped it says too little.
+    """
+    n, _, h, w = images.shape
+    x = images[..., : h // 2 * 2, : w // 2 * 2].astype(np.float64)
+    diagonal = (x[..., ::2, ::2] - x[..., 1::2, ::2] - x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 2
+    sigma: NDArray[np.float64] = np.median(np.abs(diagonal.reshape(n, -1)), axis=1) / HAAR_MAD
+    return sigma
+
+
+def luminance(images: Array) -> Array:
+    """w.y of (N,3,H,W), or of (N,1,H,W), which is grey: (N,1,H,W) float32."""
+    w = np.array(LUMA, np.float32)[:, None, None]
+    luma: Array = (w * images).sum(axis=1, keepdims=True, dtype=np.float32)
+    return luma
+
+
+def patch_means(images: Array, factor: int) -> Array:
+    """(N,C,H,W) -> (N, C, H / factor, W / factor) float32."""
+    n, c, h, w = images.shape
+    means: Array = images.reshape(n, c, h // factor, factor, w // factor, factor).mean(axis=(3, 5), dtype=np.float32)
+    return means
+
+
+def small_size(manifest: Manifest, factor: int) -> tuple[int, int]:
+    """The height and width of what super-resolution enlarges to the model's. Raises RequestError."""
+    _, height, width = manifest.image_shape
+    if factor < 2 or height % factor or width % factor:
+        raise RequestError(f"a factor of {factor} does not divide the model's images of {width}x{height}")
+    return height // factor, width // factor
+
+
+def from_images(
+    images: ArrayLike,
+    manifest: Manifest,
+    *,
+    size: tuple[int, int] | None = None,
+    channels: tuple[int, ...] = (),
+    is_bounded: bool = True,
+) -> Array:
+    """(M,H,W,C) uint8, or float32 in [-1, 1], as (M,C,H,W) float32. Raises RequestError for other sizes and numbers.
+
+    size: (H, W), and channels: those that are taken, of the model if left out; is_bounded: floats beyond [-1, 1] are
+    refused.
+    """
+    c, height, width = manifest.image_shape
+    channels = channels or (c,)
+    height, width = size or (height, width)
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[0] < 1 or array.shape[1:3] != (height, width) or array.shape[3] not in channels:
+        wanted = " or ".join(map(str, channels))
+        raise RequestError(f"images must be (N, {height}, {width}, {wanted}), not {array.shape}")
+    if array.dtype == np.uint8:
+        array = array / np.float32(127.5) - 1
+    elif array.dtype.kind != "f":
+        raise RequestError(f"images must be uint8, or float32 in [-1, 1], not {array.dtype}")
+    elif not np.isfinite(array).all() or (is_bounded and np.abs(array).max() > 1 + 1e-6):
+        raise RequestError("images of float32 must be finite and in [-1, 1]")
+    return np.ascontiguousarray(np.moveaxis(array, -1, 1), np.float32)
+
+
+def clipped(images: Array) -> int:
+    """How many numbers of float32 answers lie beyond [-1, 1] by over half a grey level, and change in uint8."""
+    return int((np.abs(images) > 1 + 1 / 255).sum())
+
+
+def _known(hole: ArrayLike, y: Array) -> Array:
+    """The mask m of what is known, (1 or M, 1, H, W) float32. Raises RequestError."""
+    m, _, height, width = y.shape
+    array = np.asarray(hole)
+    if array.shape not in ((height, width), (m, height, width)):
+        raise RequestError(f"a mask must be ({height}, {width}) or ({m}, {height}, {width}), not {array.shape}")
+    if not np.isin(array, (0, 1)).all():
+        raise RequestError("a mask is made of 0 and 1 alone")
+    holes = array.reshape(-1, 1, height, width).astype(bool)
+    for n, each in enumerate(holes):
+        where = f" of image {n}" if len(holes) > 1 else ""
+        if not each.any():
+            raise RequestError(f"the mask{where} has no hole: there is nothing to fill")
+        if each.all():
+            raise RequestError(f"the mask{where} is all hole: nothing of the image is known, which is sampling")
+    return (~holes).astype(np.float32)
+
+
+def _answers(model: Denoiser, shape: tuple[int, ...], project: Projection, how: _How) -> NDArray[Any]:
+    """From x ~ N(A^-1[(A y)(1 - Omega)], sigma_0^2 I) on; the mean is the projection of 0."""
+    m = model.manifest
+    project.check(shape)
+    if how.sigmas is None:
+        sigmas = sampler_sigmas(_steps(how, STEPS), m.sigmas, m.sigma_min, m.sigma_max, m.rho)
+    elif how.steps is None:
+        sigmas = tuple(how.sigmas)
+    else:
+        raise RequestError("give steps or sigmas, not both")
+    return _run(model, Edit(project(np.zeros(shape, np.float32)), project), sigmas, how)
+
+
+def _from(model: Denoiser, y: Array, sigma: float, is_noisy: bool, how: _How) -> NDArray[Any]:
+    """From images at a noise level in the middle on, down the Karras grid below it."""
+    m = model.manifest
+    if not m.sigma_min < sigma <= m.sigma_max:
+        raise RequestError(f"sigma must be above {m.sigma_min:g} and at most {m.sigma_max:g}, not {sigma:g}")
+    if how.sigmas is not None:
+        raise RequestError("this edit takes the sigma where it begins, and steps, not sigmas")
+    sigmas = sampler_sigmas(_steps(how, 2), None, m.sigma_min, sigma, m.rho)
+    return _run(model, Edit(y, is_noisy=is_noisy), sigmas, how)
+
+
+def _steps(how: _How, default: int) -> int:
+    return default if how.steps is None else how.steps
+
+
+def _run(model: Denoiser, edit: Edit, sigmas: Sequence[float], how: _How) -> NDArray[Any]:
+    label = _labels(how.label, len(edit.start), model.manifest)
+    edit = replace(edit, label=label, answers=how.answers)
+    chosen = sampling.edit_request(
+        model.manifest,
+        edit,
+        sigmas,
+        seed=how.seed,
+        start=how.index,
+        micro_batch=sampling.even(max(edit.count, 1), model.micro_batch) if how.batch is None else how.batch,
+        output=how.output,
+        clip=how.clip,
+    )
+    return np.concatenate([part.images for part in sampling.batches(model, chosen)])
+
+
+def _labels(label: int | Sequence[int] | None, count: int, manifest: Manifest) -> NDArray[np.int64] | None:
+    """One label for each of ``count`` images, or None. Raises RequestError."""
+    if label is None:
+        return None
+    try:
+        given = np.atleast_1d(np.asarray(label, np.int64))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"labels are numbers, not {label!r}") from error
+    if given.shape not in ((1,), (count,)):
+        raise RequestError(f"give one label, or one for each of {count} images, not {given.size}")
+    return np.broadcast_to(given, count)
