@@ -4,6 +4,7 @@
 
     model = cm.load()                                  # the bundled model; or cm.load("model.onnx")
     images = cm.sample(model, count=256, steps=2)      # uint8 (256, H, W, C)
+    for batch in cm.stream(model): ...                 # endless; batch.images, batch.labels, batch.index
 
 Names are imported when they are first used: importing the package costs nothing, and sampling needs no torch.
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from cm_runtime.backends import load as load
     from cm_runtime.importers import load_checkpoint as load_checkpoint
     from cm_runtime.sampling import sample as sample
+    from cm_runtime.streaming import stream as stream
 
 __version__ = "0.1.0"
 
@@ -27,11 +29,12 @@ _HOME = {
     "load": "cm_runtime.backends",
     "load_checkpoint": "cm_runtime.importers",
     "sample": "cm_runtime.sampling",
+    "stream": "cm_runtime.streaming",
 }
 _MODULES = ("errors", "export", "noise")
 _NEED_TORCH = ("export", "load_checkpoint")
 
-__all__ = ["errors", "export", "load", "load_checkpoint", "noise", "sample"]
+__all__ = ["errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,8 +24,12 @@ EXTRAS = {
     "tensorboard": "train",
     "tomli_w": "train",
     "diffusers": "bench",
+    "pyarrow": "parquet",
     "jinja2": "report",
     "matplotlib": "report",
+    "pandas": "ray",
+    "ray": "ray",
+    "ray.data": "ray",
 }
 
 

@@ -44,7 +44,7 @@ BASE = {"numpy", "PIL", "pydantic", "rich", "typer"}
 WITH_TORCH = BASE | {"torch", "onnx"}
 COMMAND_LINE = {"typer"}
 
-PUBLIC = ["errors", "export", "load", "load_checkpoint", "noise", "sample"]
+PUBLIC = ["errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
 
 
 # The import order

@@ -7,14 +7,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cm_runtime.cli import values
-from cm_runtime.cli.options import Grid, Labels, MicroBatch, Sigmas, Timesteps, Ts
+from cm_runtime.cli import shards, values
+from cm_runtime.cli.options import (
+    Backend,
+    Device,
+    Floats,
+    Grid,
+    Labels,
+    MicroBatch,
+    Precision,
+    Sigmas,
+    Threads,
+    Timesteps,
+    Ts,
+)
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cm_runtime.artifact import Manifest
+    from cm_runtime.backends import base
     from cm_runtime.sampling import Batch, Denoiser, Request
 
 
@@ -27,57 +40,78 @@ def sample(
     ts: Ts = None,
     timesteps: Timesteps = None,
     grid: Grid = None,
-    batch: Annotated[int, typer.Option(help="How many images one request draws.")] = 256,
+    batch: Annotated[int | None, typer.Option(help="How many images one request draws. [default: 256]")] = None,
     count: Annotated[int | None, typer.Option(help="How many images in all. [default: one batch]")] = None,
     start: Annotated[int, typer.Option(help="Index of the first image.")] = 0,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     labels: Labels = None,
     micro_batch: MicroBatch = "auto",
-    backend: Annotated[
-        str,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+    floats: Floats = False,
+    output: Annotated[
+        str | None,
         typer.Option(
-            metavar="auto|ort|openvino|torch|torch.compile|tensorrt|tensorrt-rtx",
-            help="The engine; auto measures, once, which of those installed is fastest for the file.",
+            "-o", "--output", metavar="PATH", help="A grid (.png), arrays (.npz), or a folder of shards (NAME/)."
         ),
-    ] = "auto",
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where it runs.")] = "auto",
-    precision: Annotated[
-        str,
-        typer.Option(metavar="auto|fp32|bf16|fp16", help="What OpenVINO or torch computes in. [auto: as the file]"),
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of the engine. [default: one per core]")] = None,
-    floats: Annotated[bool, typer.Option("--float", help="npz: float32 before quantisation.")] = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A grid (.png), or arrays (.npz).")] = Path(
-        "samples.png"
-    ),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--shards", metavar="npz|png|wds|parquet", help="What a folder is filled with. [npz]")
+    ] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Images in each shard. [default: 1000]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the shards of another job.")] = False,
+    runner: Annotated[
+        str | None, typer.Option(metavar="local|ray", help="Who draws shards: this process, or a Ray cluster.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT|auto", help="The cluster; without, one on this machine.")
+    ] = None,
 ) -> None:
-    """Draw images with a consistency model.
+    """Draw images with a consistency model, into samples.png if nothing else is said.
 
     Example: cm-runtime sample --steps 2 --batch 256 --seed 7 -o garments.png
+
+    In shards, to be stopped and resumed at will: cm-runtime sample --count 1000000 --shards wds -o garments/
     """
-    if output.suffix not in (".png", ".npz"):
-        raise RequestError(f"{output}: an output's name ends in .png (a grid) or .npz (arrays)")
-    if floats and output.suffix != ".npz":
+    wanted = shards.wanted(output, kind, shard_size, force, runner, ray_address)
+    name = Path(output or "samples.png")
+    if wanted is None and name.suffix not in (".png", ".npz"):
+        raise RequestError(
+            f"{name}: an output's name ends in .png (a grid) or .npz (arrays), or in / (a folder of shards)"
+        )
+    if wanted is None and floats and name.suffix != ".npz":
         raise RequestError("--float writes arrays: give -o NAME.npz")
+    if wanted is not None and batch is not None:
+        raise RequestError("shards are drawn in micro-batches: give --count and --micro-batch, not --batch")
+    at_once = 256 if batch is None else batch
+    if at_once < 1:
+        raise RequestError(f"--batch must be at least 1, not {batch}")
     from cm_runtime import backends, files, sampling
 
-    files.check_writable(output)
-    if batch < 1:
-        raise RequestError(f"--batch must be at least 1, not {batch}")
-    at_once = batch if micro_batch == "auto" else min(batch, int(micro_batch) if micro_batch.isdigit() else batch)
-    engine = backends.load(model, backend, device, values.threads(threads), precision, at_once)  # type: ignore[arg-type]
-    chosen = sampling.request(
-        engine.manifest,
-        batch if count is None else count,
-        steps,
-        sigmas=values.levels(engine.manifest, steps, sigmas, ts, timesteps, grid),
-        seed=seed,
-        start=start,
-        labels=values.labels(labels),
-        micro_batch=values.micro_batch(micro_batch, batch, engine.micro_batch),
-        output="float32" if floats else "uint8",
-    )
-    _write(engine, chosen, batch, output)
+    def request(engine: base.Backend, size: int) -> Request:
+        return sampling.request(
+            engine.manifest,
+            at_once if count is None else count,
+            steps,
+            sigmas=values.levels(engine.manifest, steps, sigmas, ts, timesteps, grid),
+            seed=seed,
+            start=start,
+            labels=values.labels(labels),
+            micro_batch=size,
+            output="float32" if floats else "uint8",
+        )
+
+    if wanted is not None:
+        opening = shards.Opening(model or backends.DEFAULT_MODEL, backend, device, threads, precision, micro_batch)
+        shards.draw(wanted, opening, at_once if count is None else count, request)
+        return
+    files.check_writable(name)
+    most = at_once if micro_batch == "auto" else min(at_once, int(micro_batch) if micro_batch.isdigit() else at_once)
+    engine = backends.load(model, backend, device, values.threads(threads), precision, most)  # type: ignore[arg-type]
+    chosen = request(engine, values.micro_batch(micro_batch, at_once, engine.micro_batch))
+    _write(engine, chosen, at_once, name)
 
 
 def _write(engine: Denoiser, chosen: Request, batch: int, output: Path) -> None:

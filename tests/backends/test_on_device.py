@@ -8,6 +8,7 @@ import gc
 import hashlib
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +191,16 @@ def test_the_callers_noise_is_used(
     z = noise.normals(5, np.arange(7, dtype=np.uint64), 2, model.manifest.image_shape)
     found = cm.sample(model, noise=z, batch=3)
     assert np.abs(found.astype(int) - cm.sample(OrtBackend(boundary.onnx), noise=z)).max() <= 1
+
+
+def test_a_thread_that_draws_ahead_has_the_context(
+    gpu: stand_in_gpu.Gpu, boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "sampler"), monkeypatch)
+    found = np.concatenate([part.images for part in cm.stream(model, 7, batch=3)])
+    assert np.array_equal(found, cm.sample(model, 7, batch=3))
+    assert set(gpu.context.threads.values()) == {0, 1}
+    assert gpu.context.threads[threading.get_ident()] == 1
 
 
 def edits(model: Any, rng: np.random.Generator) -> dict[str, Callable[..., Any]]:

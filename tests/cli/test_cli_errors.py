@@ -21,6 +21,7 @@ from PIL import Image
 
 from cm_runtime.cli import main
 from cm_runtime.errors import ArtifactError
+from cm_runtime.files import claimed
 
 Cli = Callable[..., Any]
 Words = list[object]
@@ -238,6 +239,68 @@ def test_a_wrong_request_is_one_line_and_nothing_is_written(cli: Cli, place: Pat
     assert contents(place) == before
 
 
+# name: (the options, what the line must say)
+WRONG_SHARDS: dict[str, tuple[Words, str]] = {
+    "shards in a picture": (
+        ["-o", "x.png", "--shards", "wds"],
+        "--shards is for a folder of shards, which x.png is not",
+    ),
+    "shards in arrays": (["-o", "x.npz", "--shards", "npz"], "--shards is for a folder of shards, which x.npz is not"),
+    "shard size of a picture": (
+        ["--shard-size", 3],
+        "--shard-size is for a folder of shards, which samples.png is not",
+    ),
+    "force of a picture": (["--force"], "--force is for a folder of shards"),
+    "runner of a picture": (["--runner", "local"], "--runner is for a folder of shards"),
+    "address of a picture": (["--ray-address", "auto"], "--ray-address is for a folder of shards"),
+    "unknown shards": (["--shards", "zip"], "--shards takes npz, png, wds or parquet, not 'zip'"),
+    "no images in a shard": (["-o", "out/", "--shard-size", 0], "--shard-size must be at least 1, not 0"),
+    "unknown runner": (["-o", "out/", "--runner", "slurm"], "--runner takes local or ray, not 'slurm'"),
+    "an address without ray": (["-o", "out/", "--ray-address", "a:1"], "--ray-address is for --runner ray"),
+    "a batch": (["-o", "out/", "--batch", 3], "give --count and --micro-batch, not --batch"),
+    "floats in pictures": (["-o", "out/", "--shards", "wds", "--float"], "--float is for --shards npz, not wds"),
+    "too many shards": (["-o", "out/", "--count", 10**15], "more than 1000000; give a larger --shard-size"),
+    "no images": (["-o", "out/", "--count", 0], "count must be at least 1, not 0"),
+    "no micro-batch": (["-o", "out/", "--micro-batch", 0], "micro-batch must be from 1 to 65536, not 0"),
+    "past the last index": (["-o", "out/", "--start", 2**64 - 255], "from 0 to 2^64-1"),
+    "a folder in no folder": (["-o", "missing/out/"], "there is no folder missing"),
+    "a folder that is a file": (["-o", "model.onnx/"], "model.onnx"),
+    "a folder in a file": (["-o", "model.onnx/out/"], "cannot be written"),
+    "a folder nobody may make": (["-o", "/proc/out/"], "/proc/out"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SHARDS)
+def test_shards_that_cannot_be_are_one_line_and_nothing_is_written(cli: Cli, place: Path, name: str) -> None:
+    words, message = WRONG_SHARDS[name]
+    before = contents(place)
+    outcome = cli("sample", "model.onnx", *words)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert contents(place) == before
+    assert not (place / "out").exists()
+
+
+def test_a_folder_of_another_job_or_run_is_refused(cli: Cli, place: Path) -> None:
+    options = ("sample", "model.onnx", "--count", 3, "--steps", 1, "-o", "out/")
+    assert cli(*options).code == 0
+    before = contents(place)
+    outcome = cli(*options, "--seed", 2)
+    assert outcome.err == "error: out holds another job: its seed is 0, not 2; give another folder, or --force\n"
+    with claimed(place / "out"):
+        outcome = cli(*options)
+    assert outcome.err == "error: out: another run is at work in it; wait for its end, or give another\n"
+    (place / "out" / "shard-000000.npz").write_bytes(b"PK")
+    outcome = cli(*options)
+    assert "out/shard-000000.npz: is not the whole shard of that name" in outcome.err
+    assert outcome.err.count("\n") == 1
+    (place / "out" / "shard-000000.npz").unlink()
+    assert cli(*options).code == 0
+    assert contents(place) == before
+
+
 def test_labels_for_a_model_without_classes_are_refused(cli: Cli, grey: exported.Files) -> None:
     for labels in ("all", "0", "random"):
         outcome = cli("sample", grey.onnx, "--labels", labels)
@@ -348,8 +411,8 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_no_file(boundary: exported.File
     *full, enough = json.loads(done.stdout)
     assert enough == [whole, 0, "", [name]]
     assert len(full) > 20
-    for limit, code, error, files in full:
-        assert (code, files) == (1, []), (limit, code, error)
+    for limit, code, error, left in full:
+        assert (code, left) == (1, []), (limit, code, error)
         assert error == f"error: {name} cannot be written: File too large\n"
 
 
@@ -422,6 +485,7 @@ def test_a_reader_that_stops_listening_is_no_traceback(boundary: exported.Files,
         ("torch", ["info", "ckpt.pt"], "torch: pip install 'cm-runtime[train]'"),
         ("torch", ["export", "ckpt.pt"], "torch: pip install 'cm-runtime[train]'"),
         ("torch", ["train", "fashion-mnist", "--out", "run"], "torch: pip install 'cm-runtime[train]'"),
+        ("pyarrow", ["sample", "model.onnx", "--shards", "parquet"], "pyarrow: pip install 'cm-runtime[parquet]'"),
         ("onnx", ["export", "ckpt.pt"], "onnx: pip install 'cm-runtime[train]'"),
         ("onnxscript", ["export", "ckpt.pt"], "onnxscript: pip install 'cm-runtime[train]'"),
         ("tomli_w", ["train", "fashion-mnist", "--out", "run"], "tomli_w: pip install 'cm-runtime[train]'"),

@@ -1,10 +1,12 @@
 """``cm-runtime sample``: which images it draws, and what it writes about them."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import exported
 import numpy as np
 import onnx
 import onnxruntime
+import pyarrow.parquet
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -274,6 +277,117 @@ def test_without_a_model_the_bundled_one_draws(cli: Cli) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     with Image.open("x.png") as picture:
         assert np.asarray(picture).std() > 10
+
+
+# Shards
+
+
+def shards(cli: Cli, *options: object) -> str:
+    outcome = cli("sample", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    return str(outcome.out)
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {name: found for found, name in (line.split() for line in (folder / "SHA256SUMS").read_text().splitlines())}
+
+
+def test_a_folder_is_filled_with_shards(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+    options = ("--count", 20, "--shard-size", 8, "--seed", 5, "--labels", "random")
+    said = shards(cli, boundary.onnx, *options, "-o", "out/")
+    assert said == "out/: 20 images in 3 shards, 2 steps, seed 5\n"
+    assert sorted(os.listdir("out")) == ["SHA256SUMS", "manifest.json", *(f"shard-00000{n}.npz" for n in range(3))]
+    whole = drawn(cli, boundary.onnx, "--count", 20, "--seed", 5, "--labels", "random")
+    parts = []
+    for n in range(3):
+        with np.load(f"out/shard-00000{n}.npz", allow_pickle=False) as arrays:
+            parts.append((arrays["arr_0"], arrays["arr_1"]))
+            assert json.loads(str(arrays["cm_runtime"]))["start"] == 8 * n
+    images, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+    assert np.abs(images.astype(int) - whole["arr_0"]).max() <= 1
+    assert np.array_equal(labels, whole["arr_1"])
+    assert said.replace("shards", "shards (3 were there)") == shards(cli, boundary.onnx, *options, "-o", "out")
+
+
+@pytest.mark.parametrize("kind", ["png", "wds", "parquet"])
+def test_every_kind_of_shards_holds_the_same_images(cli: Cli, grey: exported.Files, kind: str) -> None:
+    shards(cli, grey.onnx, "--count", 5, "--shard-size", 3, "--shards", kind)
+    assert set(os.listdir("samples")) > {"SHA256SUMS", "manifest.json"}
+    shards(cli, grey.onnx, "--count", 5, "--shard-size", 3, "-o", "arrays/")
+    whole = np.concatenate([np.load(f"arrays/shard-00000{n}.npz")["arr_0"] for n in range(2)])
+    if kind == "png":
+        pictures = [path.read_bytes() for path in sorted(Path("samples").glob("*/*.png"))]
+    elif kind == "wds":
+        pictures = []
+        for n in range(2):
+            with tarfile.open(f"samples/shard-00000{n}.tar") as archive:
+                pictures += [archive.extractfile(each).read() for each in archive]  # type: ignore[union-attr]
+    else:
+        tables = [pyarrow.parquet.read_table(f"samples/shard-00000{n}.parquet") for n in range(2)]
+        pictures = [row["bytes"] for table in tables for row in table["image"].to_pylist()]
+    images = [np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures]
+    assert np.array_equal(np.stack(images)[..., None], whole)
+
+
+def test_float_shards(cli: Cli, boundary: exported.Files) -> None:
+    shards(cli, boundary.onnx, "--count", 3, "--float", "-o", "out/")
+    with np.load("out/shard-000000.npz") as arrays:
+        assert arrays["arr_0"].dtype == np.float32
+
+
+def test_a_resumed_run_takes_what_the_manifest_says(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+    options = (boundary.onnx, "--count", 20, "--shard-size", 8, "-o", "out/")
+    chosen = ("--micro-batch", 3, "--threads", 1, "--backend", "ort")
+    shards(cli, *options, *chosen)
+    whole = sums(tmp_path / "out")
+    (tmp_path / "out" / "shard-000001.npz").unlink()
+    assert "(2 were there)" in shards(cli, *options)
+    assert sums(tmp_path / "out") == whole
+    outcome = cli("sample", *options, "--micro-batch", 4)
+    assert outcome.err == (
+        "error: out holds another job: its micro batch is 3, not 4; give another folder, or --force\n"
+    )
+    assert "(" not in shards(cli, *options, "--force", "--micro-batch", 4)
+
+
+def test_little_is_drawn_in_vain(cli: Cli, boundary: exported.Files) -> None:
+    """The tiny model's engine takes 256 at once: 300 images are 2 x 150."""
+    shards(cli, boundary.onnx, "--count", 300, "--steps", 1, "-o", "out/")
+    assert json.loads(Path("out/manifest.json").read_text())["micro_batch"] == 150
+
+
+def test_runs_that_are_killed_end_in_the_same_bytes(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+    options = ("--count", 300, "--shard-size", 7, "--micro-batch", 3, "--steps", 1, "--backend", "ort", "-o")
+    words = [sys.executable, "-m", "cm_runtime", "sample", str(boundary.onnx), *map(str, options), "killed/"]
+    for wanted in (0, 8, 20):
+        running = subprocess.Popen(words, cwd=tmp_path, env=exported.environment())
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("killed/shard-*"))) <= wanted:
+            assert running.poll() is None and time.monotonic() < deadline
+        running.kill()
+        assert running.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "SHA256SUMS").exists()
+    assert "were there)" in shards(cli, boundary.onnx, *options, "killed/")
+    shards(cli, boundary.onnx, *options, "undisturbed/")
+    assert sums(tmp_path / "killed") == sums(tmp_path / "undisturbed")
+    assert sorted(os.listdir("killed")) == sorted(os.listdir("undisturbed"))
+
+
+def test_an_interrupted_run_keeps_its_shards(boundary: exported.Files, tmp_path: Path) -> None:
+    options = ("--count", "100000", "--shard-size", "7", "--steps", "1", "--backend", "ort", "-o", "out/")
+    words = [sys.executable, "-m", "cm_runtime", "sample", str(boundary.onnx), *options]
+    running = subprocess.Popen(words, cwd=tmp_path, env=exported.environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        while len(list(tmp_path.glob("out/shard-*"))) < 3:
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert (running.returncode, error) == (130, "interrupted\n")
+    assert len(list(tmp_path.glob("out/shard-*"))) >= 3
+    assert list(tmp_path.glob("out/.cm-*")) == []
 
 
 # As a process

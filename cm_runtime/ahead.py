@@ -1,0 +1,34 @@
+"""An iterator that a thread runs ahead of whoever reads it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+from cm_runtime.cuda import on_this_thread
+
+T = TypeVar("T")
+END: Final = object()
+
+
+def ahead(parts: Iterator[T], most: int) -> Generator[T, None, None]:
+    """The same parts in the same order, of which up to ``most`` are made before they are asked for.
+
+    What ``parts`` raises is raised here, in its place. A reader that stops early, by Ctrl-C too, waits for the part
+    that is being made, and no other is begun.
+    """
+    thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    try:
+        coming = deque(thread.submit(_next, parts) for _ in range(most))
+        while (part := coming.popleft().result()) is not END:
+            coming.append(thread.submit(_next, parts))
+            yield part  # type: ignore[misc]
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def _next(parts: Iterator[T]) -> T | object:
+    with on_this_thread():
+        return next(parts, END)

@@ -1,0 +1,117 @@
+"""Images for training on, drawn while others are used: an endless sequence, in which each has its index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from cm_runtime import backends, sampling
+from cm_runtime.ahead import ahead
+from cm_runtime.artifact import Manifest, read_manifest
+from cm_runtime.errors import RequestError
+from cm_runtime.extras import require
+from cm_runtime.sampling import Batch, Denoiser, Drawer, Labels, Output, Request
+
+INDICES = 1 << 64
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An iterable of `sampling.Batch`, from the first on each time; made by `stream`."""
+
+    model: Denoiser | Drawer | Path
+    count: int | None
+    seed: int
+    start: int
+    steps: int | None
+    sigmas: Sequence[float] | None
+    labels: Labels
+    batch: int | None
+    output: Output
+    clip: bool
+    prefetch: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        engine = backends.load(self.model) if isinstance(self.model, Path) else self.model
+        return self._ahead(sampling.batches(engine, self.request(engine.manifest, engine.micro_batch)))
+
+    def share(self, worker: int, workers: int) -> Iterator[Batch]:
+        """The batches ``worker``, ``worker + workers``, ..., drawn in a process of its own on its share of the cores.
+
+        Raises RequestError for a model that is loaded, in another process.
+        """
+        if not isinstance(self.model, Path):
+            raise RequestError("a loaded model cannot go to worker processes: give stream its path, or num_workers=0")
+        cores = max(1, len(os.sched_getaffinity(0)) // workers)
+        is_torch = backends.is_checkpoint(self.model)  # which DataLoader has told to take one thread, as a fork must
+        engine = backends.load(self.model, threads=0 if is_torch else cores)
+        whole = self.request(engine.manifest, engine.micro_batch)
+        parts = islice(sampling.split(whole, whole.micro_batch), worker, None, workers)
+        return self._ahead(chain.from_iterable(sampling.batches(engine, part) for part in parts))
+
+    def dataset(self) -> Any:
+        """The images one by one as a torch IterableDataset, `dataset.Images`. Raises MissingExtraError.
+
+        Items are (image, label), or images of a model without classes: (C,H,W) uint8 or float32 tensors, labels int.
+        A DataLoader's workers share them, each with the model open by itself, so that it must be given as a path.
+        """
+        require("torch", "stream(...).dataset()")
+        from cm_runtime.dataset import Images
+
+        return Images(self)
+
+    def request(self, manifest: Manifest, micro_batch: int) -> Request:
+        """For all the images. Raises RequestError."""
+        return sampling.request(
+            manifest,
+            INDICES - self.start if self.count is None else self.count,
+            self.steps,
+            sigmas=self.sigmas,
+            seed=self.seed,
+            start=self.start,
+            labels=self.labels,
+            micro_batch=micro_batch if self.batch is None else self.batch,
+            output=self.output,
+            clip=self.clip,
+        )
+
+    def _ahead(self, parts: Iterator[Batch]) -> Iterator[Batch]:
+        with closing(ahead(parts, self.prefetch)) as drawn:
+            yield from drawn
+
+
+def stream(
+    model: Denoiser | Drawer | str | os.PathLike[str] | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    *,
+    start: int = 0,
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    labels: Labels = None,
+    batch: int | None = None,
+    output: Output = "uint8",
+    clip: bool = True,
+    prefetch: int = 2,
+) -> Stream:
+    """Images ``start``, ``start + 1``, ... of a seed, as an iterable of `sampling.Batch`; with None as count, endless.
+
+    model: a loaded one; or the path of one, by default the bundled one, which is opened whenever iteration begins.
+    batch: images in each, by default what suits the engine; prefetch: batches that a thread draws before they are
+    asked for. The rest is as in `sampling.sample`. A batch has index (n,) uint64, labels (n,) int64 or None, images
+    (n,H,W,C). Raises RequestError; what drawing raises comes where the batch would.
+    """
+    where = backends.DEFAULT_MODEL if model is None else Path(model) if isinstance(model, str | os.PathLike) else model
+    if prefetch < 1:
+        raise RequestError(f"prefetch must be at least 1, not {prefetch}")
+    made = Stream(where, count, seed, start, steps, sigmas, labels, batch, output, clip, prefetch)
+    if not isinstance(where, Path):
+        made.request(where.manifest, where.micro_batch)
+    elif where.suffix == ".onnx":
+        made.request(read_manifest(where), 1)
+    return made
