@@ -27,9 +27,6 @@ EXTRAS = {
     "pyarrow": "parquet",
     "jinja2": "report",
     "matplotlib": "report",
-    "pandas": "ray",
-    "ray": "ray",
-    "ray.data": "ray",
 }
 
 

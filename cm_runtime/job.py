@@ -70,6 +70,11 @@ class Job(BaseModel):
         return self
 
     @property
+    def place(self) -> Literal["cpu", "cuda:0"]:
+        """The device as `backends.load` takes it."""
+        return "cuda:0" if self.device == "cuda" else "cpu"
+
+    @property
     def numbers(self) -> range:
         """Of all shards."""
         return range(-(-self.count // self.shard_size))

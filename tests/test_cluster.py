@@ -1,45 +1,51 @@
 """Workers of a Ray cluster make the shards that one process makes, also when one of them dies; and say why they cannot.
 
-One cluster serves all tests here. It is started as the command line starts its own.
+One cluster serves most tests here, which join it; the command line starts its own.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import exported
 import pytest
 
-from cm_runtime import backends, cluster, sampling
+from cm_runtime import backends, cluster, files, sampling
 from cm_runtime import job as jobs
 from cm_runtime.backends.base import Backend
+from cm_runtime.cluster import driver
 from cm_runtime.errors import EngineError, MissingExtraError, RequestError
 from cm_runtime.job import Job
 
-ENGINE: dict[str, Any] = {"backend": "ort", "device": "cpu", "threads": 1, "precision": "auto"}
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    home = tmp_path_factory.mktemp("home")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of the cluster, which nobody joins without its token."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))
-        patch.setenv("RAY_AUTH_MODE", "token")  # also for a command that joins
+        patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        with cluster._connected(None) as ray:
-            yield ray
-    assert not ray.is_initialized()
-    assert not (home / ".ray").exists()
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        import ray  # which reads them
+
+        ray.init("local", include_dashboard=False, object_store_memory=driver.OBJECT_STORE, log_to_driver=False)
+        try:
+            yield ray.get_runtime_context().gcs_address
+            assert ray.cluster_resources()["CPU"] >= 1  # whoever joined left it as it was
+        finally:
+            ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +119,8 @@ def dying_workers() -> Iterator[None]:
         thread.join()
 
 
-@pytest.mark.usefixtures("ray")
 def test_shards_are_those_of_one_process(
+    address: str,
     job: Job,
     alone: dict[str, bytes],
     tmp_path: Path,
@@ -123,17 +129,16 @@ def test_shards_are_those_of_one_process(
 ) -> None:
     """Byte for byte, in any order, also where they are more than Ray is told of at once; and Ray says nothing."""
     monkeypatch.setattr(cluster, "AT_ONCE", 4)
-    assert sorted(cluster.run(None, job, tmp_path, list(job.numbers), **ENGINE, address=None)) == list(job.numbers)
+    assert sorted(cluster.run(None, job, tmp_path, list(job.numbers), address=address)) == list(job.numbers)
     assert contents(tmp_path) == alone
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.usefixtures("ray")
 def test_a_worker_that_dies_loses_nothing(
-    job: Job, alone: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    address: str, job: Job, alone: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Nor does it leave the file that it was writing."""
-    run = cluster.run(None, job, tmp_path, list(job.numbers), **ENGINE, address=None)
+    run = cluster.run(None, job, tmp_path, list(job.numbers), address=address)
     made = [next(run)]
     os.kill(one_at_work(), signal.SIGKILL)
     made += run
@@ -142,19 +147,17 @@ def test_a_worker_that_dies_loses_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.usefixtures("ray")
 @pytest.mark.slow
 def test_workers_that_keep_dying_end_the_run(
-    engine: Backend, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    address: str, engine: Backend, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with dying_workers(), pytest.raises(EngineError, match=r"^worker on \S+: 3 workers died over shard 0, ") as caught:
-        list(cluster.run(None, work(engine, 20000, 20000), tmp_path, [0], **ENGINE, address=None))
+        list(cluster.run(None, work(engine, 20000, 20000), tmp_path, [0], address=address))
     assert "\n" not in str(caught.value)
     assert contents(tmp_path) == {}
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.usefixtures("ray")
 @pytest.mark.parametrize(
     ("model", "folder", "changed", "line"),
     [
@@ -169,12 +172,13 @@ def test_workers_that_keep_dying_end_the_run(
         (
             None,
             ".",
-            {"precision": "fp16"},
-            "this engine does not make the bytes of the job: its precision is fp16, not .*",
+            {"versions": ("none 1.0",)},
+            "this engine does not make the bytes of the job: its versions are none 1.0, not .*",
         ),
     ],
 )
 def test_a_worker_says_what_it_could_not_do(
+    address: str,
     model: str | None,
     folder: str,
     changed: dict[str, str],
@@ -184,27 +188,109 @@ def test_a_worker_says_what_it_could_not_do(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     asked = job.model_copy(update=changed)
-    run = cluster.run(model and tmp_path / model, asked, tmp_path / folder, [0, 1], **ENGINE, address=None)
+    run = cluster.run(model and tmp_path / model, asked, tmp_path / folder, [0, 1], address=address)
     with pytest.raises(EngineError, match=f"^worker on {socket.gethostname()}: {line.format(here=tmp_path)}$"):
         list(run)
     assert contents(tmp_path) == {}
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_command_line_joins_a_cluster(ray: Any, tmp_path: Path) -> None:
-    """And leaves it as it was; it makes what it makes without."""
+def test_the_command_line_joins_a_cluster(address: str, tmp_path: Path) -> None:
+    """It makes what it makes without."""
     words = ["sample", "--count", 30, "--shard-size", 8, "--micro-batch", 4, "--backend", "ort", "--threads", 1]
-    address = ray.get_runtime_context().gcs_address
     there = exported.command(*words, "-o", "there/", "--runner", "ray", "--ray-address", address, cwd=tmp_path)
     here = exported.command(*words, "-o", "here/", cwd=tmp_path)
     assert (there.returncode, there.stderr, here.returncode) == (0, "", 0)
     assert there.stdout == "there/: 30 images in 4 shards, 2 steps, seed 0\n"
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
-    assert ray.cluster_resources()["CPU"] >= 1
+
+
+# A cluster of its own
+
+
+WORDS = ["--shard-size", 20, "--micro-batch", 4, "--backend", "ort", "--threads", 1, "--runner", "ray", "-o", "out/"]
+
+
+def descendants(process: int) -> dict[int, str]:
+    """Those of a process and their command lines."""
+    found: dict[int, str] = {}
+    parents = {}
+    for each in (int(entry.name) for entry in Path("/proc").glob("[0-9]*")):
+        with suppress(OSError):
+            parents[each] = parent(each)
+            found[each] = Path(f"/proc/{each}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    inside = {process}
+    while more := {each for each, above in parents.items() if above in inside} - inside:
+        inside |= more
+    return {each: found[each] for each in inside - {process} if each in found}
+
+
+def gone(processes: Iterable[int], seconds: float) -> bool:
+    """Whether all have ended by then."""
+    end = time.monotonic() + seconds
+    while any(Path(f"/proc/{each}").exists() for each in processes):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@contextmanager
+def on_its_own(folder: Path, count: int) -> Iterator[tuple[subprocess.Popen[str], dict[int, str]]]:
+    """The command that draws ``count`` images on a cluster that it starts, when its first shard is there."""
+    words = [sys.executable, "-m", "cm_runtime", "sample", "--count", count, *WORDS]
+    with subprocess.Popen(
+        [str(word) for word in words],
+        cwd=folder,
+        env={**os.environ, "HOME": str(folder), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            while not (folder / "out" / "shard-000000.npz").exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.02)
+            yield process, descendants(process.pid)
+        finally:
+            process.kill()
+
+
+def test_the_command_line_starts_and_stops_a_cluster(tmp_path: Path) -> None:
+    """Which says nothing and leaves nothing."""
+    with on_its_own(tmp_path, 100) as (process, below):
+        assert any("gcs_server" in line for line in below.values())
+        said = process.communicate()
+        assert (process.returncode, said) == (0, ("out/: 100 images in 5 shards, 2 steps, seed 0\n", ""))
+        assert gone(below, 20)
+    assert not (tmp_path / ".ray").exists()
+
+
+def test_a_cluster_that_is_lost_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's compiled core ends its process then. What is finished stays."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")  # and not a minute
+    with on_its_own(tmp_path, 100000) as (process, below):
+        os.kill(next(each for each, line in below.items() if "gcs_server" in line), signal.SIGKILL)
+        out, err = process.communicate()
+        assert (process.returncode, out) == (1, "")
+        assert re.fullmatch(r"error: Ray's driver ended with status 1: Failed to connect to GCS [^\n]+\n", err), err
+        assert gone(below, 30)
+    assert (tmp_path / "out" / "shard-000000.npz").exists()
+    assert not list((tmp_path / "out").glob(f"{files.TEMPORARY}*"))
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
+def test_a_run_that_is_ended_takes_its_cluster_along(tmp_path: Path, number: signal.Signals) -> None:
+    with on_its_own(tmp_path, 100000) as (process, below):
+        process.send_signal(number)
+        said = process.communicate()
+        assert process.returncode == (130 if number == signal.SIGINT else -number)
+        assert said == ("", "interrupted\n" if number == signal.SIGINT else "")
+        assert gone(below, 30)
 
 
 def test_nothing_to_do_takes_no_cluster(job: Job, tmp_path: Path) -> None:
-    assert list(cluster.run(None, job, tmp_path, [], **ENGINE, address="nowhere")) == []
+    assert list(cluster.run(None, job, tmp_path, [], address="nowhere")) == []
 
 
 @pytest.mark.parametrize(
@@ -214,27 +300,27 @@ def test_nothing_to_do_takes_no_cluster(job: Job, tmp_path: Path) -> None:
         ("cpu", 1, [{"CPU": 8.0}], 3, {"num_cpus": 1}, 3),
         ("cpu", 3, [{"CPU": 8.0}, {"CPU": 4.0}, {"CPU": 2.0}], 9, {"num_cpus": 3}, 3),
         ("cpu", 64, [{"CPU": 8.0}, {"CPU": 4.0}], 9, {"num_cpus": 8}, 1),
-        ("auto", 0, [{"CPU": 8.0}, {}, {"CPU": 0.0}, {"CPU": 4.0}], 9, {"num_cpus": 4}, 2),
-        ("cuda:0", 0, [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0}, {"GPU": 1.0}], 9, {"num_gpus": 1}, 5),
-        ("cuda:1", 2, [{"CPU": 8.0, "GPU": 4.0}], 2, {"num_gpus": 1}, 2),
+        ("cpu", 0, [{"CPU": 8.0}, {}, {"CPU": 0.0}, {"CPU": 4.0}], 9, {"num_cpus": 4}, 2),
+        ("cuda", 0, [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0}, {"GPU": 1.0}], 9, {"num_gpus": 1}, 5),
+        ("cuda", 2, [{"CPU": 8.0, "GPU": 4.0}], 2, {"num_gpus": 1}, 2),
     ],
 )
 def test_workers_share_the_cores_or_the_gpus(
     device: str, threads: int, nodes: list[dict[str, float]], shards: int, taken: dict[str, int], workers: int
 ) -> None:
-    assert cluster.share(device, threads, nodes, shards) == (taken, workers)
+    assert driver.share(device, threads, nodes, shards) == (taken, workers)
 
 
 @pytest.mark.parametrize(
     ("device", "nodes", "line"),
     [
-        ("cuda:0", [{"CPU": 8.0}], "--device cuda:0: no node of the Ray cluster has a GPU"),
+        ("cuda", [{"CPU": 8.0}], "--device cuda:0: no node of the Ray cluster has a GPU"),
         ("cpu", [{}, {"CPU": 0.5}], "no node of the Ray cluster has a core to give"),
     ],
 )
 def test_a_cluster_may_lack_what_is_asked_for(device: str, nodes: list[dict[str, float]], line: str) -> None:
     with pytest.raises(EngineError, match=f"^{line}$"):
-        cluster.share(device, 1, nodes, 1)
+        driver.share(device, 1, nodes, 1)
 
 
 def unused_port() -> int:
@@ -259,13 +345,13 @@ def test_an_address_without_a_cluster(
     address = address.replace("PORT", str(unused_port()))
     began = time.perf_counter()
     with pytest.raises(error, match=line) as caught:
-        next(cluster.run(None, job, tmp_path, [0], **ENGINE, address=address))
+        next(cluster.run(None, job, tmp_path, [0], address=address))
     assert "\n" not in str(caught.value)
     assert time.perf_counter() - began < 2 * cluster.PATIENCE
 
 
-@pytest.mark.parametrize("package", ["ray", "pandas"])  # Ray alone does without pandas, Ray Data does not
+@pytest.mark.parametrize("package", cluster.PACKAGES)
 def test_without_ray(package: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf"^--runner ray needs {package}: pip install 'cm-runtime\[ray\]'$"):
-        next(cluster.run(None, job, tmp_path, [0], **ENGINE, address=None))
+        next(cluster.run(None, job, tmp_path, [0], address=None))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cm_runtime.errors import EngineError
+from cm_runtime.process import epitaph
 
 WORKER = Path(__file__).with_name("worker.py")
 HERE = Path(__file__).resolve().parents[2]
@@ -58,21 +58,11 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise WorkerError(self._epitaph())
+            raise WorkerError(f"its process {epitaph(self._process, self._said)}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"], is_absence=answer["missing"] or answer["refused"])
         return answer
-
-    def _epitaph(self) -> str:
-        status = self._process.wait()
-        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - 2000))
-        lines = self._said.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        if status < 0:
-            reason = "; was there too little memory?" if status == -signal.SIGKILL else ""
-            return f"its process was ended by {signal.Signals(-status).name}{reason}"
-        return f"its process ended with status {status}" + (f": {last}" if last else "")
 
     def close(self) -> None:
         """Ends it, whatever it is doing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ class Opening:
         return replace(
             self,
             backend=job.backend if self.backend == "auto" else self.backend,
-            device=_device(job) if self.device == "auto" else self.device,
+            device=job.place if self.device == "auto" else self.device,
             threads=job.threads if self.threads is None else self.threads,
             precision=job.precision if self.precision == "auto" else self.precision,
             micro_batch=str(job.micro_batch) if self.micro_batch == "auto" else self.micro_batch,
@@ -87,7 +87,7 @@ def wanted(
 
 def draw(asked: Shards, opening: Opening, count: int, request: Callable[[Backend, int], Request]) -> None:
     """Draws those of ``count`` images' shards that are not there; request: of an engine, with a micro-batch."""
-    from cm_runtime import backends, files, job
+    from cm_runtime import backends, cluster, files, job
 
     if not opening.model.exists():
         raise RequestError(f"{opening.model}: no such model")
@@ -103,7 +103,7 @@ def draw(asked: Shards, opening: Opening, count: int, request: Callable[[Backend
     whole = job.of(engine, chosen, opening.model, asked.kind, asked.size, threads)
     with job.opened(whole, asked.folder, force=asked.force) as todo:
         made = (
-            _on_ray(asked, opening.model, whole, todo)
+            cluster.run(opening.model, whole, asked.folder, todo, address=asked.address)
             if asked.is_on_ray
             else job.run(engine, whole, asked.folder, todo)
         )
@@ -114,15 +114,3 @@ def draw(asked: Shards, opening: Opening, count: int, request: Callable[[Backend
     there = f" ({shards - len(todo)} were there)" if len(todo) < shards else ""
     said = f"{whole.count} images in {shards} shards{there}, {len(whole.sigmas)} steps, seed {whole.seed}"
     typer.echo(f"{asked.folder}/: {said}")
-
-
-def _on_ray(asked: Shards, model: Path, whole: Job, todo: list[int]) -> Iterator[int]:
-    from cm_runtime import cluster
-
-    how: dict[str, Any] = {"backend": whole.backend, "device": _device(whole), "threads": whole.threads}
-    return cluster.run(model, whole, asked.folder, todo, **how, precision=whole.precision, address=asked.address)
-
-
-def _device(job: Job) -> str:
-    """As --device has it."""
-    return "cuda:0" if job.device == "cuda" else "cpu"
