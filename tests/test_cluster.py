@@ -273,7 +273,7 @@ def test_a_cluster_that_is_lost_is_one_line(tmp_path: Path, monkeypatch: pytest.
         os.kill(next(each for each, line in below.items() if "gcs_server" in line), signal.SIGKILL)
         out, err = process.communicate()
         assert (process.returncode, out) == (1, "")
-        assert re.fullmatch(r"error: Ray's driver ended with status 1: Failed to connect to GCS [^\n]+\n", err), err
+        assert re.fullmatch(r"error: Ray[^\n]+\n", err), err  # the words are of whatever missed it first
         assert gone(below, 30)
     assert (tmp_path / "out" / "shard-000000.npz").exists()
     assert not list((tmp_path / "out").glob(f"{files.TEMPORARY}*"))
