@@ -225,10 +225,17 @@ def descendants(process: int) -> dict[int, str]:
     return {each: found[each] for each in inside - {process} if each in found}
 
 
-def gone(processes: Iterable[int], seconds: float) -> bool:
+def runs(process: int) -> bool:
+    """And is no zombie that nobody has waited for."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def gone(processes: Iterable[int], seconds: float = 60) -> bool:
     """Whether all have ended by then."""
     end = time.monotonic() + seconds
-    while any(Path(f"/proc/{each}").exists() for each in processes):
+    while any(map(runs, processes)):
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
@@ -258,11 +265,11 @@ def on_its_own(folder: Path, count: int) -> Iterator[tuple[subprocess.Popen[str]
 
 def test_the_command_line_starts_and_stops_a_cluster(tmp_path: Path) -> None:
     """Which says nothing and leaves nothing."""
-    with on_its_own(tmp_path, 100) as (process, below):
+    with on_its_own(tmp_path, 400) as (process, below):
         assert any("gcs_server" in line for line in below.values())
         said = process.communicate()
-        assert (process.returncode, said) == (0, ("out/: 100 images in 5 shards, 2 steps, seed 0\n", ""))
-        assert gone(below, 20)
+        assert (process.returncode, said) == (0, ("out/: 400 images in 20 shards, 2 steps, seed 0\n", ""))
+        assert gone(below)
     assert not (tmp_path / ".ray").exists()
 
 
@@ -274,7 +281,7 @@ def test_a_cluster_that_is_lost_is_one_line(tmp_path: Path, monkeypatch: pytest.
         out, err = process.communicate()
         assert (process.returncode, out) == (1, "")
         assert re.fullmatch(r"error: Ray[^\n]+\n", err), err  # the words are of whatever missed it first
-        assert gone(below, 30)
+        assert gone(below)
     assert (tmp_path / "out" / "shard-000000.npz").exists()
     assert not list((tmp_path / "out").glob(f"{files.TEMPORARY}*"))
 
@@ -286,7 +293,7 @@ def test_a_run_that_is_ended_takes_its_cluster_along(tmp_path: Path, number: sig
         said = process.communicate()
         assert process.returncode == (130 if number == signal.SIGINT else -number)
         assert said == ("", "interrupted\n" if number == signal.SIGINT else "")
-        assert gone(below, 30)
+        assert gone(below)
 
 
 def test_nothing_to_do_takes_no_cluster(job: Job, tmp_path: Path) -> None:
