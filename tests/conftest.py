@@ -1,6 +1,7 @@
 """What several test modules share: a reference Philox, small configs, manifests, and networks that are not silent."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ def addressed_words(seed: int, sample: int, draw: int, block: int) -> tuple[int,
     """The four words of the design's layout: counter (block, draw, sample low, high), key (seed low, high)."""
     low = 0xFFFFFFFF
     return philox4x32((block, draw, sample & low, sample >> 32), (seed & low, seed >> 32))
+
+
+def pytest_configure() -> None:
+    """A shell's background jobs ignore Ctrl-C, and so would all that the tests start, and interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
