@@ -36,6 +36,7 @@ TORCH = {
     "training",
     "export",
     "backends.torch",
+    "cuda.torch_launch",
     "cuda.torch_ops",
 }
 # Third-party packages at module level: what a bare install brings, what the [train] extra adds, and the command line,

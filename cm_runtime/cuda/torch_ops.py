@@ -15,10 +15,7 @@ is clamped to -1 or 1, as the kernels do, and nobody is told: whoever needs to k
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +24,11 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional
 
-from cm_runtime import kernels, noise
-from cm_runtime.cuda.context import LEAST_CAPABILITY, LEAST_DRIVER
-from cm_runtime.errors import EngineError, OutOfMemoryError, RequestError
-from cm_runtime.extras import require
+from cm_runtime import noise
+from cm_runtime.cuda.torch_launch import launch
+from cm_runtime.errors import RequestError
 from cm_runtime.kernels import launches
-from cm_runtime.kernels.launches import Images, Launch, Type
+from cm_runtime.kernels.launches import Images, Type
 from cm_runtime.precond import Precond, precond
 
 TYPES: dict[torch.dtype, Type] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -61,7 +57,7 @@ def _skip_scale_cuda(x: Tensor, F: Tensor, sigma: Tensor, sigma_data: float, sig
     images = _check_skip_scale(x, F, sigma)
     y, each, form = torch.empty_like(x), sigma.contiguous(), _form(sigma_data, sigma_boundary)
     pointers = x.data_ptr(), F.data_ptr(), each.data_ptr(), y.data_ptr()
-    _launch(launches.skip_scale(images, *pointers, form, levels=sigma.numel()), x.device)
+    launch(launches.skip_scale(images, *pointers, form, levels=sigma.numel()), x.device)
     return y
 
 
@@ -108,7 +104,7 @@ def _first_noise_cuda(
     level, request = _written(like, torch.float32, 0, 0, sigma, c_in), _written(like, torch.int64, seed, first)
     pointers = (each.data_ptr() for each in (request, level, x))
     work = launches.first_noise(images, *pointers, x_in=x_in.data_ptr(), given=_address("z", z), draw=draw)
-    _launch(work, like.device)
+    launch(work, like.device)
     return x, x_in
 
 
@@ -170,7 +166,7 @@ def _step_cuda(
         given=_address("z", z),
         clip=clip,
     )
-    _launch(work, x.device)
+    launch(work, x.device)
     return x_next, x_in
 
 
@@ -191,7 +187,7 @@ def _finish_cuda(x: Tensor, F: Tensor, c_skip: float, c_out: float) -> Tensor:
     images = _pair(x, F)
     made, flag, level = _bytes(x), x.new_empty(1, dtype=torch.int32), _written(x, torch.float32, c_skip, c_out, 0, 0)
     pointers = (each.data_ptr() for each in (level, F, flag))
-    _launch(launches.finish(images, *pointers, x=x.data_ptr(), bytes=made.data_ptr()), x.device)
+    launch(launches.finish(images, *pointers, x=x.data_ptr(), bytes=made.data_ptr()), x.device)
     return made
 
 
@@ -226,7 +222,7 @@ def _group_norm_silu_cuda(
     images, y = _check_norm(x, gamma, beta, scale_shift, groups), torch.empty_like(x)
     pointers = (each.data_ptr() for each in (x, gamma, beta, y))
     options: dict[str, Any] = {"groups": groups, "eps": eps, "silu": silu}
-    _launch(
+    launch(
         launches.group_norm_silu(images, *pointers, scale_shift=_address("scale_shift", scale_shift), **options),
         x.device,
     )
@@ -361,69 +357,3 @@ def _address(name: str, tensor: Tensor | None) -> int:
     if address % launches.ALIGNMENT:
         raise RequestError(f"{name} is misaligned: its address must be a multiple of {launches.ALIGNMENT} bytes")
     return address
-
-
-# Launches in torch's streams. pycuda launches only in streams that it has made, so this is cuda-bindings.
-
-
-def _launch(work: Launch, device: torch.device) -> None:
-    """Puts a kernel in torch's current stream on ``device``. Raises EngineError and MissingExtraError."""
-    numbers: tuple[Any, ...] = work.arguments
-    arguments = (
-        tuple(each.item() for each in numbers),
-        tuple(np.ctypeslib.as_ctypes_type(each.dtype) for each in numbers),
-    )
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with _current(device.index):
-        function = _function(device.index, work.kernel)
-        _call("cuLaunchKernel", function, *work.grid, *work.block, work.shared, stream, arguments, 0)
-
-
-@contextmanager
-def _current(index: int) -> Iterator[None]:
-    """The primary context of GPU ``index``, which is torch's, made this thread's: one of torch's own may have none."""
-    _call("cuCtxPushCurrent", _context(index))
-    try:
-        yield
-    finally:
-        _call("cuCtxPopCurrent")
-
-
-@cache
-def _context(index: int) -> Any:
-    return _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", index))
-
-
-@cache
-def _function(index: int, kernel: str) -> Any:
-    return _call("cuModuleGetFunction", _module(index), kernel.encode())
-
-
-@cache
-def _module(index: int) -> Any:
-    """Our kernels in the current context. Raises EngineError for a GPU or a driver that is too old for them."""
-    capability = torch.cuda.get_device_capability(index)
-    if capability < LEAST_CAPABILITY:
-        found, least = (".".join(map(str, each)) for each in (capability, LEAST_CAPABILITY))
-        raise EngineError(f"cuda:{index} has compute capability {found}; the kernels need {least} (Ampere) or newer")
-    try:
-        return _call("cuModuleLoadData", kernels.fatbin())
-    except EngineError as error:
-        if _call("cuDriverGetVersion") >= LEAST_DRIVER:
-            raise
-        raise EngineError(f"{error}; the kernels need a driver of CUDA {LEAST_DRIVER // 1000} or newer") from error
-
-
-def _call(name: str, *arguments: Any) -> Any:
-    """The result of a function of CUDA's driver. Raises EngineError with the name of its error."""
-    error, *results = getattr(_driver(), name)(*arguments)
-    if int(error):
-        kind = OutOfMemoryError if error.name == "CUDA_ERROR_OUT_OF_MEMORY" else EngineError
-        raise kind(f"CUDA failed in {name}: {error.name}")
-    return results[0] if results else None
-
-
-@cache
-def _driver() -> Any:
-    require("cuda.bindings", "a kernel in torch's stream")
-    return importlib.import_module("cuda.bindings.driver")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cm_runtime import kernels, noise
-from cm_runtime.cuda import torch_ops
+from cm_runtime.cuda import torch_launch, torch_ops
 from cm_runtime.errors import EngineError, MissingExtraError, OutOfMemoryError, RequestError
 from cm_runtime.kernels.launches import Launch
 from cm_runtime.precond import precond
@@ -53,7 +53,7 @@ def host_kernels() -> Iterator[None]:
     if host_gpu.ON_GPU:
         pytest.skip("torch's tensors are in memory that the GPU does not see")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_ops, "_launch", lambda work, device: host_gpu.launch(work))
+        patch.setattr(torch_ops, "launch", lambda work, device: host_gpu.launch(work))
         yield
 
 
@@ -350,7 +350,7 @@ def never(work: Launch, device: torch.device) -> None:
 @pytest.mark.parametrize(("name", "changes", "reason"), REFUSED)
 def test_other_tensors_are_refused(monkeypatch: Any, name: str, changes: Any, reason: str) -> None:
     """On a CPU, on a GPU, and while tracing."""
-    monkeypatch.setattr(torch_ops, "_launch", never)
+    monkeypatch.setattr(torch_ops, "launch", never)
     for run in (getattr(ops, name), getattr(torch_ops, f"_{name}_cuda"), getattr(torch_ops, f"_{name}_fake")):
         with pytest.raises(RequestError, match=reason):
             run(*changed(name, **changes))
@@ -359,7 +359,7 @@ def test_other_tensors_are_refused(monkeypatch: Any, name: str, changes: Any, re
 @pytest.mark.parametrize(("name", "draw"), DRAWS)
 def test_other_draws_are_refused(monkeypatch: Any, name: str, draw: int) -> None:
     """Whether noise is drawn or given."""
-    monkeypatch.setattr(torch_ops, "_launch", never)
+    monkeypatch.setattr(torch_ops, "launch", never)
     for z in (None, images((3, 4, 4, 6))):
         for run in (getattr(ops, name), getattr(torch_ops, f"_{name}_cuda")):
             with pytest.raises(RequestError, match=f"^draw must be from 0 to 4294967295, not {draw}$"):
@@ -378,7 +378,7 @@ def misaligned(tensor: Tensor) -> Tensor:
     + [("step", "z"), ("group_norm_silu", "x"), ("group_norm_silu", "scale_shift")],
 )
 def test_a_misaligned_view_is_refused_where_a_kernel_would_read_it(monkeypatch: Any, name: str, which: str) -> None:
-    monkeypatch.setattr(torch_ops, "_launch", never)
+    monkeypatch.setattr(torch_ops, "launch", never)
     arguments = changed(name, **{which: misaligned})
     with pytest.raises(RequestError, match=f"^{which} is misaligned: its address must be a multiple of 16 bytes$"):
         getattr(torch_ops, f"_{name}_cuda")(*arguments)
@@ -469,14 +469,14 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 def forget() -> None:
     for each in ("_context", "_function", "_module", "_driver"):
-        getattr(torch_ops, each).cache_clear()
+        getattr(torch_launch, each).cache_clear()
 
 
 def finish_on(index: int) -> None:
     """One launch there, on the host's memory."""
-    launch = torch_ops._launch
+    launch = torch_ops.launch
     with host_kernels(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_ops, "_launch", lambda work, device: launch(work, torch.device("cuda", index)))
+        patch.setattr(torch_ops, "launch", lambda work, device: launch(work, torch.device("cuda", index)))
         made = torch_ops._finish_cuda(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4), 0.25, 0.5)
     assert (made == 223).all()  # rint(1.75 * 127.5)
 
