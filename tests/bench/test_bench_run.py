@@ -98,7 +98,9 @@ def test_what_a_run_holds(tmp_path: Path) -> None:
         assert subject.peak_fraction == pytest.approx(subject.gflop_per_s / peak.value)
         assert subject.agreement is not None and subject.agreement.against == "torch"
         assert subject.agreement.max_abs < 1e-4 and subject.agreement.grey_levels == 0
-        assert len(subject.cold_start_s) == 3 and min(subject.cold_start_s) > subject.load_s > 0  # type: ignore[operator]
+        # Each in a process of its own: a start may be quicker than the load was, on a machine with other work.
+        assert len(subject.cold_start_s) == 3
+        assert all(0.1 < seconds < 60 for seconds in (*subject.cold_start_s, subject.load_s))  # type: ignore[operator]
         assert 30e6 < subject.peak_host_bytes < 2e9  # type: ignore[operator]
         assert subject.micro_batch == asked.batch and subject.warmup >= 1
     single, offline = (each.contenders[0] for each in found.scenarios)
@@ -121,8 +123,8 @@ def test_server(tmp_path: Path, files: Files) -> None:
     assert served.served.mean_batch < 3
     lines = [json.loads(line) for line in (tmp_path / "bench.samples.jsonl").read_text().splitlines()]
     assert all(sum(line["batches"]) == len(line["ns"]) == 40 for line in lines)
-    first = next(line for line in lines if line["scenario"] == slow.name)
-    assert first["ns"][-1] > 3 * first["ns"][0]  # the last waited for the others
+    queued = [line["ns"][-1] / line["ns"][0] for line in lines if line["scenario"] == slow.name]
+    assert np.median(queued) > 3  # the last waited for the others
 
 
 def test_two_builds_take_turns(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
     base = found.scenarios[0].contender("base")
     assert base is not None and base.time_ratio is not None and base.agreement is not None
     assert base.agreement.against == "cm-runtime" and base.agreement.max_abs == 0
-    assert 1.3 < base.time_ratio.value < 1.8
+    assert 1.2 < base.time_ratio.value < 2
     assert base.latency is not None and len(base.block_ms) == len(found.scenarios[0].contenders[0].block_ms) >= 8
 
 
@@ -226,7 +228,7 @@ def test_a_missing_peer_is_named(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_leaves_what_it_finished(tmp_path: Path) -> None:
-    words = ["run", "--steps", "1,2,3", "--threads", "1", "--budget", "0.5", "-o", "bench.json"]
+    words = ["run", "--steps", "1,2", "--threads", "1", "--budget", "0.5", "-o", "bench.json"]
     call = [sys.executable, "-m", "cm_runtime", "bench", *words]
     running = subprocess.Popen(call, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
     ends = time.monotonic() + 100
@@ -237,7 +239,7 @@ def test_a_killed_run_leaves_what_it_finished(tmp_path: Path) -> None:
     running.send_signal(signal.SIGKILL)
     running.wait()
     found = results.read(tmp_path / "bench.json")
-    assert not found.complete and 1 <= len(found.scenarios) < 3 and found.samples is not None
+    assert not found.complete and len(found.scenarios) == 1 and found.samples is not None
     raw = (tmp_path / found.samples.file).read_bytes()[: found.samples.bytes]
     assert hashlib.sha256(raw).hexdigest() == found.samples.sha256
     while any(Path(f"/proc/{child}").exists() for child in children):  # they end with the one that conducts them
@@ -246,7 +248,7 @@ def test_a_killed_run_leaves_what_it_finished(tmp_path: Path) -> None:
     done = bench("compare", "bench.json", "bench.json", cwd=tmp_path)
     assert done.returncode in (0, 4) and found.scenarios[0].name in done.stdout
     assert bench(*words, cwd=tmp_path).stderr == "error: bench.json exists; replace it with --force\n"
-    assert bench(*words, "--force", cwd=tmp_path).returncode == 0
+    assert bench(*words, "--steps", "1", "--force", cwd=tmp_path).returncode == 0
     assert results.read(tmp_path / "bench.json").complete
 
 
