@@ -9,7 +9,7 @@ import typer
 
 ExtractorFile = Annotated[
     Path | None,
-    typer.Option(metavar="X.onnx", help="The network whose features are compared. [default: the shipped one]"),
+    typer.Option(metavar="X.onnx", help="The network whose features are compared.", show_default="the shipped one"),
 ]
 ValueRange = Annotated[
     str | None,
@@ -19,7 +19,10 @@ OutputName = Annotated[
     str | None, typer.Option(metavar="NAME", help="The output of --extractor with the features, if unsaid.")
 ]
 Labels = Annotated[
-    str | None, typer.Option(metavar="all|random|3|0,1,2", help="Classes: all in turn, random, or a list in turn.")
+    str | None,
+    typer.Option(
+        metavar="all|random|3|0,1,2", help="Classes: all in turn, random, or a list in turn.", show_default="all"
+    ),
 ]
 MicroBatch = Annotated[
     str, typer.Option(metavar="auto|M", help="How many images the engine sees at once; decides memory.")
@@ -53,25 +56,31 @@ Backend = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where it runs.")]
 Precision = Annotated[
-    str, typer.Option(metavar="auto|fp32|bf16|fp16", help="What OpenVINO or torch computes in. [auto: as the file]")
+    str, typer.Option(metavar="auto|fp32|bf16|fp16", help="What OpenVINO or torch computes in; auto: as the file.")
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads of the engine. [default: one per core]")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine.", show_default="one per core")]
 # Of the edits
-EditSteps = Annotated[int | None, typer.Option(help="Network evaluations per image. [default: 8]")]
+EditSteps = Annotated[int | None, typer.Option(help="Network evaluations per image.", show_default="8")]
 Images = Annotated[
     list[Path],
     typer.Argument(metavar="[MODEL] IMAGE...", help="PNG, JPEG, WebP or BMP pictures, or arrays in an npz."),
 ]
 Label = Annotated[
-    str | None, typer.Option(metavar="3|0,1,2", help="The images' class: one for all, or one each. [an npz may say it]")
+    str | None,
+    typer.Option(
+        metavar="3|0,1,2", help="The images' class: one for all, or one each.", show_default="what an npz says"
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Index = Annotated[int, typer.Option(help="Number of the first answer's noise; the others count on.")]
 Answers = Annotated[int, typer.Option(help="Answers to each image.")]
 Floats = Annotated[bool, typer.Option("--float", help="npz: float32 before quantisation.")]
 Edited = Annotated[
-    Path,
+    str,
     typer.Option(
-        "-o", "--output", help="A strip of before, given and answers (.png), the answers (.npz), or a folder for all."
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="A strip of before, given and answers (.png), the answers (.npz), or a folder for all (NAME/).",
     ),
 ]

@@ -99,6 +99,14 @@ def test_a_folder_has_every_answer_and_the_strip(cli: Cli, place: Path) -> None:
     np.testing.assert_array_equal(strip[0, 0], pixels(place / "a.png"))
 
 
+@pytest.mark.parametrize("name", ["trial.v1", "x.npz", "x.png"])
+def test_a_name_that_ends_in_a_slash_is_a_folders(cli: Cli, place: Path, name: str) -> None:
+    for edit in ("stroke", "interpolate"):
+        images = ["a.png"] if edit == "stroke" else []
+        assert cli(*words(edit, *images, "--label", 0, "-o", f"{name}.{edit}/")).code == 0
+        assert (place / f"{name}.{edit}" / "strip.png").exists()
+
+
 def test_pictures_of_any_size_are_fitted(cli: Cli, place: Path) -> None:
     assert cli(*words("stroke", "big.jpg", "--label", 0)).code == 0
     with Image.open(place / "big.jpg") as image:

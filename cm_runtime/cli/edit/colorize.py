@@ -2,43 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from cm_runtime.cli.edit.work import How, Work
-from cm_runtime.cli.options import (
-    Answers,
-    Backend,
-    Device,
-    Edited,
-    EditSteps,
-    Floats,
-    Images,
-    Index,
-    Label,
-    MicroBatch,
-    Precision,
-    Seed,
-    Sigmas,
-    Threads,
-)
+from cm_runtime.cli.edit.work import How, Work, edit
+from cm_runtime.cli.options import Images
 
 
-def colorize(
-    paths: Images,
-    label: Label = None,
-    seed: Seed = 0,
-    index: Index = 0,
-    answers: Answers = 1,
-    steps: EditSteps = None,
-    sigmas: Sigmas = None,
-    micro_batch: MicroBatch = "auto",
-    backend: Backend = "auto",
-    device: Device = "auto",
-    precision: Precision = "auto",
-    threads: Threads = None,
-    floats: Floats = False,
-    output: Edited = Path("edited.png"),
-) -> None:
+@edit()
+def colorize(paths: Images, how: How) -> None:
     """Give grey images colours; their luminance stays as it is (0.2989 R + 0.5870 G + 0.1140 B).
 
     Of an image with colours the luminance is taken. A picture of another size than the model's is cropped to its
@@ -50,9 +19,6 @@ def colorize(
 
     from cm_runtime import editing
 
-    how = How(
-        label, seed, index, answers, steps, sigmas, micro_batch, backend, device, precision, threads, floats, output
-    )
     work = Work(paths, how)
     images = work.read()
     made = editing.colorize(work.engine, images.images, **work.options(images))

@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cm_runtime.cli.edit.work import How, Work
-from cm_runtime.cli.options import (
-    Answers,
-    Backend,
-    Device,
-    Edited,
-    Floats,
-    Images,
-    Index,
-    Label,
-    MicroBatch,
-    Precision,
-    Seed,
-    Steps,
-    Threads,
-)
+from cm_runtime.cli.edit.work import How, Work, edit
+from cm_runtime.cli.options import Images
 
 
+@edit(steps=1)
 def denoise(
     paths: Images,
+    how: How,
     sigma: Annotated[
         float | None,
-        typer.Option(help="Of the noise, where black is -1 and white 1. [default: estimated for each image]"),
+        typer.Option(help="Of the noise, where black is -1 and white 1.", show_default="estimated for each image"),
     ] = None,
-    label: Label = None,
-    seed: Seed = 0,
-    index: Index = 0,
-    answers: Answers = 1,
-    steps: Steps = 1,
-    micro_batch: MicroBatch = "auto",
-    backend: Backend = "auto",
-    device: Device = "auto",
-    precision: Precision = "auto",
-    threads: Threads = None,
-    floats: Floats = False,
-    output: Edited = Path("edited.png"),
 ) -> None:
     """Take the noise off images.
 
@@ -52,9 +27,6 @@ def denoise(
     """
     from cm_runtime import editing
 
-    how = How(
-        label, seed, index, answers, steps, None, micro_batch, backend, device, precision, threads, floats, output
-    )
     work = Work(paths, how)
     images = work.read()
     made = editing.denoise(work.engine, images.images, sigma, **work.options(images))

@@ -8,28 +8,15 @@ from typing import Annotated
 import typer
 
 from cm_runtime.cli import values
-from cm_runtime.cli.edit.work import How, Work
-from cm_runtime.cli.options import (
-    Answers,
-    Backend,
-    Device,
-    Edited,
-    EditSteps,
-    Floats,
-    Images,
-    Index,
-    Label,
-    MicroBatch,
-    Precision,
-    Seed,
-    Sigmas,
-    Threads,
-)
+from cm_runtime.cli.edit.work import How, Work, edit
+from cm_runtime.cli.options import Images
 from cm_runtime.errors import RequestError
 
 
+@edit()
 def inpaint(
     paths: Images,
+    how: How,
     mask: Annotated[
         Path | None,
         typer.Option(help="A picture, white where to fill, of the images' size or the model's, fitted as they are."),
@@ -37,19 +24,6 @@ def inpaint(
     box: Annotated[
         str | None, typer.Option(metavar="LEFT,TOP,WIDTH,HEIGHT", help="Or a box, in pixels of the model's images.")
     ] = None,
-    label: Label = None,
-    seed: Seed = 0,
-    index: Index = 0,
-    answers: Answers = 1,
-    steps: EditSteps = None,
-    sigmas: Sigmas = None,
-    micro_batch: MicroBatch = "auto",
-    backend: Backend = "auto",
-    device: Device = "auto",
-    precision: Precision = "auto",
-    threads: Threads = None,
-    floats: Floats = False,
-    output: Edited = Path("edited.png"),
 ) -> None:
     """Fill a hole in images; all around it stays as it is.
 
@@ -63,9 +37,6 @@ def inpaint(
 
     if (mask is None) == (box is None):
         raise RequestError("give --mask FILE or --box LEFT,TOP,WIDTH,HEIGHT")
-    how = How(
-        label, seed, index, answers, steps, sigmas, micro_batch, backend, device, precision, threads, floats, output
-    )
     work = Work(paths, how)
     images, size = work.read(), (work.height, work.width)
     if mask is not None:

@@ -9,19 +9,20 @@ import typer
 
 from cm_runtime.cli import values
 from cm_runtime.cli.edit.work import check_output, is_folder, write
-from cm_runtime.cli.options import Backend, Device, Floats, MicroBatch, Precision, Seed, Sigmas, Steps, Threads
+from cm_runtime.cli.options import Backend, Device, Floats, MicroBatch, Precision, Seed, Sigmas, Threads
 
 
 def interpolate(
     model: Annotated[
-        Path | None, typer.Argument(help="An exported .onnx or .engine, or a checkpoint. [default: the bundled model]")
+        Path | None,
+        typer.Argument(help="An exported .onnx or .engine, or a checkpoint.", show_default="the bundled model"),
     ] = None,
     first: Annotated[int, typer.Option("--from", help="Index of the image it begins with.")] = 0,
     last: Annotated[int, typer.Option("--to", help="Index of the image it ends with.")] = 1,
     frames: Annotated[int, typer.Option(help="How many images, both ends included.")] = 9,
     label: Annotated[int | None, typer.Option(help="The images' class.")] = None,
     seed: Seed = 0,
-    steps: Steps = None,
+    steps: Annotated[int | None, typer.Option(help="Network evaluations per image.", show_default="2")] = None,
     sigmas: Sigmas = None,
     micro_batch: MicroBatch = "auto",
     backend: Backend = "auto",
@@ -30,9 +31,14 @@ def interpolate(
     threads: Threads = None,
     floats: Floats = False,
     output: Annotated[
-        Path,
-        typer.Option("-o", "--output", help="A strip (.png), an animation (.gif, .webp), arrays (.npz), or a folder."),
-    ] = Path("edited.png"),
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="A strip (.png), an animation (.gif, .webp), arrays (.npz), or a folder (NAME/).",
+        ),
+    ] = "edited.png",
 ) -> None:
     """Go from one drawn image to another by the noise in between, under one label.
 
@@ -46,7 +52,7 @@ def interpolate(
 
     check_output(output, floats, ".gif", ".webp")
     if not is_folder(output):
-        files.check_writable(output)
+        files.check_writable(Path(output))
     engine = backends.load(
         model,
         backend,  # type: ignore[arg-type]
@@ -77,8 +83,8 @@ def interpolate(
         "sigmas": sigmas,
         "model_sha256": engine.manifest.source_sha256,
     }
-    if output.suffix in (".gif", ".webp"):
-        images.save_animation(made, output)
+    if not is_folder(output) and Path(output).suffix in (".gif", ".webp"):
+        images.save_animation(made, Path(output))
     else:
         labels = None if label is None else np.full(frames, label)
         write(output, made, labels, made[np.newaxis], [f"{n:04d}" for n in range(frames)], text)

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cm_runtime.cli.edit.work import How, Work
-from cm_runtime.cli.options import (
-    Answers,
-    Backend,
-    Device,
-    Edited,
-    EditSteps,
-    Floats,
-    Images,
-    Index,
-    Label,
-    MicroBatch,
-    Precision,
-    Seed,
-    Sigmas,
-    Threads,
-)
+from cm_runtime.cli.edit.work import How, Work, edit
+from cm_runtime.cli.options import Images
 
 
+@edit()
 def superres(
     paths: Images,
+    how: How,
     factor: Annotated[int, typer.Option(metavar="2|4|8", help="How many pixels a side are made of one.")] = 2,
-    label: Label = None,
-    seed: Seed = 0,
-    index: Index = 0,
-    answers: Answers = 1,
-    steps: EditSteps = None,
-    sigmas: Sigmas = None,
-    micro_batch: MicroBatch = "auto",
-    backend: Backend = "auto",
-    device: Device = "auto",
-    precision: Precision = "auto",
-    threads: Threads = None,
-    floats: Floats = False,
-    output: Edited = Path("edited.png"),
 ) -> None:
     """Enlarge images to the model's size; the mean of each patch stays what the small image says.
 
@@ -54,9 +27,6 @@ def superres(
 
     from cm_runtime import editing
 
-    how = How(
-        label, seed, index, answers, steps, sigmas, micro_batch, backend, device, precision, threads, floats, output
-    )
     work = Work(paths, how)
     whole, small = (work.height, work.width), editing.small_size(work.engine.manifest, factor)
     images = work.read(whole, small)

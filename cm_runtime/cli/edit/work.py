@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +12,28 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cm_runtime.cli import values
+from cm_runtime.cli.options import (
+    Answers,
+    Backend,
+    Device,
+    Edited,
+    EditSteps,
+    Floats,
+    Index,
+    Label,
+    MicroBatch,
+    Precision,
+    Seed,
+    Sigmas,
+    Steps,
+    Threads,
+)
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from cm_runtime.backends.base import Backend
+    from cm_runtime.backends import base
     from cm_runtime.given import Given
 
 MODELS = {".onnx", ".engine", ".pt", ".pth", ".safetensors", ".bin", ""}  # "": a folder of diffusers'
@@ -22,21 +41,46 @@ MODELS = {".onnx", ".engine", ".pt", ".pth", ".safetensors", ".bin", ""}  # "": 
 
 @dataclass(frozen=True)
 class How:
-    """Options as they were given."""
+    """The options of every edit, as they were given; `edit` gives them to a command."""
 
-    label: str | None
-    seed: int
-    index: int
-    answers: int
-    steps: int | None
-    sigmas: str | None
-    micro_batch: str
-    backend: str
-    device: str
-    precision: str
-    threads: int | None
-    floats: bool
-    output: Path
+    label: Label = None
+    seed: Seed = 0
+    index: Index = 0
+    answers: Answers = 1
+    steps: EditSteps = None
+    sigmas: Sigmas = None
+    micro_batch: MicroBatch = "auto"
+    backend: Backend = "auto"
+    device: Device = "auto"
+    precision: Precision = "auto"
+    threads: Threads = None
+    floats: Floats = False
+    output: Edited = "edited.png"
+
+
+def edit(*, steps: int | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes `How`'s fields options of a command, behind its own, and hands them to it as its parameter ``how``.
+
+    steps: how many are taken unless --steps is given, in an edit that begins at a --sigma and so has no --sigmas.
+    """
+    shared = dict(inspect.signature(How, eval_str=True).parameters)
+    if steps is not None:
+        shared["steps"] = shared["steps"].replace(annotation=Steps, default=steps)
+        del shared["sigmas"]
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def call(**given: Any) -> None:
+            how = How(**{name: given.pop(name) for name in shared})
+            command(how=how, **given)
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        read = [*(each for each in own if each.name != "how"), *shared.values()]
+        call.__signature__ = inspect.Signature(read)  # type: ignore[attr-defined]  # typer reads both
+        call.__annotations__ = {each.name: each.annotation for each in read}
+        return call
+
+    return with_options
 
 
 class Work:
@@ -52,8 +96,8 @@ class Work:
             if path.suffix.lower() in MODELS and path.suffix:
                 raise RequestError(f"{path} is no picture; a model is named before them")
         if not is_folder(how.output):
-            files.check_writable(how.output)
-        self.engine: Backend = backends.load(
+            files.check_writable(Path(how.output))
+        self.engine: base.Backend = backends.load(
             paths[0] if is_model else None,
             how.backend,  # type: ignore[arg-type]
             how.device,
@@ -127,22 +171,23 @@ class Work:
             typer.echo(f"clipped to black or white: {beyond} of {made.size} numbers")
 
 
-def check_output(output: Path, floats: bool, *others: str) -> None:
+def check_output(output: str, floats: bool, *others: str) -> None:
     """Raises RequestError for a name that says no form, and for floats in another than npz."""
-    if not is_folder(output) and output.suffix not in (".png", ".npz", *others):
+    form = "/" if is_folder(output) else Path(output).suffix
+    if form not in ("/", ".png", ".npz", *others):
         forms = ", ".join((".npz (arrays)", *others))
         raise RequestError(f"{output}: an output's name ends in .png (a strip), {forms} or / (a folder)")
-    if floats and output.suffix != ".npz":
+    if floats and form != ".npz":
         raise RequestError("--float writes arrays: give -o NAME.npz")
 
 
-def is_folder(output: Path) -> bool:
-    """A folder is there, or a name without an ending, as DIR/ is to Path."""
-    return output.is_dir() or not output.suffix
+def is_folder(output: str) -> bool:
+    """Whether the name ends in /, has no ending, or is that of a folder which is there."""
+    return output.endswith("/") or not Path(output).suffix or Path(output).is_dir()
 
 
 def write(
-    output: Path,
+    output: str,
     made: NDArray[Any],
     labels: NDArray[Any] | None,
     strip: NDArray[Any],
@@ -153,23 +198,24 @@ def write(
     from cm_runtime import images
     from cm_runtime.errors import OutputError
 
-    if output.suffix == ".npz":
-        with images.NpzWriter(output, len(made), made.shape[1:], made.dtype, text) as file:
+    path = Path(output)
+    if not is_folder(output) and path.suffix == ".npz":
+        with images.NpzWriter(path, len(made), made.shape[1:], made.dtype, text) as file:
             file.write(made, labels)
         return
     rows, columns, height, width, _ = strip.shape
     images.check_grid(rows * columns, height, width)
     picture = images.grid(strip.reshape(-1, *strip.shape[2:]), columns)
-    if output.suffix == ".png":
-        images.save_png(picture, output, text)
+    if not is_folder(output):
+        images.save_png(picture, path, text)
         return
     try:
-        output.mkdir(exist_ok=True)
+        path.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output} cannot be made: {error.strerror or error}") from error
     for name, image in zip(names, made, strict=True):
-        images.save_png(image, output / f"{name}.png", text)
-    images.save_png(picture, output / "strip.png", text)
+        images.save_png(image, path / f"{name}.png", text)
+    images.save_png(picture, path / "strip.png", text)
 
 
 def _bytes(made: NDArray[Any]) -> NDArray[Any]:
