@@ -20,39 +20,40 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="MODEL|IMAGES",
-            help="A model or checkpoint, samples (.npz), or a data set: path or name. [default: the bundled model]",
+            help="A model or checkpoint, samples (.npz), or a data set: path or name.",
+            show_default="the bundled model",
         ),
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
             metavar="DATA|STATS.npz",
-            help="What to compare with: the training split of a data set, samples, or statistics."
-            " [default: those of Fashion-MNIST, for its models]",
+            help="What to compare with: the training split of a data set, samples, or statistics.",
+            show_default="those of Fashion-MNIST, for its models",
         ),
     ] = None,
     extractor: ExtractorFile = None,
     value_range: ValueRange = None,
     output_name: OutputName = None,
     split: Annotated[
-        str | None, typer.Option(metavar="train|test", help="Of IMAGES that are a data set. [default: train]")
+        str | None, typer.Option(metavar="train|test", help="Of IMAGES that are a data set.", show_default="train")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Network evaluations per image; ODE steps of a teacher. [default: 2; 18]")
+        int | None, typer.Option(help="Network evaluations per image; ODE steps of a teacher.", show_default="2; 18")
     ] = None,
     sigmas: Sigmas = None,
     ts: Ts = None,
     timesteps: Timesteps = None,
     grid: Grid = None,
-    count: Annotated[int | None, typer.Option(help="How many images a model draws. [default: 10000]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of a model's images. [default: 0]")] = None,
+    count: Annotated[int | None, typer.Option(help="How many images a model draws.", show_default="10000")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a model's images.", show_default="0")] = None,
     labels: Labels = None,
     micro_batch: Annotated[
         str | None, typer.Option(metavar="auto|M", help="How many images a model's engine sees at once.")
     ] = None,
     backend: Annotated[str | None, typer.Option(metavar="auto|ort|torch", help="A model's engine.")] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of each engine. [default: one per core]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each engine.", show_default="one per core")] = None,
     manifold: Annotated[
         int, typer.Option(help="Features of each side kept for precision and recall; decides memory.")
     ] = 10_000,

@@ -28,7 +28,10 @@ def export(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The .onnx or .engine file, or diffusers' folder. [default: the checkpoint's name]"
+            "-o",
+            "--output",
+            help="The .onnx or .engine file, or diffusers' folder.",
+            show_default="the checkpoint's name",
         ),
     ] = None,
     form: Annotated[
@@ -43,7 +46,9 @@ def export(
         Literal["denoiser", "sampler", "network"],
         typer.Option(help="f at any noise level; a whole sampler at fixed ones, the fastest; or F alone, for a GPU."),
     ] = "denoiser",
-    steps: Annotated[int | None, typer.Option(help="Of --graph sampler: evaluations an image. [default: 2]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of --graph sampler: evaluations an image.", show_default="2")
+    ] = None,
     sigmas: Sigmas = None,
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"],
@@ -53,14 +58,14 @@ def export(
         str | None,
         typer.Option(
             metavar="MIN:OPT:MAX",
-            help="Batch sizes that a TensorRT engine takes, and the one it is fastest at."
-            " [default: 1 to what a GPU sees at once]",
+            help="Batch sizes that a TensorRT engine takes, and the one it is fastest at.",
+            show_default="1 to what a GPU sees at once",
         ),
     ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
-            metavar="8.9,12.0", help="Compute capabilities to build for, of tensorrt-rtx. [default: the GPU here]"
+            metavar="8.9,12.0", help="Compute capabilities to build for, of tensorrt-rtx.", show_default="the GPU here"
         ),
     ] = None,
     inline: Annotated[
@@ -71,16 +76,16 @@ def export(
         typer.Option(help="The preconditioning form, of files that do not say it."),
     ] = None,
     head_channels: Annotated[
-        int | None, typer.Option(help="Channels of an attention head, of OpenAI's files. [default: 64]")
+        int | None, typer.Option(help="Channels of an attention head, of OpenAI's files.", show_default="64")
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(help="Pixels a side, of OpenAI's files. [default: innermost feature map 8x8, as they have]"),
+        typer.Option(help="Pixels a side, of OpenAI's files.", show_default="innermost feature map 8x8, as they have"),
     ] = None,
     model_name: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="The published model that this is, as cd_imagenet64_l2. [default: the file's]"
+            metavar="NAME", help="The published model that this is, as cd_imagenet64_l2.", show_default="the file's"
         ),
     ] = None,
     compare: Annotated[

@@ -20,7 +20,7 @@ def info(
     path: Annotated[
         Path | None,
         typer.Argument(
-            metavar="FILE", help="An exported .onnx or .engine, or a checkpoint. [default: the bundled model]"
+            metavar="FILE", help="An exported .onnx or .engine, or a checkpoint.", show_default="the bundled model"
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,

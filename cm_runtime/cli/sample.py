@@ -33,15 +33,16 @@ if TYPE_CHECKING:
 
 def sample(
     model: Annotated[
-        Path | None, typer.Argument(help="An exported .onnx or .engine, or a checkpoint. [default: the bundled model]")
+        Path | None,
+        typer.Argument(help="An exported .onnx or .engine, or a checkpoint.", show_default="the bundled model"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Network evaluations per image. [default: 2]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Network evaluations per image.", show_default="2")] = None,
     sigmas: Sigmas = None,
     ts: Ts = None,
     timesteps: Timesteps = None,
     grid: Grid = None,
-    batch: Annotated[int | None, typer.Option(help="How many images one request draws. [default: 256]")] = None,
-    count: Annotated[int | None, typer.Option(help="How many images in all. [default: one batch]")] = None,
+    batch: Annotated[int | None, typer.Option(help="How many images one request draws.", show_default="256")] = None,
+    count: Annotated[int | None, typer.Option(help="How many images in all.", show_default="one batch")] = None,
     start: Annotated[int, typer.Option(help="Index of the first image.")] = 0,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     labels: Labels = None,
@@ -54,16 +55,26 @@ def sample(
     output: Annotated[
         str | None,
         typer.Option(
-            "-o", "--output", metavar="PATH", help="A grid (.png), arrays (.npz), or a folder of shards (NAME/)."
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="A grid (.png), arrays (.npz), or a folder of shards (NAME/).",
+            show_default="samples.png",
         ),
     ] = None,
     kind: Annotated[
-        str | None, typer.Option("--shards", metavar="npz|png|wds|parquet", help="What a folder is filled with. [npz]")
+        str | None,
+        typer.Option(
+            "--shards", metavar="npz|png|wds|parquet", help="What a folder is filled with.", show_default="npz"
+        ),
     ] = None,
-    shard_size: Annotated[int | None, typer.Option(help="Images in each shard. [default: 1000]")] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Images in each shard.", show_default="1000")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the shards of another job.")] = False,
     runner: Annotated[
-        str | None, typer.Option(metavar="local|ray", help="Who draws shards: this process, or a Ray cluster.")
+        str | None,
+        typer.Option(
+            metavar="local|ray", help="Who draws shards: this process, or a Ray cluster.", show_default="local"
+        ),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT|auto", help="The cluster; without, one on this machine.")

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def train(
     preset: Annotated[str, typer.Argument(metavar="PRESET|CONFIG.toml", help="A preset's name, or a TOML file.")],
     data: Annotated[
-        str | None, typer.Option(help="Where the images are: a path or a data set's name. [default: the preset's]")
+        str | None, typer.Option(help="Where the images are: a path or a data set's name.", show_default="the preset's")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder. [default: runs/PRESET]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/PRESET")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     settings: Annotated[
         list[str] | None,

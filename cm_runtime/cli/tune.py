@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 
 def tune(
-    model: Annotated[Path | None, typer.Argument(help="An exported .onnx. [default: the bundled model]")] = None,
+    model: Annotated[Path | None, typer.Argument(help="An exported .onnx.", show_default="the bundled model")] = None,
     steps: Annotated[str, typer.Option(metavar="2|3|4|2,3,4", help="Samplers to tune, by their steps.")] = "2",
     reference: Annotated[
         str | None,
         typer.Option(
             metavar="DATA|STATS.npz",
-            help="Real images, or their statistics. [default: those of Fashion-MNIST, for its models]",
+            help="Real images, or their statistics.",
+            show_default="those of Fashion-MNIST, for its models",
         ),
     ] = None,
     extractor: ExtractorFile = None,
@@ -36,7 +37,7 @@ def tune(
     labels: Labels = None,
     micro_batch: MicroBatch = "auto",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of each engine. [default: one per core]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each engine.", show_default="one per core")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A copy of the model that carries the levels.")
     ] = None,

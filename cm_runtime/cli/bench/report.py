@@ -18,7 +18,7 @@ def report(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="PAGE.html", help="The page. [default: RESULT.html, beside it]"),
+        typer.Option("-o", "--output", metavar="PAGE.html", help="The page.", show_default="RESULT.html, beside it"),
     ] = None,
     markdown: Annotated[
         bool,

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 def run(
     model: Annotated[
         str | None,
-        typer.Argument(help="An exported .onnx, a checkpoint, cifar32 or imagenet64. [default: the bundled model]"),
+        typer.Argument(
+            help="An exported .onnx, a checkpoint, cifar32 or imagenet64.", show_default="the bundled model"
+        ),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE.toml", help="Scenarios from a file. [default: quick]")
+        str | None, typer.Option(metavar="NAME|FILE.toml", help="Scenarios from a file.", show_default="quick")
     ] = None,
     scenario: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Only scenarios whose names fit, as '*single-stream 2x*'.")
@@ -30,11 +32,13 @@ def run(
         Literal["single-stream", "offline", "server"] | None,
         typer.Option(help="In MLPerf's sense: one request after another, all at once, or arriving at random."),
     ] = None,
-    steps: Annotated[str | None, typer.Option(metavar="1,2,4", help="Step counts. [default: 2]")] = None,
-    batch: Annotated[str | None, typer.Option(metavar="1,64", help="Images a request. [default: 1]")] = None,
-    backend: Annotated[str | None, typer.Option(metavar="ort,openvino,torch", help="Engines. [default: auto]")] = None,
+    steps: Annotated[str | None, typer.Option(metavar="1,2,4", help="Step counts.", show_default="2")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="1,64", help="Images a request.", show_default="1")] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar="ort,openvino,torch", help="Engines.", show_default="auto")
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where to run.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of an engine. [default: one per core]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of an engine.", show_default="one per core")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second that arrive, of --kind server.")] = None,
     bound: Annotated[
         float | None, typer.Option(metavar="MS", help="What the 99th percentile must keep to, of --kind server.")
@@ -52,7 +56,8 @@ def run(
         ),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="For each contender of a scenario. [default: 20; quick: 2]")
+        float | None,
+        typer.Option(metavar="SECONDS", help="For each contender of a scenario.", show_default="20; quick: 2"),
     ] = None,
     interval: Annotated[
         str, typer.Option(metavar="PERCENT", help="Stop earlier once medians are known this well, plus or minus.")
