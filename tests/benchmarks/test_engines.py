@@ -15,17 +15,24 @@ import engines
 import race
 
 ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "benchmarks" / "results" / "xeon-avx512-2-cores" / "engines.json"
+SHOWN = {"README.md": "xeon-avx512-2-cores", "benchmarks/README.md": "epyc-zen4-2-cores"}
 
 
-@pytest.fixture
-def result() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
+@pytest.fixture(params=SHOWN)
+def page(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
     return found
 
 
-def test_the_readme_shows_the_table_of_the_committed_result(result: dict[str, Any]) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.fixture
+def result(page: str) -> dict[str, Any]:
+    path = ROOT / "benchmarks" / "results" / SHOWN[page] / "engines.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def test_a_page_shows_the_table_of_the_committed_result(page: str, result: dict[str, Any]) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     _, _, after = text.partition("<!-- engines:begin -->\n")
     assert after.partition("\n<!-- engines:end -->")[0].strip() == engines.table(result)
 
