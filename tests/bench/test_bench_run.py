@@ -100,7 +100,7 @@ def test_what_a_run_holds(tmp_path: Path) -> None:
         assert subject.agreement.max_abs < 1e-4 and subject.agreement.grey_levels == 0
         # Each in a process of its own: a start may be quicker than the load was, on a machine with other work.
         assert len(subject.cold_start_s) == 3
-        assert all(0.1 < seconds < 60 for seconds in (*subject.cold_start_s, subject.load_s))  # type: ignore[operator]
+        assert all(0.01 < seconds < 60 for seconds in (*subject.cold_start_s, subject.load_s))  # type: ignore[operator]
         assert 30e6 < subject.peak_host_bytes < 2e9  # type: ignore[operator]
         assert subject.micro_batch == asked.batch and subject.warmup >= 1
     single, offline = (each.contenders[0] for each in found.scenarios)
