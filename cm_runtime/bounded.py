@@ -1,18 +1,116 @@
-"""Reading plain, gzip and xz files that may lie about their size."""
+"""The one way to open a file that somebody else wrote: regular, of a bounded size, and read only as far as it goes.
+
+Every reader of the package opens its files by `opened`, `read_bytes` or `read_text`, or, where a library wants a path,
+asks `regular` first. Pipes, sockets, devices and folders are refused before a byte of them is read.
+"""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import lzma
+import os
+import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
-from cm_runtime.errors import data_error
+from cm_runtime.errors import CmRuntimeError, data_error
 
 MAX_INFLATED = 2**31  # bytes one compressed file may grow to in memory
 CHUNK = 2**20
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def regular(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int | None = None) -> os.stat_result:
+    """Check that ``path`` is a regular file of at most ``most`` bytes; links are followed.
+
+    Args:
+        path: The file.
+        error: What to raise.
+        most: Bytes that a file of its kind has at most; None where its reader needs no bound.
+
+    Returns:
+        The file's status.
+
+    Raises:
+        CmRuntimeError: Of type ``error``, in one line: there is no such file, it is something else than a file, too
+            large, or cannot be reached.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as wrong:  # ValueError: a name with a NUL
+        raise error(_unreadable(path, wrong)) from wrong
+    _check(path, found, error, most)
+    return found
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int | None = None) -> Iterator[BinaryIO]:
+    """The file open for reading bytes; `regular` says what is refused, and with what.
+
+    A pipe that takes the file's place meanwhile does not hang. An OSError while the block reads becomes ``error`` too.
+    """
+    regular(path, error, most)  # first: to open some devices is to start them
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            _check(path, os.fstat(descriptor), error, most)
+            yield file
+    except OSError as wrong:
+        raise error(_unreadable(path, wrong)) from wrong
+
+
+def read_bytes(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int) -> bytes:
+    """The content of a file of at most ``most`` bytes; `opened` says what is refused."""
+    with opened(path, error, most) as file:
+        content = file.read(most + 1)
+    if len(content) > most:  # it grows, or its file system does not know its size
+        raise error(f"{path}: has over {most} bytes, more than such a file has")
+    return content
+
+
+def read_text(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int) -> str:
+    """The same as text. Raises ``error`` where it is not UTF-8, too."""
+    try:
+        return read_bytes(path, error, most).decode()
+    except UnicodeDecodeError as wrong:
+        raise error(f"{path}: is not text in UTF-8 ({wrong.reason} at byte {wrong.start})") from wrong
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """True if anything is there; False, and no OSError, for names that no file can have."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _check(path: str | os.PathLike[str], found: os.stat_result, error: type[CmRuntimeError], most: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path}: is {KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}, not a regular file")
+    if most is not None and found.st_size > most:
+        raise error(f"{path}: has {found.st_size} bytes, more than the {most} that such a file has at most")
+
+
+def _unreadable(path: str | os.PathLike[str], wrong: OSError | ValueError) -> str:
+    if isinstance(wrong, FileNotFoundError):
+        return f"{path}: no such file"
+    if not isinstance(wrong, OSError):
+        return f"{os.fspath(path)!r}: no file can have such a name ({wrong})"
+    if wrong.errno == errno.ELOOP:
+        return f"{path}: is a link that leads back to itself"
+    return f"{path} cannot be read: {wrong.strerror or wrong}"
 
 
 class Readable(Protocol):

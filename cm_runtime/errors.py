@@ -23,12 +23,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+LONGEST = 1000  # characters of an error's line
+
+
+def one_line(text: str) -> str:
+    """``text`` with every character that a terminal would not print as a space, its middle cut out of what is long."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 2 // 3]} [...] {text[-LONGEST // 3 :]}"
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
 
 class CmRuntimeError(Exception):
-    """Base of all errors that cm-runtime raises on purpose. ``str(error)`` is one line, whatever names a file holds."""
+    """Base of all errors that cm-runtime raises on purpose.
+
+    ``str(error)`` is one line of moderate length, whatever names and values a file holds.
+    """
 
     def __str__(self) -> str:
-        return "".join(letter if letter.isprintable() else " " for letter in super().__str__())
+        return one_line(super().__str__())
 
 
 class RequestError(CmRuntimeError, ValueError):
