@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test check lint types kernels gpu-check format clean
+.PHONY: help sample test test-floors check lint types kernels gpu-check format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,14 @@ kernels:
 test: check ## What CI runs: make check, then the tests; MARKS="gpu" or "slow" runs those instead
 	OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
 
+# uv resolves to the lowest versions of what pyproject.toml names, and to the newest of what those need.
+test-floors: ## The same tests with the oldest packages that pyproject.toml allows
+	$(PYTHON) -m venv .venv-floors
+	.venv-floors/bin/python -m pip --disable-pip-version-check install --quiet uv
+	.venv-floors/bin/uv pip install --quiet --python .venv-floors/bin/python --torch-backend cpu \
+		--resolution lowest-direct --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
+
 # GPU_PYTHON: one that has torch for CUDA, onnxruntime-gpu, pycuda, cuda-bindings and pytest, or some of them.
 GPU_PYTHON ?=
 GPU_RESULT ?= build/gpu.json
@@ -49,7 +57,7 @@ format: ## Mend what ruff can mend
 	.venv-dev/bin/ruff format
 
 clean: ## Remove the environments, caches and what a build leaves
-	rm -rf .venv .venv-dev build dist cm_runtime.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-dev .venv-floors build dist cm_runtime.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One make at a time fills an environment (where there is flock), and the stamp, `ready`, comes last: an environment

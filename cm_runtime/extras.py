@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+from collections.abc import Callable
 from types import ModuleType
 
+from cm_runtime import files
 from cm_runtime.errors import MissingExtraError
 
 # The extra of pyproject.toml that brings each optional package.
@@ -14,7 +17,7 @@ EXTRAS = {
     "openvino": "openvino",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
-    "pycuda": "gpu",
+    "pycuda": "pycuda",
     "cuda.bindings": "gpu",
     "torch": "train",
     "onnx": "train",
@@ -29,9 +32,28 @@ EXTRAS = {
     "matplotlib": "report",
 }
 
+# Environment variables that keep a package from sending events and from writing into the home folder as it is
+# imported. Those that the user has set stay.
+PRIVACY: dict[str, Callable[[], dict[str, str]]] = {
+    "onnxruntime": lambda: {"ORT_DISABLE_TELEMETRY": "1"},
+    "diffusers": lambda: {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_CACHE": str(files.cache_folder() / "huggingface"),  # a version number is written there on import
+    },
+    "matplotlib": lambda: {"MPLCONFIGDIR": str(files.cache_folder() / "matplotlib")},  # the list of fonts
+}
+
+
+def privacy(*packages: str) -> dict[str, str]:
+    """The variables of those packages that the environment does not have yet, for a child process or for this one."""
+    variables = {name: value for package in packages for name, value in PRIVACY[package]().items()}
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
 
 def require(package: str, what: str) -> ModuleType:
     """Imports ``package``; where it is not installed, MissingExtraError names the pip command ``what`` needs."""
+    if package in PRIVACY:
+        os.environ.update(privacy(package))
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

@@ -147,6 +147,14 @@ def check_writable(path: str | os.PathLike[str], *, force: bool = True) -> None:
         raise OutputError(f"{target} cannot be written: no permission to write in {folder}")
 
 
+def cache_folder() -> Path:
+    """Where everything that can be made again is kept: $XDG_CACHE_HOME/cm-runtime, by default ~/.cache/cm-runtime.
+
+    Raises RuntimeError where there is no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm-runtime"
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """The file's SHA-256, as 64 hexadecimal digits."""
     with open(path, "rb") as file:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import cm_runtime as cm
+from cm_runtime.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -117,3 +118,33 @@ def test_constraints_pin_what_the_environments_need() -> None:
     needed += [requirement for extra in ("cpu", "train", "dev") for requirement in extras[extra]]
     names = {re.split(r"[^a-z0-9-]", requirement)[0] for requirement in needed} - {"cm-runtime"}
     assert names <= {line.partition("==")[0] for line in lines}
+
+
+def names_of(extra: str) -> set[str]:
+    """The distributions that an extra asks for, those of the extras that it names included."""
+    names = set()
+    for requirement in PROJECT["project"]["optional-dependencies"][extra]:
+        name, *extras = re.split(r"[\[,\]]", re.split(r"[<>=~!; ]", requirement)[0])
+        if name == "cm-runtime":
+            names |= {each for inner in filter(None, extras) for each in names_of(inner)}
+        else:
+            names.add(name)
+    return names
+
+
+def test_one_build_of_onnxruntime_comes_with_an_extra() -> None:
+    """onnxruntime and onnxruntime-gpu are one module, so that whoever asks for both gets whichever comes last."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {extra for extra in extras if "onnxruntime" in names_of(extra)} == {"cpu", "dev"}
+    assert {extra for extra in extras if "onnxruntime-gpu" in names_of(extra)} == {"gpu"}
+
+
+def test_pycuda_which_is_built_on_installing_comes_by_itself() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {extra for extra in extras if "pycuda" in names_of(extra)} == {"pycuda"}
+
+
+@pytest.mark.parametrize("package", EXTRAS)
+def test_extra_that_an_error_names_brings_the_package(package: str) -> None:
+    distribution = {"cuda.bindings": "cuda-bindings"}.get(package, package.replace("_", "-"))
+    assert distribution in names_of(EXTRAS[package])

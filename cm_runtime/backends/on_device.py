@@ -73,7 +73,7 @@ def can_stay(device: str) -> bool:
     if device not in ("cuda", "cuda:0"):
         why = "only on the first GPU do they stay there (CUDA_VISIBLE_DEVICES chooses it)"
     elif not has("pycuda"):
-        why = "pycuda is missing: pip install 'cm-runtime[gpu]'"
+        why = "pycuda is missing: pip install 'cm-runtime[pycuda]'"
     else:
         return True
     LOG.warning("images go through the host after each step; %s", why)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +117,7 @@ def _source(model: str, threads: int) -> Path:
         return backends.DEFAULT_MODEL
     if model not in STANDING:
         return Path(model)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm-runtime" / "bench"
+    cache = files.cache_folder() / "bench"
     with Process(threads) as worker:
         return Path(worker.ask("standing", name=model, folder=str(cache))["path"])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cm_runtime.errors import EngineError
+from cm_runtime.extras import privacy
 from cm_runtime.process import epitaph
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -32,7 +33,8 @@ class Process:
 
     def __init__(self, threads: int, root: Path = HERE) -> None:
         path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
+        silence = privacy("onnxruntime", "diffusers")  # in builds, too, that do not know of it
+        environment = {**os.environ, **silence, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER)],
