@@ -8,6 +8,7 @@ Large weights are in a data file beside the ``.onnx``, which the manifest names;
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -27,15 +28,18 @@ from pydantic import (
     model_validator,
 )
 
-from cm_runtime import files, protobuf
+from cm_runtime import bounded, files, protobuf
 from cm_runtime.errors import ArtifactError
 from cm_runtime.precond import Form, precond
 from cm_runtime.protobuf import MalformedError, fields, read_entry, write_entry
-from cm_runtime.schedule import RHO, SIGMA_MAX, SIGMA_MIN, checked_sigmas
+from cm_runtime.schedule import LARGEST, RHO, SIGMA_MAX, SIGMA_MIN, SMALLEST, checked_sigmas
 
 METADATA_KEY = "cm_runtime"
 FORMAT_VERSION = 1
 _MANIFEST_LIMIT = 1 << 20
+_MOST_FIELDS = 20_000  # outermost ones: a graph, some entries, functions by the hundred
+_PLAIN_VALUES, _PLAIN_LETTERS, _PLAIN_LEVELS = 10_000, 1 << 18, 20  # of a run's configuration
+MOST_PIXELS = 1 << 26  # of an image, its channels counted
 _METADATA_PROPS = 14  # field of onnx.ModelProto
 _GRAPH = 7
 _PIECE = 1 << 20
@@ -51,6 +55,40 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def check_plain(value: Any) -> None:
+    """Check that ``value`` can be written as JSON of moderate size, before anything walks through all of it.
+
+    Raises:
+        ValueError: It holds what JSON cannot, over 20 levels, over 10,000 values, or texts of over 2^18 letters in all.
+    """
+    values, letters, level = 0, 0, [value]
+    for _ in range(_PLAIN_LEVELS):
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                below += [*one.keys(), *one.values()]
+                if not all(isinstance(key, str) for key in one):
+                    raise ValueError("it has a name that is no text")
+            elif isinstance(one, list | tuple):
+                below += one
+            elif isinstance(one, str):
+                letters += len(one)
+                if any("\ud800" <= letter <= "\udfff" for letter in one[:_PLAIN_LETTERS]):
+                    raise ValueError("it has a text that is no Unicode")
+            elif isinstance(one, int | float):
+                if not abs(one) < 2**63:
+                    raise ValueError("it has a number that is not finite, or of over 64 bits")
+            elif one is not None:
+                raise ValueError(f"it has a {type(one).__name__}, which JSON has not")
+            if values + len(below) > _PLAIN_VALUES or letters > _PLAIN_LETTERS:
+                raise ValueError(f"it has over {_PLAIN_VALUES} values, or {_PLAIN_LETTERS} letters")
+        if not below:
+            return
+        values += len(below)
+        level = below
+    raise ValueError(f"it nests over {_PLAIN_LEVELS} levels")
+
+
 class TrainingSummary(_Frozen):
     """How a model came to be; ``method`` edm means a teacher, which few steps cannot sample. None: not known."""
 
@@ -60,6 +98,12 @@ class TrainingSummary(_Frozen):
     images: int | None = Field(None, ge=0, description="seen in training, repeats counted")
     seconds: float | None = Field(None, ge=0)
     config: dict[str, Any] = Field(default_factory=dict, description="the run's whole configuration")
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _is_plain(cls, config: Any) -> Any:
+        check_plain(config)
+        return config
 
 
 class Parity(_Frozen):
@@ -83,8 +127,8 @@ class Manifest(_Frozen):
     image_shape: tuple[Size, Size, Size] = Field(description="(C, H, W)")
     num_classes: int = Field(ge=0, le=1_000_000)
     precond: Form
-    sigma_min: float = Field(SIGMA_MIN, gt=0)
-    sigma_max: float = Field(SIGMA_MAX, gt=0)
+    sigma_min: float = Field(SIGMA_MIN, ge=SMALLEST)
+    sigma_max: float = Field(SIGMA_MAX, le=LARGEST)
     sigma_data: float = Field(0.5, gt=0)
     sigma_boundary: float = Field(ge=0)
     rho: float = Field(RHO, ge=0.1, le=100)
@@ -109,6 +153,8 @@ class Manifest(_Frozen):
     @model_validator(mode="after")
     def _fits(self) -> Manifest:
         precond(self.precond, self.sigma_data, self.sigma_boundary)
+        if math.prod(self.image_shape) > MOST_PIXELS:
+            raise ValueError(f"images of {self.image_shape} have over {MOST_PIXELS} numbers")
         if not self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} must lie below sigma_max {self.sigma_max:g}")
         for steps, levels in self.sigmas.items():
@@ -153,28 +199,26 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     where = Path(path)
     try:
-        with where.open("rb") as file:
-            found = _metadata(file, where.stat().st_size)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{where}: no such file") from error
-    except OSError as error:
-        raise ArtifactError(f"{where} cannot be read: {error.strerror or error}") from error
+        with bounded.opened(where, ArtifactError) as file:
+            text = _embedded(file, os.fstat(file.fileno()).st_size)
     except MalformedError as error:
         raise ArtifactError(f"{where} is not an ONNX file, or is truncated ({error})") from error
-    if METADATA_KEY not in found:
+    if text is None:
         raise ArtifactError(f"{where} was not exported by cm-runtime; make one with: cm-runtime export CHECKPOINT")
-    return parse_manifest(found[METADATA_KEY], where)
+    return parse_manifest(text, where)
 
 
 def data_path(path: str | os.PathLike[str], manifest: Manifest) -> Path | None:
     """The file that holds the weights of the exported file ``path``, or None where they are inside.
 
-    Raises ArtifactError when it is missing.
+    Raises ArtifactError when it is missing, or no regular file.
     """
     if not manifest.data_file:
         return None
     data = Path(path).with_name(manifest.data_file)
-    if not data.is_file():
+    if bounded.exists(data):
+        bounded.regular(data, ArtifactError)
+    else:
         raise ArtifactError(f"{path}: its weights are not there: put {data.name} beside it, or export it again")
     return data
 
@@ -201,8 +245,8 @@ def write_manifest(
     data = data_path(source, read_manifest(source))
     manifest = manifest.model_copy(update={"data_file": data.name if data else ""})
     with written(target, force=force) as (temporary, temporary_data):
-        with Path(source).open("rb") as old, temporary.open("wb") as new:
-            for field in fields(old, os.fstat(old.fileno()).st_size):
+        with bounded.opened(source, ArtifactError) as old, temporary.open("wb") as new:
+            for field in fields(old, os.fstat(old.fileno()).st_size, _MOST_FIELDS):
                 if not _is_manifest(field, old):
                     old.seek(field.start)
                     _copy(old, new, field.payload + field.length - field.start)
@@ -241,10 +285,10 @@ def written(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[tu
 def _named_by(path: Path) -> str:
     """The data file of an exported file, a later version's too; "" if it has none or cannot be read."""
     try:
-        with path.open("rb") as file:
-            said = json.loads(_metadata(file, path.stat().st_size)[METADATA_KEY])
-        return str(said.get("data_file", ""))
-    except (OSError, MalformedError, KeyError, ValueError, AttributeError, RecursionError):
+        with bounded.opened(path, ArtifactError) as file:
+            content = json.loads(_embedded(file, os.fstat(file.fileno()).st_size) or "")
+        return str(content.get("data_file", ""))
+    except (ArtifactError, MalformedError, ValueError, AttributeError, RecursionError):
         return ""
 
 
@@ -269,17 +313,18 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _metadata(file: BinaryIO, size: int) -> dict[str, bytes]:
-    props: dict[str, bytes] = {}
+def _embedded(file: BinaryIO, size: int) -> bytes | None:
+    """The text of the manifest in an ONNX file, the last where there are several. Raises MalformedError."""
+    text = None
     graph = False
-    for field in fields(file, size):
+    for field in fields(file, size, _MOST_FIELDS):
         if field.number == _METADATA_PROPS and field.length <= _MANIFEST_LIMIT:
             key, value = read_entry(file.read(field.length))
-            props[key] = value
+            text = value if key == METADATA_KEY else text
         graph = graph or field.number == _GRAPH
     if not graph:
         raise MalformedError("it holds no graph")
-    return props
+    return text
 
 
 def _is_manifest(field: protobuf.Field, file: BinaryIO) -> bool:

@@ -7,6 +7,8 @@ Others' checkpoints are read by `importers`; how any file of tensors is read saf
 
 from __future__ import annotations
 
+import io
+import mmap
 import os
 import pickle
 import warnings
@@ -14,19 +16,21 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cm_runtime import files
+from cm_runtime import bounded, files, pickles
 from cm_runtime.artifact import Manifest, TrainingSummary
 from cm_runtime.errors import CheckpointError, RequestError
 from cm_runtime.extras import require
 from cm_runtime.model import ConsistencyModel, ModelConfig, build
+from cm_runtime.pickles import Allowance, RefusedError, check_pickle
 
 FORMAT = "cm-runtime checkpoint 1"
+LEGACY_PICKLES = 5  # magic number, version, machine, content, names of storages; the numbers follow
 STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -110,7 +114,7 @@ def parse_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
     try:
         checkpoint = Checkpoint(
             config=ModelConfig.model_validate(content["config"]),
-            default_ema=str(content["default_ema"]),
+            default_ema=content["default_ema"],
             ema=content["ema"],
             training=TrainingSummary.model_validate(content["training"]),
             sha256=files.sha256(where),
@@ -125,8 +129,10 @@ def parse_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
         raise CheckpointError(f"{where} is damaged: {field}: {first['msg']}") from error
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where} is damaged: sigmas: they are not levels by the number of steps") from error
-    if not isinstance(checkpoint.ema, Mapping) or checkpoint.default_ema not in checkpoint.ema:
-        raise CheckpointError(f"{where} is damaged: it has no weights for EMA rate {checkpoint.default_ema}")
+    if not isinstance(checkpoint.ema, Mapping) or not all(isinstance(rate, str) for rate in checkpoint.ema):
+        raise CheckpointError(f"{where} is damaged: it has no weights by EMA rate")
+    if not isinstance(checkpoint.default_ema, str) or checkpoint.default_ema not in checkpoint.ema:
+        raise CheckpointError(f"{where} is damaged: it has no weights for EMA rate {str(checkpoint.default_ema)[:99]}")
     try:
         for weights in checkpoint.ema.values():
             check_weights(build(checkpoint.config, "meta"), weights)
@@ -163,22 +169,22 @@ def load_torch(path: str | os.PathLike[str]) -> Any:
     where = Path(path)
     start = b""
     try:
-        with where.open("rb") as file:
-            start = file.read(2)
-        if start == b"PK":
-            with zipfile.ZipFile(where) as archive:
-                claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > where.stat().st_size:  # torch stores without compression: anything else is a bomb
-                raise CheckpointError(f"{where} is not a torch checkpoint: it claims {claimed} bytes of content")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), bounded.opened(where, CheckpointError) as file:
             warnings.simplefilter("ignore")  # torch remarks on pickles of other versions; the error says enough
-            return torch.load(where, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{where}: no such file") from error
-    except OSError as error:
-        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+            start = file.read(2)
+            if start == b"PK":
+                _check_archive(where, os.fstat(file.fileno()).st_size)
+                return torch.load(where, map_location="cpu", weights_only=True)
+            # Mapped, and so no file to torch, which would look for a tar in one.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                head, allowance = io.BytesIO(content[: pickles.MOST_BYTES]), Allowance(len(content))
+                for _ in range(LEGACY_PICKLES):
+                    check_pickle(head, allowance)
+                return torch.load(cast(IO[bytes], content), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except RefusedError as error:
+        raise CheckpointError(f"{where} is not a torch checkpoint, or is damaged: {error}") from error
     except Exception as error:  # a damaged pickle can fail in any way: IndexError, struct.error, AssertionError, ...
         if isinstance(error, pickle.UnpicklingError) and (start == b"PK" or start[:1] == pickle.PROTO):
             raise CheckpointError(
@@ -187,15 +193,27 @@ def load_torch(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{where} is not a torch checkpoint, or is damaged") from error
 
 
+def _check_archive(path: Path, size: int) -> None:
+    """Check a zip of torch's, and the pickle in it, before anything is built. Raises as `check_pickle`."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    claimed = sum(entry.file_size for entry in entries)
+    if claimed > size:  # torch stores without compression: anything else is a bomb
+        raise CheckpointError(f"{path} is not a torch checkpoint: it claims {claimed} bytes of content")
+    if any(entry.file_size > pickles.MOST_BYTES for entry in entries if entry.filename.endswith("data.pkl")):
+        raise RefusedError(f"its pickle has over {pickles.MOST_BYTES} bytes")
+    record = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")  # the one that torch.load reads
+    check_pickle(io.BytesIO(record), Allowance(size))
+
+
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file, which holds nothing else; raises CheckpointError."""
     require("safetensors", f"reading {path}")
     from safetensors.torch import load_file
 
+    bounded.regular(path, CheckpointError)
     try:
         return load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the package's own error derives from nothing narrower
@@ -212,6 +230,13 @@ def check_weights(model: ConsistencyModel, weights: Any) -> None:
     check_tensors(shapes_of(model), weights, "its tensors do not fit its config")
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """True for a tensor of floats that has memory of its own for each of them."""
+    if tensor.dtype not in STORED or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
 def check_tensors(expected: Mapping[str, tuple[int, ...]], weights: Any, complaint: str) -> None:
     """Raises CheckpointError naming the tensors that are missing, extra, misshapen or not finite, the first five."""
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
@@ -223,7 +248,7 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], weights: Any, complai
             continue
         if tuple(tensor.shape) != expected[name]:
             wrong.append(f"{name} is {tuple(tensor.shape)} and should be {expected[name]}")
-        elif tensor.dtype not in STORED or tensor.layout != torch.strided or tensor.is_meta:
+        elif not is_dense(tensor):
             wrong.append(f"{name} is not a dense tensor of floats")
         elif not bool(torch.isfinite(tensor).all()):
             wrong.append(f"{name} is not finite")

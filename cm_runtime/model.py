@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from cm_runtime.precond import Form, Precond, precond
-from cm_runtime.schedule import RHO, SIGMA_MAX, SIGMA_MIN
+from cm_runtime.schedule import LARGEST, RHO, SIGMA_MAX, SIGMA_MIN, SMALLEST
 from cm_runtime.unet import UNet, UNetConfig
 
 
@@ -20,8 +20,8 @@ class ModelConfig(BaseModel):
     precond: Form
     sigma_data: float = Field(0.5, gt=0)
     sigma_boundary: float = Field(ge=0, description="where f is the identity: 0 for the edm form")
-    sigma_min: float = Field(SIGMA_MIN, gt=0, description="the sampler's, not the form's")
-    sigma_max: float = Field(SIGMA_MAX, gt=0)
+    sigma_min: float = Field(SIGMA_MIN, ge=SMALLEST, description="the sampler's, not the form's")
+    sigma_max: float = Field(SIGMA_MAX, le=LARGEST)
     rho: float = Field(RHO, ge=0.1, le=100)
 
     @model_validator(mode="after")

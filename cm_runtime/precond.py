@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 
 from cm_runtime.errors import ConfigError
+from cm_runtime.schedule import LARGEST, SMALLEST
 
 Form = Literal["boundary", "edm", "piecewise"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -37,12 +38,13 @@ class Precond:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ConfigError(f"precond must be one of {', '.join(FORMS)}, not {self.form!r}")
-        if not self.sigma_data > 0:
-            raise ConfigError(f"sigma_data must be positive, not {self.sigma_data}")
+        if not SMALLEST <= self.sigma_data <= LARGEST:
+            raise ConfigError(f"sigma_data must be positive, from {SMALLEST:g} to {LARGEST:g}, not {self.sigma_data}")
         if self.form == "edm" and self.sigma_boundary != 0:
             raise ConfigError(f"the edm form has its boundary at sigma 0, not {self.sigma_boundary}")
-        if self.form != "edm" and not self.sigma_boundary > 0:
-            raise ConfigError(f"the {self.form} form needs sigma_boundary above 0, not {self.sigma_boundary}")
+        if self.form != "edm" and not 0 < self.sigma_boundary <= LARGEST:
+            limits = f"above 0 and up to {LARGEST:g}"
+            raise ConfigError(f"the {self.form} form needs sigma_boundary {limits}, not {self.sigma_boundary}")
 
     def c_skip(self, sigma: Sigma) -> Sigma:
         """The share of x in f; sigma: any shape."""

@@ -27,11 +27,12 @@ class Field(NamedTuple):
     length: int
 
 
-def fields(file: BinaryIO, end: int) -> Iterator[Field]:
+def fields(file: BinaryIO, end: int, most: int | None = None) -> Iterator[Field]:
     """Each field up to byte ``end``, ``file`` standing at its payload; where the caller leaves it does not matter.
 
-    Raises MalformedError.
+    Raises MalformedError, also where there are more than ``most`` of them.
     """
+    count = 0
     while (start := file.tell()) < end:
         tag = _varint(file)
         number, wire = tag >> 3, tag & 7
@@ -43,6 +44,9 @@ def fields(file: BinaryIO, end: int) -> Iterator[Field]:
         else:
             length = _FIXED.get(wire) or _varint(file)
         payload = file.tell()
+        count += 1
+        if most is not None and count > most:
+            raise MalformedError(f"it has over {most} fields")
         if payload + length > end:
             raise MalformedError(f"a field of {length} bytes runs past its end")
         yield Field(number, start, payload, length)
@@ -53,7 +57,7 @@ def read_entry(entry: bytes) -> tuple[str, bytes]:
     """A string map's entry, as onnx.StringStringEntryProto: key is field 1, value is field 2. Raises MalformedError."""
     found = {1: b"", 2: b""}
     file = io.BytesIO(entry)
-    for field in fields(file, len(entry)):
+    for field in fields(file, len(entry), 8):
         found[field.number] = file.read(field.length)
     return found[1].decode(errors="replace"), found[2]
 

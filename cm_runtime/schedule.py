@@ -15,6 +15,7 @@ from cm_runtime.errors import RequestError
 SIGMA_MIN = 0.002
 SIGMA_MAX = 80.0
 RHO = 7.0
+SMALLEST, LARGEST = 1e-15, 1e15  # any noise level's bounds: their squares are normal numbers in float32
 GRID_LIMIT = 1_000_000
 
 

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cm_runtime.artifact import MOST_PIXELS
+
 
 class NetworkShape(BaseModel):
     """The choices a UNet leaves open once the images are known; unknown keys are refused."""
@@ -53,6 +55,8 @@ class UNetConfig(NetworkShape):
         divisor = self.patch * 2 ** (len(self.channel_mult) - 1)
         if self.image_size % divisor:
             raise ValueError(f"image_size {self.image_size} must be a multiple of {divisor} for this depth and patch")
+        if self.image_channels * self.image_size**2 > MOST_PIXELS:
+            raise ValueError(f"images of {self.image_channels}x{self.image_size}x{self.image_size} are too large")
         if not all(0 < m <= 64 for m in self.channel_mult):
             raise ValueError("channel_mult must be from 1 to 64")
         sizes = [self.image_size // self.patch // 2**level for level in range(len(self.channel_mult))]

@@ -254,7 +254,7 @@ def test_a_manifest_without_a_graph_is_refused(tmp_path):
 
 def test_paths_that_hold_no_file_are_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.onnx")
-    assert "Is a directory" in refusal(tmp_path)
+    assert "is a folder, not a regular file" in refusal(tmp_path)
     assert "cannot be read" in refusal(tmp_path / ("x" * 300))
     (tmp_path / "file").touch()
     assert "cannot be read" in refusal(tmp_path / "file" / "m.onnx")

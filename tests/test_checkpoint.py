@@ -349,7 +349,7 @@ def test_files_of_other_programs_are_refused(tmp_path, rng):
 
 def test_paths_that_hold_no_file_are_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.pt")
-    assert "cannot be read" in refusal(tmp_path)
+    assert "is a folder, not a regular file" in refusal(tmp_path)
     refusal(tmp_path / ("x" * 300 + ".pt"))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import files, noise
+from cm_runtime import bounded, files, noise
 from cm_runtime.artifact import Manifest, data_path
 from cm_runtime.backends.base import Backend, images_at_once
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, OutputError
@@ -131,9 +131,9 @@ def fastest(asked: Question, open_engine: Callable[[str], Backend]) -> Backend:
 def remembered(asked: Question) -> Answer | None:
     """What was measured before; None where nothing was, or what is kept is not to be believed."""
     try:
-        said = json.loads((_folder() / f"{asked.key}.json").read_text(encoding="utf-8"))["seconds"]
+        said = json.loads(bounded.read_text(_folder() / f"{asked.key}.json", ArtifactError, 1 << 16))["seconds"]
         seconds = {str(name): float(taken) for name, taken in said.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
+    except (ArtifactError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
         return None
     if not seconds or not set(seconds) <= set(asked.names) or not all(0 < s < math.inf for s in seconds.values()):
         return None

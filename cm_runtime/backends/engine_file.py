@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cm_runtime import bounded
 from cm_runtime.artifact import Manifest, Parity
 from cm_runtime.errors import ArtifactError, RequestError
 
@@ -111,19 +112,12 @@ def _beside(path: str | os.PathLike[str], ending: str) -> Path:
 def read_engine_manifest(path: str | os.PathLike[str]) -> EngineManifest:
     """The manifest of the engine ``path``, which is not opened. Raises ArtifactError."""
     engine, where = Path(path), manifest_path(path)
-    try:
-        if not engine.is_file():
-            raise ArtifactError(f"{engine}: no such file")
-        if not where.is_file():
-            raise ArtifactError(
-                f"{engine}: its manifest {where.name} is not beside it; {rebuild('tensorrt-rtx|tensorrt', engine)}"
-            )
-        with where.open("rb") as file:
-            text = file.read(_MANIFEST_LIMIT + 1)
-    except OSError as error:
-        raise ArtifactError(f"{engine} and its manifest cannot be read: {error.strerror or error}") from error
-    if len(text) > _MANIFEST_LIMIT:
-        raise ArtifactError(f"{where} is no engine's manifest: it is too long; {rebuild('tensorrt-rtx', engine)}")
+    bounded.regular(engine, ArtifactError)
+    if not bounded.exists(where):
+        raise ArtifactError(
+            f"{engine}: its manifest {where.name} is not beside it; {rebuild('tensorrt-rtx|tensorrt', engine)}"
+        )
+    text = bounded.read_bytes(where, ArtifactError, _MANIFEST_LIMIT)
     try:
         return EngineManifest.model_validate_json(text)
     except ValidationError as error:
@@ -160,17 +154,13 @@ def verified(
     """
     check_target(manifest, path, package, version, capability)
     again = rebuild(FORMATS[package], path, manifest.profile, *manifest.gpus)
-    try:
-        with Path(path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != manifest.bytes:  # before memory is taken
-                raise ArtifactError(
-                    f"{path} has {size} bytes, not the {manifest.bytes} of its manifest: it is cut short,"
-                    f" or the manifest is another engine's; {again}"
-                )
-            content = file.read(manifest.bytes + 1)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    size = bounded.regular(path, ArtifactError).st_size
+    if size != manifest.bytes:  # before memory is taken
+        raise ArtifactError(
+            f"{path} has {size} bytes, not the {manifest.bytes} of its manifest: it is cut short,"
+            f" or the manifest is another engine's; {again}"
+        )
+    content = bounded.read_bytes(path, ArtifactError, manifest.bytes)
     check_hash(content, manifest, path)
     return content
 

@@ -31,7 +31,7 @@ def load_checkpoint(
     """
     where = Path(path)
     known = published.find(where) if model_name is None else published.named(model_name)
-    if where.is_dir():
+    if os.path.isdir(where):  # False for names that no file can have
         _refuse(where, "a diffusers folder", "its config.json", head_channels=head_channels, image_size=image_size)
         return diffusers.read(where, precond, known)
     content = ours.load_safetensors(where) if where.suffix == ".safetensors" else ours.load_torch(where)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from cm_runtime import files
+from cm_runtime import bounded, files
 from cm_runtime.checkpoint import Checkpoint, load_safetensors, load_torch
 from cm_runtime.errors import CheckpointError
 from cm_runtime.importers import published, unet2d_options, unet2d_tensors
@@ -38,9 +39,9 @@ def read(folder: Path, precond: Form | None = None, known: Published | None = No
 
     Raises CheckpointError: what is missing or damaged, and the first option, tensor or shard that does not fit.
     """
-    where = folder / "unet" if (folder / "unet").is_dir() else folder
+    where = folder / "unet" if os.path.isdir(folder / "unet") else folder
     config = _json(where / "config.json", f"{folder} is no diffusers folder of a UNet2DModel")
-    schedulers = [path for path in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if path.exists()]
+    schedulers = [path for path in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if bounded.exists(path)]
     scheduler = _json(schedulers[0], str(folder)) if schedulers else None
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
@@ -82,9 +83,9 @@ def _form(
 def _weights(where: Path) -> list[Path]:
     """The files with the tensors: the whole ones before shards, safetensors before .bin, full precision before fp16."""
     for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"):
-        if (path := where / f"{WEIGHTS}{ending}").is_file():
+        if bounded.exists(path := where / f"{WEIGHTS}{ending}"):
             return [path]
-        if (index := where / f"{WEIGHTS}{ending}.index.json").is_file():
+        if bounded.exists(index := where / f"{WEIGHTS}{ending}.index.json"):
             return _shards(index)
     raise CheckpointError(f"{where}: it has no {WEIGHTS}.safetensors or .bin")
 
@@ -117,14 +118,10 @@ def _tensors(paths: list[Path]) -> dict[str, Tensor]:
 
 def _json(path: Path, complaint: str) -> dict[str, Any]:
     """The object in a JSON file; raises CheckpointError."""
+    if not bounded.exists(path):
+        raise CheckpointError(f"{complaint}: there is no {path.name} in {path.parent}")
     try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(f"{path} is larger than {JSON_LIMIT} bytes, which no configuration is")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{complaint}: there is no {path.name} in {path.parent}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        content = json.loads(bounded.read_text(path, CheckpointError, JSON_LIMIT))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON") from error
     if not isinstance(content, dict):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cm_runtime.checkpoint import STORED, load_safetensors, load_torch
+from cm_runtime.checkpoint import is_dense, load_safetensors, load_torch
 from cm_runtime.errors import CheckpointError
 
 CHANNELS = (64, 128, 256, 512, 512)  # of the five stages
@@ -66,7 +66,7 @@ def read_weights(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Tensor]:
                 wrong.append(f"{name} is there twice")
             elif name not in expected:
                 wrong.append(f"unexpected {name}")
-            elif tensor.dtype not in STORED or tensor.layout != torch.strided or tensor.is_meta:
+            elif not is_dense(tensor):
                 wrong.append(f"{name} is not a dense tensor of floats")
             elif (tuple(tensor.squeeze().shape) if name.startswith("lin") else tuple(tensor.shape)) != expected[name]:
                 wrong.append(f"{name} is {tuple(tensor.shape)} and should be of {expected[name]}")

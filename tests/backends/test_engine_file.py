@@ -115,15 +115,15 @@ def test_an_engine_without_a_manifest_is_refused(engine: Path) -> None:
     beside.unlink()
     refused(engine, r"its manifest model\.engine\.json is not beside it")
     beside.mkdir()
-    refused(engine, r"its manifest model\.engine\.json is not beside it")
+    refused(engine, r"model\.engine\.json: is a folder, not a regular file")
     beside.rmdir()
     os.mkfifo(beside)  # reading it would wait for ever
-    refused(engine, r"its manifest model\.engine\.json is not beside it")
+    refused(engine, r"model\.engine\.json: is a pipe, not a regular file")
 
 
 @pytest.mark.parametrize("name", ["none.engine", "none/model.engine", "\0.engine", "."])
 def test_a_missing_engine_is_one_line(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ArtifactError, match="no such file"):
+    with pytest.raises(ArtifactError, match="no such file|no file can have such a name|is a folder"):
         read_engine_manifest(tmp_path / name)
 
 
@@ -141,7 +141,7 @@ MALFORMED: dict[str, bytes] = {
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_a_malformed_manifest_is_refused(engine: Path, kind: str) -> None:
     engine_file.manifest_path(engine).write_bytes(MALFORMED[kind])
-    refused(engine, "is not a valid engine manifest|is no engine's manifest: it is too long")
+    refused(engine, "is not a valid engine manifest|more than the 1048576 that such a file has")
 
 
 CHANGES: dict[str, Any] = {
@@ -177,14 +177,14 @@ def test_a_compute_capability_is_two_numbers(make_manifest: Callable[..., Manife
 def test_what_was_hashed_is_what_is_returned(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is exchanged after it was checked changes nothing: it is read once."""
     reads = []
-    real = Path.open
+    real = os.open
 
-    def counted(path: Path, *args: Any, **named: Any) -> Any:
+    def counted(path: Any, *args: Any, **named: Any) -> Any:
         reads.append(path)
         return real(path, *args, **named)
 
     manifest = read_engine_manifest(engine)
-    monkeypatch.setattr(Path, "open", counted)
+    monkeypatch.setattr(os, "open", counted)
     content = verified(engine, manifest, "tensorrt_rtx", HERE[1], HERE[2])
     assert reads == [engine]
     engine.write_bytes(b"something else")
