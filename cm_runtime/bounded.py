@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from cm_runtime.errors import CmRuntimeError, data_error
+from cm_runtime.errors import CmRuntimeError, DataError, data_error
 
 MAX_INFLATED = 2**31  # bytes one compressed file may grow to in memory
+USUAL_INFLATED, USUAL_RATIO = 2**28, 100  # above so many bytes, pictures do not shrink to a hundredth
 CHUNK = 2**20
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -121,7 +122,8 @@ class Readable(Protocol):
 
 
 def open_stream(path: Path) -> io.BufferedIOBase:
-    """The bytes of ``path``, decompressed where they begin like gzip or xz. Raises OSError."""
+    """The bytes of ``path``, decompressed where they begin like gzip or xz. Raises DataError, OSError."""
+    regular(path, DataError)
     with path.open("rb") as file:
         magic = file.read(6)
     if magic[:2] == b"\x1f\x8b":
@@ -129,6 +131,11 @@ def open_stream(path: Path) -> io.BufferedIOBase:
     if magic == b"\xfd7zXZ\0":
         return lzma.open(path)
     return path.open("rb")
+
+
+def most_inflated(packed: int) -> int:
+    """Bytes that ``packed`` compressed ones may grow to: 2^28, or a hundred times as many up to 2^31."""
+    return min(max(USUAL_INFLATED, USUAL_RATIO * packed), MAX_INFLATED)
 
 
 def read_up_to(stream: Readable, count: int, path: Path) -> bytearray:

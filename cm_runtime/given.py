@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,29 +91,22 @@ def hole_of_box(box: Sequence[int], size: tuple[int, int]) -> NDArray[np.bool_]:
 
 def _arrays(path: Path, channels: int, sizes: Sequence[tuple[int, int]]) -> tuple[NDArray[Any], list[int] | None]:
     """Images, and labels where there are such."""
-    if not path.is_file():
-        raise data_error(path, "is not a regular file", "check the path")
     names = npz.keys(path)
     if "arr_0" not in names:
         raise data_error(path, "has no arr_0", "give images (N, H, W, C) under that name, as numpy.savez does")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            member = npz.header(archive, archive.getinfo("arr_0.npy"), path)
-            shape, kind = member.shape, member.dtype.newbyteorder("=")
-            if len(shape) != 4 or kind not in (np.uint8, np.float32) or shape[3] != channels or shape[1:3] not in sizes:
-                wanted = " or ".join(f"(N, {h}, {w}, {channels})" for h, w in sizes)
-                raise data_error(path, f"arr_0 is {member.dtype} {shape}", f"give {wanted}, uint8 or float32")
-            if shape[0] > MOST:
-                raise data_error(path, f"holds {shape[0]} images", f"at most {MOST} are edited at once")
-            images = npz.array(archive, member, path)
-            if "arr_1" not in names:
-                return images, None
-            member = npz.header(archive, archive.getinfo("arr_1.npy"), path)
-            if member.dtype.kind not in "iu" or member.shape != shape[:1]:
-                wrong = f"arr_1 is {member.dtype} {member.shape} for {shape[0]} images"
-                raise data_error(path, wrong, "labels are integers, one an image")
-            return images, [int(label) for label in npz.array(archive, member, path)]
-    except npz.BROKEN as error:
-        raise data_error(path, f"is not a whole .npz ({error})", "write it again with numpy.savez") from error
-    except OSError as error:
-        raise data_error(path, f"cannot be read ({error.strerror or error})", "check the path") from error
+    with npz.opened(path) as archive:
+        member = npz.header(archive, archive.getinfo("arr_0.npy"), path)
+        shape, kind = member.shape, member.dtype.newbyteorder("=")
+        if len(shape) != 4 or kind not in (np.uint8, np.float32) or shape[3] != channels or shape[1:3] not in sizes:
+            wanted = " or ".join(f"(N, {h}, {w}, {channels})" for h, w in sizes)
+            raise data_error(path, f"arr_0 is {member.dtype} {shape}", f"give {wanted}, uint8 or float32")
+        if shape[0] > MOST:
+            raise data_error(path, f"holds {shape[0]} images", f"at most {MOST} are edited at once")
+        images = npz.array(archive, member, path)
+        if "arr_1" not in names:
+            return images, None
+        member = npz.header(archive, archive.getinfo("arr_1.npy"), path)
+        if member.dtype.kind not in "iu" or member.shape != shape[:1]:
+            wrong = f"arr_1 is {member.dtype} {member.shape} for {shape[0]} images"
+            raise data_error(path, wrong, "labels are integers, one an image")
+        return images, [int(label) for label in npz.array(archive, member, path)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import math
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from cm_runtime.bounded import MAX_INFLATED, read_up_to
-from cm_runtime.errors import data_error
+from cm_runtime import bounded
+from cm_runtime.bounded import most_inflated, read_up_to
+from cm_runtime.errors import DataError, data_error
 
 HEADER = 2**16
 # what zipfile lets through when a directory entry or a local header lies
@@ -34,15 +37,20 @@ class Member:
     offset: int
 
 
-def keys(path: Path) -> set[str]:
-    """The names of the arrays in ``path``, by which readers tell what kind of file it is. Raises DataError."""
+@contextmanager
+def opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive open for reading; what zipfile raises in the block becomes a DataError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
+        with bounded.opened(path, DataError) as file, zipfile.ZipFile(file) as archive:
+            yield archive
     except BROKEN as error:
         raise data_error(path, f"is not a whole .npz ({error})", "write it again with numpy.savez") from error
-    except OSError as error:
-        raise data_error(path, f"cannot be read ({error.strerror or error})", "check the path") from error
+
+
+def keys(path: Path) -> set[str]:
+    """The names of the arrays in ``path``, by which readers tell what kind of file it is. Raises DataError."""
+    with opened(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Member:
@@ -56,7 +64,9 @@ def header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Membe
         head = io.BytesIO(read_up_to(stream, HEADER, path))
     try:
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(head)]
-        shape, fortran_order, dtype = read(head)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy remarks on headers that Python 2 wrote
+            shape, fortran_order, dtype = read(head)
     except Exception as error:  # the parser of Python literals raises whatever it trips over
         wrong = f"{info.filename} has no npy header of version 1 or 2 ({error})"
         raise data_error(path, wrong, "write it with numpy.savez") from error
@@ -68,8 +78,9 @@ def header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Membe
         there = info.file_size - head.tell()
         wrong = f"{info.filename} declares {dtype} {shape}, {size} bytes, but {there} are there"
         raise data_error(path, wrong, "write it again")
-    if info.compress_type == zipfile.ZIP_DEFLATED and size > MAX_INFLATED:
-        wrong = f"{info.filename} unpacks to {size} bytes, more than {MAX_INFLATED}"
+    most = most_inflated(info.compress_size)
+    if info.compress_type == zipfile.ZIP_DEFLATED and size > most:
+        wrong = f"{info.filename} unpacks to {size} bytes, more than {most}"
         raise data_error(path, wrong, "save it uncompressed, with numpy.savez")
     return Member(info, shape, fortran_order, dtype, head.tell())
 

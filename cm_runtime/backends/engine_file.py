@@ -117,7 +117,10 @@ def read_engine_manifest(path: str | os.PathLike[str]) -> EngineManifest:
         raise ArtifactError(
             f"{engine}: its manifest {where.name} is not beside it; {rebuild('tensorrt-rtx|tensorrt', engine)}"
         )
-    text = bounded.read_bytes(where, ArtifactError, _MANIFEST_LIMIT)
+    try:
+        text = bounded.read_bytes(where, ArtifactError, _MANIFEST_LIMIT)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; {rebuild('tensorrt-rtx', engine)}") from error
     try:
         return EngineManifest.model_validate_json(text)
     except ValidationError as error:

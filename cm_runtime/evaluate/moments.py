@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from cm_runtime.errors import DataError
 
 Float64 = NDArray[np.float64]
+MAX_DIMENSION = 4096  # of features, whose covariance then takes 134 MB; Inception's have 2048
 
 
 class RunningMoments:
@@ -29,6 +30,8 @@ class RunningMoments:
         f = np.asarray(features, np.float64)
         if f.ndim != 2 or 0 in f.shape:
             raise DataError(f"features of shape {f.shape}: rows of numbers are needed")
+        if f.shape[1] > MAX_DIMENSION:
+            raise DataError(f"features of {f.shape[1]} numbers; at most {MAX_DIMENSION} are compared")
         if not np.isfinite(f).all():
             raise DataError("features hold NaN or infinity; the extractor cannot take these images")
         mean = f.mean(0)
@@ -65,10 +68,15 @@ def frechet_distance(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> 
 
     arXiv 1706.08500, eq. 6. With S = R R^T, tr (S_a S_b)^(1/2) is the sum of the singular values of
     R_a^T R_b: real and accurate for singular covariances too, where a square root of the product is neither.
+    Raises DataError where the numbers are too large for it.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    overlap = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
-    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
+    try:
+        with np.errstate(over="raise", invalid="raise"):
+            overlap = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
+            distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
+    except (np.linalg.LinAlgError, FloatingPointError) as error:
+        raise DataError(f"no distance between these means and covariances can be computed ({error})") from error
     return max(float(distance), 0.0)
 
 

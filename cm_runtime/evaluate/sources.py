@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cm_runtime import bounded
 from cm_runtime.errors import data_error
-from cm_runtime.npz import BROKEN, Member, blocks, header, keys
+from cm_runtime.npz import Member, blocks, header, keys, opened
 from cm_runtime.sampling import Batch
 from cm_runtime.steps import to_uint8
 
@@ -38,35 +39,25 @@ class Samples:
         """All of it, in order. Raises DataError where the file does not hold what its headers promise."""
         height, width, channels = self.image_shape
         rows = max(1, min(256, _BLOCK // (4 * height * width * channels)))
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                pixels, labels = _members(archive, self.path)
-                first = 0
-                given = repeat(None) if labels is None else blocks(archive, labels, self.path, rows)
-                for block, label in zip(blocks(archive, pixels, self.path, rows), given, strict=labels is not None):
-                    index = np.arange(first, first + len(block), dtype=np.uint64)
-                    yield Batch(index, _whole(label, self.path), _pixels(block, self.path))
-                    first += len(block)
-        except BROKEN as error:
-            raise data_error(self.path, f"is not a whole .npz ({error})", "write it again") from error
-        except OSError as error:
-            raise data_error(self.path, f"cannot be read ({error.strerror or error})", "check the path") from error
+        with opened(self.path) as archive:
+            pixels, labels = _members(archive, self.path)
+            first = 0
+            given = repeat(None) if labels is None else blocks(archive, labels, self.path, rows)
+            for block, label in zip(blocks(archive, pixels, self.path, rows), given, strict=labels is not None):
+                index = np.arange(first, first + len(block), dtype=np.uint64)
+                yield Batch(index, _whole(label, self.path), _pixels(block, self.path))
+                first += len(block)
 
 
 def is_samples(path: Path) -> bool:
     """Whether ``path`` is an npz with ``arr_0``, and without the ``images`` of a data set. Raises DataError."""
-    return path.suffix == ".npz" and path.is_file() and {"arr_0", "images"} & keys(path) == {"arr_0"}
+    return path.suffix == ".npz" and bounded.exists(path) and {"arr_0", "images"} & keys(path) == {"arr_0"}
 
 
 def open_samples(path: Path) -> Samples:
     """The samples in ``path``, headers checked. Raises DataError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pixels, labels = _members(archive, path)
-    except BROKEN as error:
-        raise data_error(path, f"is not a whole .npz ({error})", "write it again with numpy.savez") from error
-    except OSError as error:
-        raise data_error(path, f"cannot be read ({error.strerror or error})", "check the path") from error
+    with opened(path) as archive:
+        pixels, labels = _members(archive, path)
     count, height, width, channels = pixels.shape
     return Samples(path, count, (height, width, channels), labels is not None)
 

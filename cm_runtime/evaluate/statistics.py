@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import files
+from cm_runtime import bounded, files
 from cm_runtime.errors import DataError, data_error
-from cm_runtime.evaluate.moments import Float64
-from cm_runtime.npz import BROKEN, array, header, keys
+from cm_runtime.evaluate.moments import MAX_DIMENSION, Float64
+from cm_runtime.npz import array, header, keys, opened
 
 SHIPPED = Path(__file__).parent.parent / "models" / "fashion-mnist-statistics.npz"
-MAX_DIMENSION = 1 << 14
+LARGEST = 1e100  # a number of statistics; its square is finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Statistics:
 
 def is_statistics(path: Path) -> bool:
     """Whether ``path`` is an npz with ``mu`` and ``sigma``. Raises DataError for one that cannot be read."""
-    return path.suffix == ".npz" and path.is_file() and {"mu", "sigma"} <= keys(path)
+    return path.suffix == ".npz" and bounded.exists(path) and {"mu", "sigma"} <= keys(path)
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -57,20 +57,17 @@ def read_statistics(path: Path) -> Statistics:
 
     Raises DataError unless mu is (D,), sigma (D, D), symmetric with no negative variance, and all of it finite.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            mean, covariance = _numbers(archive, "mu", path), _numbers(archive, "sigma", path)
-            names = archive.namelist()
-            count = _scalar(archive, "count", path) if "count.npy" in names else None
-            digest = _digest(archive, path) if "extractor_sha256.npy" in names else None
-    except BROKEN as error:
-        raise data_error(path, f"is not a whole .npz ({error})", "write it again") from error
-    except OSError as error:
-        raise data_error(path, f"cannot be read ({error.strerror or error})", "check its permissions") from error
+    with opened(path) as archive:
+        mean, covariance = _numbers(archive, "mu", path), _numbers(archive, "sigma", path)
+        names = archive.namelist()
+        count = _scalar(archive, "count", path) if "count.npy" in names else None
+        digest = _digest(archive, path) if "extractor_sha256.npy" in names else None
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise data_error(path, f"mu is {mean.shape} and sigma {covariance.shape}", "they must be (D,) and (D, D)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise data_error(path, "holds NaN or infinity", "measure the data again")
+    if max(np.abs(mean).max(), np.abs(covariance).max()) > LARGEST:
+        raise data_error(path, f"holds numbers above {LARGEST:g}, which no features have", "measure the data again")
     scale = np.abs(covariance).max()
     if np.abs(covariance - covariance.T).max() > 1e-5 * scale or covariance.diagonal().min() < 0:
         raise data_error(path, "sigma is not a covariance", "it must be symmetric, its diagonal not negative")

@@ -69,7 +69,7 @@ def test_statistics_of_another_extractor_are_refused() -> None:
         ({"mu": np.zeros(3), "sigma": np.eye(3), "count": np.zeros(5, int)}, "one whole number"),
         ({"mu": np.zeros(3)}, "sigma"),
         ({"mu": np.array(["x"]), "sigma": np.eye(1)}, "mu"),
-        ({"mu": np.zeros(20_000), "sigma": np.eye(3)}, "D up to 16384"),
+        ({"mu": np.zeros(20_000), "sigma": np.eye(3)}, "D up to 4096"),
     ],
 )
 def test_what_is_no_statistics_is_one_line(tmp_path: Path, arrays: dict[str, Any], words: str) -> None:

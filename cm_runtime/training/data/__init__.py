@@ -45,8 +45,9 @@ def open_data(
         raise RequestError(f"split {split!r}: choose train or test")
     if image_size is not None and not 1 <= image_size <= MAX_SIDE:
         raise RequestError(f"image_size {image_size}: choose 1 to {MAX_SIDE}")
-    path = Path(source).expanduser()
+    path = Path(source)
     try:
+        path = path.expanduser()
         name = path.resolve().name or str(path)
         if str(source) in DATA_SETS and not path.exists():
             name = str(source)
@@ -55,6 +56,8 @@ def open_data(
     except OSError as error:
         wrong = f"cannot be read ({error.strerror or error})"
         raise data_error(error.filename or path, wrong, "check the path and its permissions") from error
+    except (ValueError, RuntimeError) as error:  # of resolving: a NUL, nobody's home, a link to itself
+        raise data_error(path, f"is no path of a data set ({error})", "check the path") from error
     except MemoryError as error:
         raise data_error(path, "does not fit into memory", "use smaller images or fewer") from error
     if image_size is not None and data.image_shape[1:] != (image_size, image_size):

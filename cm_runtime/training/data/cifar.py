@@ -5,7 +5,9 @@ Source: https://www.cs.toronto.edu/~kriz/cifar.html
 
 from __future__ import annotations
 
+import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,6 +23,9 @@ SHAPE = (3, 32, 32)
 RECORD = 3073
 MAX_BATCH = 10_000 * RECORD  # the original files hold exactly this
 MAX_ARCHIVE = 2**28  # the original unpacks to 184 MB
+MAX_MEMBERS = 10_000  # and has 9
+MAX_EXTENDED = 2**16  # bytes of a long name, or of a pax header
+EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 BATCHES: dict[Split, tuple[str, ...]] = {
     "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
     "test": ("test_batch.bin",),
@@ -56,17 +61,14 @@ def read_cifar_archive(archive: Path, split: Split, name: str) -> ImageSet:
     with open_stream(archive) as inflated:
         stream = CappedStream(inflated, MAX_ARCHIVE, archive)
         try:
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as members:
-                for member in members:
-                    batch = PurePosixPath(member.name).name
-                    if batch not in BATCHES[split] or not member.isfile():
-                        continue
-                    data = members.extractfile(member)
-                    if data is None or member.issparse() or batch in found:
-                        raise data_error(archive, f"holds an odd or second {batch}", "fetch it again")
-                    found[batch] = _records(read_up_to(data, MAX_BATCH + 1, archive), archive / batch)
-        # tarfile lets struct and value errors of hostile headers through
-        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+            for member, data in _members(stream, archive):
+                batch = PurePosixPath(member.name).name
+                if batch not in BATCHES[split] or not member.isreg():
+                    continue
+                if member.type == tarfile.GNUTYPE_SPARSE or batch in found:
+                    raise data_error(archive, f"holds an odd or second {batch}", "fetch it again")
+                found[batch] = _records(data, archive / batch)
+        except (tarfile.TarError, ValueError) as error:
             raise data_error(archive, f"is not a whole tar archive ({error})", "fetch it again") from error
         while stream.read(CHUNK):  # to the end, so that gzip checks its checksum
             pass
@@ -74,6 +76,42 @@ def read_cifar_archive(archive: Path, split: Split, name: str) -> ImageSet:
     if missing:
         raise data_error(archive, f"holds no {missing[0]}", "pass the original cifar-10-binary.tar.gz")
     return _image_set([found[batch] for batch in BATCHES[split]], name)
+
+
+def _members(stream: CappedStream, path: Path) -> Iterator[tuple[tarfile.TarInfo, bytearray]]:
+    """Each member of a tar, and up to a byte more of its data than a batch has.
+
+    Linear and without recursion, which tarfile's reader is not where many or long extended headers come. Of these the
+    names count, GNU's and pax's, and nothing else. Raises TarError, ValueError, DataError.
+    """
+    name = ""
+    for number in range(MAX_MEMBERS):
+        block = read_up_to(stream, tarfile.BLOCKSIZE, path)
+        if number and not block.strip(b"\0"):
+            return
+        member = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
+        has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in EXTENDED
+        padded = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if has_data else 0
+        if padded < 0:
+            raise ValueError(f"a member of {member.size} bytes")
+        data = read_up_to(stream, min(padded, MAX_BATCH + 1), path)
+        skipped = len(data)
+        while skipped < padded and (chunk := stream.read(min(CHUNK, padded - skipped))):
+            skipped += len(chunk)
+        if skipped < padded:
+            raise ValueError("it ends inside a member")
+        data = data[: member.size]
+        if member.type in EXTENDED and member.size > MAX_EXTENDED:
+            raise ValueError(f"an extended header of {member.size} bytes")
+        if member.type == tarfile.GNUTYPE_LONGNAME:
+            name = data.rstrip(b"\0").decode(errors="replace")
+        elif member.type == tarfile.XHDTYPE:
+            path_record = re.search(rb"(?:^|\n)[0-9]+ path=([^\n]*)\n", data)
+            name = path_record[1].decode(errors="replace") if path_record else name
+        elif member.type not in EXTENDED:
+            member.name, name = name or member.name, ""
+            yield member, data
+    raise ValueError(f"over {MAX_MEMBERS} members")
 
 
 def _records(data: bytearray, path: Path) -> NDArray[np.uint8]:

@@ -11,7 +11,8 @@ from typing import IO
 
 from rich.progress import Progress
 
-from cm_runtime.errors import data_error
+from cm_runtime import bounded
+from cm_runtime.errors import DataError, data_error
 from cm_runtime.extras import require
 from cm_runtime.training.data.bars import progress_bar
 from cm_runtime.training.data.idx import PREFIX, Split
@@ -52,6 +53,8 @@ def fetch(target: Path, remote: RemoteFile, *, progress: bool = False) -> None:
     pooch = require("pooch", "downloading a data set")
     from requests import RequestException
 
+    if bounded.exists(target):
+        bounded.regular(target, DataError)  # pooch reads it to its end
     failures: list[Exception] = []
     with progress_bar(progress) as bar, _quiet(pooch.get_logger()):
         downloader = _downloader(remote.size, bar, target.name)

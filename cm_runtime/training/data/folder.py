@@ -26,8 +26,8 @@ def read_folder(folder: Path, split: Split, name: str, *, image_size: int | None
     splits. Names that begin with a dot are passed over.
 
     Images must be of one size, unless ``image_size`` is given: then the largest centred square is resized to
-    it with Pillow's (antialiased) BICUBIC. EXIF rotation is applied. Grey when every file's mode is grey,
-    else RGB. Refused: transparent pixels, 16-bit grey, animations, over 2^26 pixels.
+    it with Pillow's (antialiased) BICUBIC. EXIF rotation and colour profiles are applied, see `pictures.read`, which
+    also says what is refused. Grey when every file's mode is grey, else RGB.
 
     Raises DataError, OSError. Returns (N, 1 or 3, H, W) uint8.
     """

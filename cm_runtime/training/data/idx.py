@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime.bounded import MAX_INFLATED, open_stream, read_up_to
+from cm_runtime.bounded import most_inflated, open_stream, read_up_to
 from cm_runtime.errors import data_error
 from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet
 
@@ -72,8 +72,9 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         size = math.prod(dims)
         if size == 0 or max(dims[1:], default=1) > MAX_SIDE:
             raise data_error(path, f"declares dims {dims}", f"none may be 0, and sides go up to {MAX_SIDE}")
-        if size > MAX_INFLATED and size > path.stat().st_size:
-            cure = f"unpack a file above {MAX_INFLATED} bytes first, or fetch it again"
+        packed = path.stat().st_size
+        if size > max(packed, most_inflated(packed)):
+            cure = f"unpack a file above {most_inflated(packed)} bytes first, or fetch it again"
             raise data_error(path, f"declares {size} bytes, more than the file itself holds", cure)
         body = read_up_to(stream, size + 1, path)
     if len(body) != size:

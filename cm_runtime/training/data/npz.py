@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from cm_runtime.errors import data_error
-from cm_runtime.npz import BROKEN, Member, array, header
+from cm_runtime.npz import Member, array, header, opened
 from cm_runtime.training.data.image_set import MAX_CLASSES, ImageSet
 
 CHANNELS = (1, 3)
@@ -23,24 +22,21 @@ def read_npz(path: Path, name: str) -> ImageSet:
 
     Raises DataError, OSError.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            key, label_key = ("images", "labels") if "images" in members else ("arr_0", "arr_1")
-            if key not in members:
-                found = ", ".join(name[:20] for name in sorted(members)[:4]) or "it is empty"
-                cure = "save arrays named images and labels, or arr_0 and arr_1"
-                raise data_error(path, f"holds neither images nor arr_0 ({found})", cure)
-            images = header(archive, members[key], path)
-            labels = header(archive, members[label_key], path) if label_key in members else None
-            channel_axis = _channel_axis(images, key, path)
-            if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
-                wrong = f"{label_key} is {labels.dtype} {labels.shape} for {images.shape[0]} images"
-                raise data_error(path, wrong, "labels are integers, one an image")
-            pixels = array(archive, images, path)
-            values = None if labels is None else array(archive, labels, path)
-    except BROKEN as error:
-        raise data_error(path, f"is not a whole .npz ({error})", "write it again with numpy.savez") from error
+    with opened(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        key, label_key = ("images", "labels") if "images" in members else ("arr_0", "arr_1")
+        if key not in members:
+            found = ", ".join(name[:20] for name in sorted(members)[:4]) or "it is empty"
+            cure = "save arrays named images and labels, or arr_0 and arr_1"
+            raise data_error(path, f"holds neither images nor arr_0 ({found})", cure)
+        images = header(archive, members[key], path)
+        labels = header(archive, members[label_key], path) if label_key in members else None
+        channel_axis = _channel_axis(images, key, path)
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
+            wrong = f"{label_key} is {labels.dtype} {labels.shape} for {images.shape[0]} images"
+            raise data_error(path, wrong, "labels are integers, one an image")
+        pixels = array(archive, images, path)
+        values = None if labels is None else array(archive, labels, path)
     pixels = np.ascontiguousarray(np.moveaxis(pixels, channel_axis, 1))
     if values is None:
         return ImageSet(pixels, None, 0, name)
