@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from cm_runtime import bounded
+from cm_runtime import bounded, checkpoint, given, importers, npz, pictures
+from cm_runtime.artifact import data_path, read_manifest, write_manifest
+from cm_runtime.backends import DEFAULT_MODEL, choice, engine_file
 from cm_runtime.errors import LONGEST, CmRuntimeError, ConfigError, RequestError
+from cm_runtime.evaluate import sources, statistics
+from cm_runtime.importers import diffusers
+from cm_runtime.training import lpips_weights
+from cm_runtime.training.data.cifar import read_cifar_archive
+from cm_runtime.training.data.download import fetch
+from cm_runtime.training.data.folder import read_folder
+from cm_runtime.training.data.idx import read_idx
+from cm_runtime.training.data.known import RemoteFile
+from cm_runtime.training.data.npz import read_npz
 
 
 @pytest.fixture
@@ -78,3 +92,91 @@ def test_line_of_an_error_is_cut_in_its_middle() -> None:
     assert line.startswith("begin ") and line.endswith(" end") and "[...]" in line
     assert len(line) <= LONGEST + 10 and "\n" not in line
     assert isinstance(RequestError("x"), CmRuntimeError)
+
+
+# Readers: each takes a path and refuses what is no file, at once and in one line
+
+Reader = Callable[[Path], object]
+
+
+def beside(name: str, reader: Reader, *others: tuple[str, str]) -> Reader:
+    """A reader of a folder in which ``name`` is the path that is tried, beside files of those names and texts."""
+
+    def read(path: Path) -> object:
+        folder = path.parent / "folder"
+        folder.mkdir()
+        for other, text in others:
+            (folder / other).write_text(text)
+        (folder / name).symlink_to(path)
+        return reader(folder)
+
+    return read
+
+
+def data_file(path: Path) -> object:
+    """The weights beside an exported file."""
+    manifest = read_manifest(DEFAULT_MODEL).model_copy(update={"data_file": "model-0123456789ab.data"})
+    path.with_name("model-0123456789ab.data").symlink_to(path)
+    return data_path(path.with_name("model.onnx"), manifest)
+
+
+WEIGHTS = "diffusion_pytorch_model"
+READERS: dict[str, Reader] = {
+    "manifest": read_manifest,
+    "new manifest": lambda path: write_manifest(path, path.with_name("o.onnx"), read_manifest(DEFAULT_MODEL)),
+    "checkpoint": checkpoint.read_checkpoint,
+    "safetensors": checkpoint.load_safetensors,
+    "any checkpoint": importers.load_checkpoint,
+    "LPIPS": lambda path: lpips_weights.read_weights([path]),
+    "engine": engine_file.read_engine_manifest,
+    "npz": npz.keys,
+    "arrays": lambda path: given._arrays(path, 1, [(4, 4)]),
+    "data set npz": lambda path: read_npz(path, "x"),
+    "samples": sources.open_samples,
+    "statistics": statistics.read_statistics,
+    "picture": lambda path: pictures.read(path, 1),
+    "grey": pictures.is_grey,
+    "size": pictures.size_of,
+    "mask": lambda path: given.read_mask(path, [], (4, 4)),
+    "IDX": lambda path: read_idx(path, 3),
+    "CIFAR": lambda path: read_cifar_archive(path, "train", "x"),
+    "download": lambda path: fetch(path, RemoteFile("0" * 64, 1, ("http://127.0.0.1:9/x",))),
+}
+IN_FOLDERS: dict[str, Reader] = {
+    "data file": data_file,
+    "diffusers": beside("config.json", importers.load_checkpoint),
+    "scheduler": beside("scheduler_config.json", importers.load_checkpoint, ("config.json", "{}")),
+    "weights": beside(f"{WEIGHTS}.bin", lambda folder: diffusers._tensors(diffusers._weights(folder))),
+    "index": beside(f"{WEIGHTS}.bin.index.json", diffusers._weights),
+    "folder of pictures": lambda path: read_folder(path.parent, "train", "x", image_size=4, progress=False),
+}
+SPECIAL = ("pipe", "socket", "device", "folder", "loop", "NUL", "long")
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_readers_refuse_what_is_no_file(tmp_path: Path, listening: Path, kind: str) -> None:
+    has_name = kind not in ("NUL", "long")
+    signal.alarm(30)  # ends a reader that waits
+    try:
+        for name, reader in (READERS | IN_FOLDERS if has_name else READERS).items():
+            folder = tmp_path / name
+            folder.mkdir()
+            path = folder / {"NUL": "a\0b.png", "long": "n" * 300}.get(kind, "x.png")
+            if kind == "pipe":
+                os.mkfifo(path)
+            elif kind == "folder":
+                path.mkdir()
+            elif has_name:
+                path.symlink_to({"socket": listening, "device": Path("/dev/zero"), "loop": path}[kind])
+            with pytest.raises(CmRuntimeError) as caught:
+                reader(path)
+            assert str(caught.value).isprintable() and len(str(caught.value)) < LONGEST + 10, name
+    finally:
+        signal.alarm(0)
+
+
+def test_a_choice_that_is_no_file_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_folder", lambda: tmp_path)
+    question: Any = SimpleNamespace(key="key", names=("ort",))
+    (tmp_path / "key.json").symlink_to("/dev/zero")
+    assert choice.remembered(question) is None

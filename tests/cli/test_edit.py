@@ -213,7 +213,7 @@ def test_help_shows_an_example_that_works(cli: Cli, edit: str, boundary: exporte
 
 REFUSED: dict[str, tuple[list[object], str]] = {
     "no image": (["stroke", "model.onnx", "--label", 0], "there is no image to edit"),
-    "no file": (["stroke", "model.onnx", "no.png", "--label", 0], "no.png: is not a regular file"),
+    "no file": (["stroke", "model.onnx", "no.png", "--label", 0], "no.png: no such file"),
     "no picture": (["stroke", "model.onnx", "text.png", "--label", 0], "text.png: is not a readable image"),
     "half a picture": (["stroke", "model.onnx", "half.png", "--label", 0], "half.png: is truncated or damaged"),
     "a model behind": (["stroke", "a.png", "model.onnx", "--label", 0], "model.onnx is no picture"),
