@@ -15,6 +15,7 @@ from cm_runtime.artifact import (
     Parity,
     TrainingSummary,
     data_name,
+    data_path,
     parse_manifest,
     read_manifest,
     write_manifest,
@@ -258,6 +259,43 @@ def test_paths_that_hold_no_file_are_refused(tmp_path):
     assert "cannot be read" in refusal(tmp_path / ("x" * 300))
     (tmp_path / "file").touch()
     assert "cannot be read" in refusal(tmp_path / "file" / "m.onnx")
+
+
+def test_a_file_of_many_fields_is_refused_soon(tmp_path, content):
+    """4 MB of fields of two bytes, which took 5 seconds; and an entry of them."""
+    assert "over 20000 fields" in refusal(tmp_path / "m.onnx", content + b"\x08\0" * (1 << 21))
+    entry = b"\x08\0" * 1000
+    assert "over 8 fields" in refusal(tmp_path / "m.onnx", content + b"\x72" + varint(len(entry)) + entry)
+
+
+@pytest.mark.parametrize("kind", ["missing", "pipe", "folder", "device"])
+def test_weights_that_are_no_file_are_refused(tmp_path, content, kind):
+    (tmp_path / "m.onnx").write_bytes(content)
+    manifest = read_manifest(tmp_path / "m.onnx").model_copy(update={"data_file": "m-0123456789ab.data"})
+    beside = tmp_path / manifest.data_file
+    if kind == "pipe":
+        os.mkfifo(beside)
+    elif kind == "folder":
+        beside.mkdir()
+    elif kind == "device":
+        beside.symlink_to("/dev/zero")
+    with pytest.raises(ArtifactError, match="put m-0123456789ab.data beside it" if kind == "missing" else f"a {kind}"):
+        data_path(tmp_path / "m.onnx", manifest)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_shape": [64, 4096, 4096]},
+        {"sigma_data": 1e300},
+        {"sigma_max": 1e300},
+        {"training": {"method": "cd", "data": "x", "config": {"a": [[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]}}},
+    ],
+    ids=["image", "sigma_data", "sigma_max", "training"],
+)
+def test_sizes_that_no_model_has_are_refused(changes):
+    with pytest.raises(ArtifactError, match=next(iter(changes)).replace("image_shape", "images of")):
+        parse_manifest(json.dumps({**PLAIN, **changes}), "m.onnx")
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------

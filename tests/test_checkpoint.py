@@ -353,6 +353,53 @@ def test_paths_that_hold_no_file_are_refused(tmp_path):
     refusal(tmp_path / ("x" * 300 + ".pt"))
 
 
+LOOP: dict[str, object] = {}
+LOOP["x"] = LOOP
+
+
+def nested(levels):
+    return [nested(levels - 1)] if levels else 1
+
+
+@pytest.mark.parametrize(
+    ("summary", "complaint"),
+    [
+        ({"a": torch.zeros(2)}, "it has a Tensor, which JSON has not"),
+        (LOOP, "in two places, or inside itself"),
+        ({"a": bytearray(b"x")}, "could run code"),
+        ({"a": {1}}, "could run code"),
+        ({"a": "\ud800"}, "no Unicode"),
+        ({"a": float("nan")}, "not finite"),
+        ({"a": nested(30)}, "nests over 20 levels"),
+        ({"a": nested(150)}, "nests over 100 levels"),
+        ({"a": list(range(20_000))}, "over 10000 values"),
+        ({"a": "x" * (1 << 19)}, "letters"),
+        ({1: "x"}, "a name that is no text"),
+        ([1], "config"),
+    ],
+    ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
+)
+def test_a_training_summary_that_no_manifest_can_hold_is_refused(tmp_path, content, summary, complaint):
+    training = {**content["training"], "config": summary}
+    assert complaint in refusal(tmp_path / "x.pt", {**content, "training": training})
+
+
+@pytest.mark.parametrize(("name", "value"), [("sigma_data", 1e300), ("sigma_data", 1e-300), ("sigma_max", 1e300)])
+def test_levels_beyond_float32_are_refused(tmp_path, content, name, value):
+    assert name in refusal(tmp_path / "x.pt", {**content, "config": {**content["config"], name: value}})
+
+
+def test_images_far_too_large_are_refused(tmp_path, content):
+    network = {**content["config"]["network"], "image_size": 4096, "image_channels": 64}
+    wrong = refusal(tmp_path / "x.pt", {**content, "config": {**content["config"], "network": network}})
+    assert "images of 64x4096x4096 are too large" in wrong
+
+
+@pytest.mark.parametrize("changes", [{"default_ema": 5}, {"ema": {5: {}}}, {"ema": {"0.999": {}, 5: {}}}])
+def test_rates_without_names_are_refused(tmp_path, content, changes):
+    assert "EMA rate" in refusal(tmp_path / "x.pt", {**content, **changes})
+
+
 # --- checkpoints that do not hold together ----------------------------------------------------------------------------
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cm_runtime import bounded
 from cm_runtime.errors import DataError
-from cm_runtime.npz import blocks, header
+from cm_runtime.npz import blocks, header, opened
 
 
 def read(path: Path, rows: int) -> list[Any]:
@@ -40,3 +41,25 @@ def test_fortran_order_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.asfortranarray(np.zeros((5, 4))))
     with pytest.raises(DataError, match="Fortran"):
         read(tmp_path / "x.npz", 2)
+
+
+def test_what_unpacks_to_very_much_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All zeros, a thousandth packed: pictures do not shrink so far."""
+    assert bounded.most_inflated(10) == 2**28 and bounded.most_inflated(2**24) == 100 * 2**24
+    assert bounded.most_inflated(2**30) == 2**31
+    monkeypatch.setattr(bounded, "USUAL_INFLATED", 2**20)
+    np.savez_compressed(tmp_path / "x.npz", a=np.zeros(2**21, np.uint8))
+    with (
+        opened(tmp_path / "x.npz") as archive,
+        pytest.raises(DataError, match="unpacks to 2097152 bytes, more than 10"),
+    ):
+        header(archive, archive.getinfo("a.npy"), tmp_path / "x.npz")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_header_of_python_2_is_read_in_silence(tmp_path: Path) -> None:
+    head = b"{'descr': '|u1', 'fortran_order': False, 'shape': (4L,), }\n"
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head + bytes(4))
+    with opened(tmp_path / "x.npz") as archive:
+        assert header(archive, archive.getinfo("a.npy"), tmp_path / "x.npz").shape == (4,)

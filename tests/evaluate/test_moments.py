@@ -135,3 +135,18 @@ def test_features_of_another_width_are_refused() -> None:
     running.update(np.zeros((2, 3)))
     with pytest.raises(DataError, match="4 numbers follow features of 3"):
         running.update(np.zeros((2, 4)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e155, 1e308])
+def test_numbers_too_large_for_a_distance_are_one_line(size: float) -> None:
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((5, 5))
+    huge = np.full(5, size), root @ root.T / np.abs(root @ root.T).max() * size
+    with pytest.raises(DataError, match="no distance between these means"):
+        frechet_distance(huge, (np.zeros(5), np.eye(5)))
+
+
+def test_features_of_very_many_numbers_are_refused() -> None:
+    with pytest.raises(DataError, match="features of 4097 numbers; at most 4096"):
+        moments(np.zeros((2, 4097), np.float32))

@@ -69,6 +69,7 @@ def test_statistics_of_another_extractor_are_refused() -> None:
         ({"mu": np.zeros(3), "sigma": np.eye(3), "count": np.zeros(5, int)}, "one whole number"),
         ({"mu": np.zeros(3)}, "sigma"),
         ({"mu": np.array(["x"]), "sigma": np.eye(1)}, "mu"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), 1e308)}, r"numbers above 1e\+100, which no features have"),
         ({"mu": np.zeros(20_000), "sigma": np.eye(3)}, "D up to 4096"),
     ],
 )

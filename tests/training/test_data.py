@@ -272,6 +272,39 @@ def test_cifar_garbage(tmp_path: Path, content: bytes, word: str) -> None:
     refuse(tmp_path, "holds no data_batch_1.bin")
 
 
+def tar_head(size: int, kind: bytes, name: str = "x") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_cifar_archive_of_extended_headers(tmp_path: Path) -> None:
+    """Those that tarfile takes squared time, its whole stack, or all memory for."""
+    archive = tmp_path / "c.tar"
+    long = 200_000
+    for content, word in (
+        (tar_head(long, b"x") + (b"1" * long).ljust(-(-long // 512) * 512, b"\0") + bytes(1024), "200000 bytes"),
+        ((tar_head(1, b"L") + b"a".ljust(512, b"\0")) * 5000 + bytes(1024), "holds no data_batch_1.bin"),
+        (tar_head(0, b"0") * 10_001, "over 10000 members"),
+    ):
+        archive.write_bytes(content)
+        start = time.monotonic()
+        refuse(archive, word)
+        assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_cifar_archive_as_other_tools_pack_it(tmp_path: Path, form: int) -> None:
+    files, images, _ = cifar_files(2)
+    with tarfile.open(tmp_path / "c.tar", "w", format=form) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{'folder/' * (3 if form == tarfile.USTAR_FORMAT else 30)}{name}")
+            info.size, info.mtime = len(content), 0.5
+            archive.addfile(info, io.BytesIO(content))
+        archive.addfile(tarfile.TarInfo("readme.html"))
+    np.testing.assert_array_equal(open_data(tmp_path / "c.tar").images, images)
+
+
 def test_cifar_archive_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, _, _ = cifar_files(1)
     archive = tmp_path / "cifar-10-binary.tar.gz"
@@ -592,6 +625,13 @@ def test_folder_deep_picture_after_a_colour_one(tmp_path: Path) -> None:
 
 
 # Sources and arguments
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "loop"])
+def test_open_data_paths_that_lead_nowhere(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    refuse(name, "check the path")
 
 
 def test_open_data_missing_paths(tmp_path: Path) -> None:
