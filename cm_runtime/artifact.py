@@ -33,6 +33,7 @@ from cm_runtime.errors import ArtifactError
 from cm_runtime.precond import Form, precond
 from cm_runtime.protobuf import MalformedError, fields, read_entry, write_entry
 from cm_runtime.schedule import LARGEST, RHO, SIGMA_MAX, SIGMA_MIN, SMALLEST, checked_sigmas
+from cm_runtime.wording import quantity
 
 METADATA_KEY = "cm_runtime"
 FORMAT_VERSION = 1
@@ -159,7 +160,7 @@ class Manifest(_Frozen):
             raise ValueError(f"sigma_min {self.sigma_min:g} must lie below sigma_max {self.sigma_max:g}")
         for steps, levels in self.sigmas.items():
             if len(levels) != steps:
-                raise ValueError(f"sigmas for {steps} steps are {len(levels)}")
+                raise ValueError(f"sigmas for {quantity(steps, 'step')} are {len(levels)}")
             checked_sigmas(levels, self.sigma_min, self.sigma_max)
         if self.graph == "sampler" and len(self.sigmas) != 1:
             raise ValueError("a sampler graph has the noise levels of one number of steps")

@@ -18,8 +18,10 @@ from cm_runtime import noise, sampling
 from cm_runtime.artifact import Manifest
 from cm_runtime.errors import RequestError
 from cm_runtime.projections import LUMA, Array, Edit, Luma, Mask, PatchMean, Projection
+from cm_runtime.requests import no_label
 from cm_runtime.sampling import Denoiser, Drawer, Output
 from cm_runtime.schedule import sampler_sigmas
+from cm_runtime.wording import quantity
 
 MOST_FRAMES = 10_000
 STEPS = 8  # where something is known of every x0: each step fits the rest to it better
@@ -144,7 +146,7 @@ def interpolate(
     if first == last:
         raise RequestError(f"there is nothing between image {first} and itself")
     if m.num_classes and label is None:
-        raise RequestError(f"this model has {m.num_classes} classes: say which one the images are of")
+        raise no_label(m.num_classes)
     draws = len(sampling.request(m, 1, steps, sigmas=sigmas, micro_batch=1, output=output, clip=clip).sigmas)
     ends = noise.normals(seed, [first, last], draws, m.image_shape)
     z = np.stack([slerp(a, b, np.linspace(0, 1, frames)) for a, b in ends])
@@ -306,5 +308,5 @@ def _labels(label: int | Sequence[int] | None, count: int, manifest: Manifest) -
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"labels are numbers, not {label!r}") from error
     if given.shape not in ((1,), (count,)):
-        raise RequestError(f"give one label, or one for each of {count} images, not {given.size}")
+        raise RequestError(f"give one label, or one for each of {quantity(count, 'image')}, not {given.size}")
     return np.broadcast_to(given, count)

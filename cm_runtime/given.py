@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cm_runtime import npz, pictures
 from cm_runtime.errors import RequestError, data_error
+from cm_runtime.wording import quantity
 
 MOST = 4096  # images at once, which are all in memory
 WHITE = 128
@@ -80,7 +81,7 @@ def hole_of_box(box: Sequence[int], size: tuple[int, int]) -> NDArray[np.bool_]:
     """The hole (H,W) of a box (left, top, width, height) in pixels of the model's images. Raises RequestError."""
     height, width = size
     if len(box) != 4:
-        raise RequestError(f"a box is LEFT,TOP,WIDTH,HEIGHT, not {len(box)} numbers")
+        raise RequestError(f"a box is LEFT,TOP,WIDTH,HEIGHT, not {quantity(len(box), 'number')}")
     left, top, wide, high = box
     if min(left, top) < 0 or min(wide, high) < 1 or left + wide > width or top + high > height:
         raise RequestError(f"a box of {wide}x{high} at {left},{top} is not inside images of {width}x{height}")
@@ -101,12 +102,12 @@ def _arrays(path: Path, channels: int, sizes: Sequence[tuple[int, int]]) -> tupl
             wanted = " or ".join(f"(N, {h}, {w}, {channels})" for h, w in sizes)
             raise data_error(path, f"arr_0 is {member.dtype} {shape}", f"give {wanted}, uint8 or float32")
         if shape[0] > MOST:
-            raise data_error(path, f"holds {shape[0]} images", f"at most {MOST} are edited at once")
+            raise data_error(path, f"holds {quantity(shape[0], 'image')}", f"at most {MOST} are edited at once")
         images = npz.array(archive, member, path)
         if "arr_1" not in names:
             return images, None
         member = npz.header(archive, archive.getinfo("arr_1.npy"), path)
         if member.dtype.kind not in "iu" or member.shape != shape[:1]:
-            wrong = f"arr_1 is {member.dtype} {member.shape} for {shape[0]} images"
+            wrong = f"arr_1 is {member.dtype} {member.shape} for {quantity(shape[0], 'image')}"
             raise data_error(path, wrong, "labels are integers, one an image")
         return images, [int(label) for label in npz.array(archive, member, path)]

@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from cm_runtime import files
 from cm_runtime.errors import RequestError
+from cm_runtime.wording import quantity
 
 GRID_PIXELS = 1 << 26
 
@@ -26,7 +27,9 @@ def check_grid(count: int, height: int, width: int) -> None:
     """Raises RequestError when ``count`` images are too many for one picture."""
     if count * height * width > GRID_PIXELS:
         most = GRID_PIXELS // (height * width)
-        raise RequestError(f"a picture holds at most {most} images of {height}x{width}; write more with -o NAME.npz")
+        raise RequestError(
+            f"a picture holds at most {quantity(most, 'image')} of {height}x{width}; write more with -o NAME.npz"
+        )
 
 
 def grid(images: NDArray[np.uint8], columns: int | None = None) -> NDArray[np.uint8]:
@@ -119,7 +122,7 @@ class NpzWriter:
             return
         with self._opened:
             if self._count != self._shape[0]:
-                raise ValueError(f"{self._shape[0]} images were promised and {self._count} written")
+                raise ValueError(f"{self._count} of {quantity(self._shape[0], 'image')} were written")
             self._array.close()
             if self._labels:
                 self._member("arr_1.npy", np.concatenate(self._labels))

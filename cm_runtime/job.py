@@ -24,6 +24,7 @@ from cm_runtime.backends.base import Backend
 from cm_runtime.errors import EngineError, OutOfMemoryError, OutputError, RequestError, data_error
 from cm_runtime.extras import require
 from cm_runtime.sampling import Batch, Output, Request
+from cm_runtime.wording import quantity
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 INDICES = 1 << 64
@@ -59,9 +60,11 @@ class Job(BaseModel):
         if self.shard_size < 1:
             raise ValueError(f"a shard holds at least 1 image, not {self.shard_size}")
         if self.count < 1 or not 0 <= self.start <= INDICES - self.count:
-            raise ValueError(f"there are no {self.count} images from {self.start}")
+            raise ValueError(f"there is no such range as {quantity(self.count, 'image')} from {self.start}")
         if len(self.numbers) > shards.MOST:
-            raise ValueError(f"{len(self.numbers)} shards are more than {shards.MOST}; give a larger --shard-size")
+            raise ValueError(
+                f"{quantity(len(self.numbers), 'shard')} are more than {shards.MOST}; give a larger --shard-size"
+            )
         if self.format != "npz":
             if self.output != "uint8":
                 raise ValueError(f"pictures hold bytes: --float is for --shards npz, not {self.format}")
@@ -159,7 +162,9 @@ def drawn(engine: Backend, job: Job, number: int) -> Iterator[Batch]:
     )
     for part in sampling.batches(engine, chosen):
         if len(part.index) != job.micro_batch:
-            raise OutOfMemoryError(f"no memory for {job.micro_batch} images at once: give a smaller --micro-batch")
+            raise OutOfMemoryError(
+                f"no memory for {quantity(job.micro_batch, 'image')} at once: give a smaller --micro-batch"
+            )
         at = int(part.index[0])
         wanted = slice(max(first - at, 0), first + count - at)
         labels = None if part.labels is None else part.labels[wanted]

@@ -17,7 +17,8 @@ from cm_runtime import noise
 from cm_runtime.artifact import Manifest
 from cm_runtime.errors import RequestError
 from cm_runtime.projections import Edit
-from cm_runtime.schedule import checked_sigmas, karras_sigmas, sampler_sigmas
+from cm_runtime.schedule import checked_sigmas, karras_sigmas, level_text, same_levels, sampler_sigmas
+from cm_runtime.wording import quantity
 
 Labels = int | Sequence[int] | Literal["all", "random"] | None
 Output = Literal["uint8", "float32"]
@@ -73,12 +74,15 @@ def request(
 def _own_levels(
     manifest: Manifest, steps: int | None, sigmas: Sequence[float] | None, output: Output, clip: bool
 ) -> tuple[float, ...]:
-    """The levels of a sampler graph, where nothing else is asked of it. Raises RequestError."""
+    """The exact levels of a sampler graph, where nothing else is asked of it than they as printed, or their number.
+
+    Raises RequestError.
+    """
     (levels,) = manifest.sigmas.values()
-    if steps not in (None, len(levels)) or (sigmas is not None and tuple(sigmas) != levels):
-        asked = f"{steps} steps" if sigmas is None else f"the levels {', '.join(f'{s:g}' for s in sigmas)}"
+    if steps not in (None, len(levels)) or (sigmas is not None and not same_levels(sigmas, levels)):
+        asked = quantity(steps or 0, "step") if sigmas is None else f"at {level_text(sigmas)}"
         raise RequestError(
-            f"this sampler file draws in {len(levels)} steps, at {', '.join(f'{s:g}' for s in levels)}, not {asked};"
+            f"this sampler file draws in {quantity(len(levels), 'step')}, at {level_text(levels)}, not {asked};"
             " a denoiser file draws in any"
         )
     if output != "uint8" or not clip:
@@ -136,10 +140,10 @@ def edit_request(
     if answers < 1:
         raise RequestError(f"there must be at least 1 answer to each image, not {answers}")
     if m.num_classes and edit.label is None:
-        raise RequestError(f"this model has {m.num_classes} classes: say which one an edited image is of")
+        raise no_label(m.num_classes)
     _checked_labels(None if edit.label is None else edit.label.tolist(), m.num_classes)
     if edit.label is not None and edit.label.shape != (inputs,):
-        raise RequestError(f"{inputs} images to edit need one label each, not {edit.label.size}")
+        raise RequestError(f"{quantity(inputs, 'image')} to edit need one label each, not {edit.label.size}")
     first = float(sigmas[0]) if len(sigmas) else m.sigma_max
     levels = checked_sigmas(sigmas, m.sigma_min, min(first, m.sigma_max))
     checked = _request(m, edit.count, levels, seed, start, None, micro_batch, output, clip)
@@ -165,11 +169,21 @@ def _request(
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
         raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
     if not 0 <= start <= (1 << 64) - count:
-        raise RequestError(f"image indices must be from 0 to 2^64-1; {count} images from {start} are not")
+        raise RequestError(
+            f"image indices must be from 0 to 2^64-1; {quantity(count, 'image')} from {start} would not be"
+        )
     if output not in ("uint8", "float32"):
         raise RequestError(f"output must be uint8 or float32, not {output!r}")
     checked = _checked_labels(labels, manifest.num_classes)
     return Request(count, levels, seed, start, checked, micro_batch, output, clip)
+
+
+def no_label(num_classes: int) -> RequestError:
+    """An edit of images whose class nobody said."""
+    classes = quantity(num_classes, "class")
+    return RequestError(
+        f"this model has {classes}: give the images' own, from 0 to {num_classes - 1}, as label (--label)"
+    )
 
 
 def even(count: int, most: int) -> int:

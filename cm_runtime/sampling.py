@@ -26,6 +26,7 @@ from cm_runtime.requests import split as split
 from cm_runtime.requests import teacher_request as teacher_request
 from cm_runtime.schedule import karras_sigmas
 from cm_runtime.steps import Array, HostSteps, to_nhwc, to_uint8
+from cm_runtime.wording import quantity
 
 X = TypeVar("X")
 L = TypeVar("L", contravariant=True)
@@ -175,7 +176,7 @@ def sample(
                 f"noise must be (K, N, {', '.join(map(str, model.manifest.image_shape))}), not {z.shape}"
             )
         if count not in (None, z.shape[1]):
-            raise RequestError(f"count is {count} but the noise is for {z.shape[1]} images")
+            raise RequestError(f"count is {count} but the noise is for {quantity(z.shape[1], 'image')}")
         if not np.isfinite(z).all():
             raise RequestError("noise must be finite")
         count = z.shape[1]
@@ -195,7 +196,7 @@ def sample(
         clip=clip,
     )
     if z is not None and len(z) != len(chosen.sigmas):
-        raise RequestError(f"noise is for {len(z)} steps, but {len(chosen.sigmas)} were asked for")
+        raise RequestError(f"noise is for {quantity(len(z), 'step')}, but {len(chosen.sigmas)} were asked for")
     return np.concatenate([part.images for part in batches(model, chosen, z)])
 
 

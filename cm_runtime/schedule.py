@@ -57,6 +57,16 @@ def sampler_sigmas(
     return tuple(float(s) for s in karras_sigmas(steps + 1, sigma_min, sigma_max, rho)[:-1])
 
 
+def level_text(sigmas: Sequence[float]) -> str:
+    """Noise levels as every command prints them and --sigmas takes them, with six digits: 80, 2.51522."""
+    return ", ".join(f"{sigma:g}" for sigma in sigmas)
+
+
+def same_levels(one: Sequence[float], other: Sequence[float]) -> bool:
+    """True if two lists of noise levels are equal as `level_text` prints them."""
+    return level_text(one) == level_text(other)
+
+
 def checked_sigmas(
     sigmas: Sequence[float],
     sigma_min: float = SIGMA_MIN,
@@ -69,13 +79,13 @@ def checked_sigmas(
     levels = tuple(float(s) for s in sigmas)
     if not levels:
         raise RequestError("sigmas is empty; give at least one noise level, the first one sigma_max")
-    if not math.isclose(levels[0], sigma_max, rel_tol=1e-6):
+    if not same_levels(levels[:1], [sigma_max]):
         raise RequestError(f"the first sigma must be the model's sigma_max {sigma_max:g}, not {levels[0]:g}")
     for before, after in pairwise(levels):
         if not after < before:
-            raise RequestError(f"sigmas must descend strictly; {after:g} follows {before:g}")
+            raise RequestError(f"sigmas must descend strictly; {after!r} follows {before!r}")
     if not levels[-1] > sigma_min:
-        raise RequestError(f"every sigma must lie above the model's sigma_min {sigma_min:g}, not {levels[-1]:g}")
+        raise RequestError(f"every sigma must lie above the model's sigma_min {sigma_min!r}, not {levels[-1]!r}")
     return (float(sigma_max), *levels[1:])
 
 

@@ -29,6 +29,7 @@ from cm_runtime.errors import DataError, data_error
 from cm_runtime.extras import require
 from cm_runtime.images import NpzWriter, encoded
 from cm_runtime.sampling import Batch, Output
+from cm_runtime.wording import quantity
 
 Kind = Literal["npz", "png", "wds", "parquet"]
 MOST = 1_000_000  # shards in a folder, numbered in six digits
@@ -100,7 +101,7 @@ def _all(parts: Iterator[Batch], count: int) -> Iterator[Batch]:
         count -= len(part.index)
         yield part
     if count:
-        raise ValueError(f"{abs(count)} images too {'few' if count > 0 else 'many'} for a shard")
+        raise ValueError(f"{quantity(abs(count), 'image')} too {'few' if count > 0 else 'many'} for a shard")
 
 
 def _pictures(part: Batch) -> Iterator[tuple[int, bytes, int | None]]:
@@ -157,7 +158,7 @@ def _write_png(where: Path, contents: Contents, parts: Iterator[Batch]) -> None:
 def _png_fault(where: Path, contents: Contents) -> str | None:
     found = sum(1 for _ in where.iterdir())
     wanted = contents.count + contents.has_labels
-    return None if found == wanted else f"holds {found} files, not {wanted}"
+    return None if found == wanted else f"holds {quantity(found, 'file')}, not {wanted}"
 
 
 # WebDataset
@@ -188,7 +189,7 @@ def _wds_fault(where: Path, contents: Contents) -> str | None:
                 return "has no end of a tar archive"
     except tarfile.TarError as error:
         return f"is no whole tar archive ({error})"
-    return None if found == wanted else f"holds {found} files, not {wanted}"
+    return None if found == wanted else f"holds {quantity(found, 'file')}, not {wanted}"
 
 
 # Parquet
@@ -231,7 +232,7 @@ def _parquet_fault(where: Path, contents: Contents) -> str | None:
         return f"is no whole Parquet file ({error})"
     if not schema.equals(_schema(pyarrow, contents)):
         return f"has the columns {', '.join(schema.names)}"
-    return None if found == contents.count else f"holds {found} images, not {contents.count}"
+    return None if found == contents.count else f"holds {quantity(found, 'image')}, not {contents.count}"
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -67,7 +67,7 @@ class UNetConfig(NetworkShape):
             if self.channels * mult % self.head_channels:
                 raise ValueError(f"{self.channels * mult} channels do not split into heads of {self.head_channels}")
         if self.norm_groups and self.channels % self.norm_groups:
-            raise ValueError(f"{self.channels} channels do not split into norm_groups {self.norm_groups}")
+            raise ValueError(f"channels {self.channels} do not split into norm_groups {self.norm_groups}")
         return self
 
 

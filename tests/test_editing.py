@@ -397,7 +397,7 @@ WRONG: dict[str, tuple[Callable[[Gaussian, Array], Any], str]] = {
     "small": (lambda m, y: editing.superres(m, y, 2, label=0), r"images must be \(N, 4, 4, 3\)"),
     "no label": (
         lambda m, y: editing.inpaint(m, y, HOLE),
-        "this model has 4 classes: say which one an edited image is of",
+        "this model has 4 classes: give the images' own, from 0 to 3, as label",
     ),
     "label": (lambda m, y: editing.inpaint(m, y, HOLE, label=4), "labels must be from 0 to 3, not 4"),
     "labels": (lambda m, y: editing.inpaint(m, y, HOLE, label=[0, 1]), "one label, or one for each of 3 images, not 2"),
@@ -413,7 +413,7 @@ WRONG: dict[str, tuple[Callable[[Gaussian, Array], Any], str]] = {
     "stroke's sigmas": (lambda m, y: editing.stroke(m, y, 4.0, label=0, sigmas=(4.0, 1.0)), "takes the sigma where it"),
     "one index": (lambda m, y: editing.interpolate(m, 3, 3, label=0), "nothing between image 3 and itself"),
     "one frame": (lambda m, y: editing.interpolate(m, 3, 4, 1, label=0), "frames must be from 2"),
-    "no label between": (lambda m, y: editing.interpolate(m, 3, 4), "say which one the images are of"),
+    "no label between": (lambda m, y: editing.interpolate(m, 3, 4), "give the images' own, from 0 to 3, as label"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,7 @@ from cm_runtime.sampling import (
     teacher_batches,
     teacher_request,
 )
+from cm_runtime.schedule import sampler_sigmas
 from cm_runtime.steps import HostSteps, to_uint8
 
 LAST = 2**64 - 1
@@ -482,3 +484,36 @@ def test_a_teachers_steps_are_bounded(make_manifest, steps):
 def test_what_is_no_teacher_needs_no_solver(gaussian):
     with pytest.raises(RequestError, match="no EDM teacher"):
         teacher_request(gaussian.manifest, 1, micro_batch=1)
+
+
+# Sampler files and the levels they print
+
+
+class Sampler:
+    """A sampler graph of the default two levels, which shows how often it drew."""
+
+    micro_batch = 4
+
+    def __init__(self, manifest):
+        self.manifest = manifest
+
+    def draw(self, noise, label=None):
+        count, (channels, height, width) = noise.shape[1], self.manifest.image_shape
+        return np.full((count, height, width, channels), 7, np.uint8)
+
+
+@pytest.mark.parametrize("sigmas", [(80, 2.51522), [80.0, 2.515218976147159], np.array([80.00001, 2.5152190001])])
+def test_a_sampler_takes_its_own_levels_as_they_are_printed(make_manifest, sigmas):
+    exact = sampler_sigmas(2)
+    manifest = make_manifest(graph="sampler", sigmas={2: exact})
+    assert request(manifest, 3, sigmas=sigmas, micro_batch=4).sigmas == exact
+    assert (sample(Sampler(manifest), count=3, sigmas=sigmas) == 7).all()
+
+
+@pytest.mark.parametrize("sigmas", [(80, 2.51521), (80,), (80, 2.51522, 1)])
+def test_a_sampler_refuses_levels_that_look_different(make_manifest, sigmas):
+    manifest = make_manifest(graph="sampler", sigmas={2: sampler_sigmas(2)})
+    with pytest.raises(RequestError, match=r"in 2 steps, at 80, 2\.51522, not at 80") as caught:
+        request(manifest, 3, sigmas=sigmas, micro_batch=4)
+    own, asked = re.findall(r" at ([^;]*?)(?:, not|;)", str(caught.value))
+    assert own != asked

@@ -14,7 +14,9 @@ from cm_runtime.schedule import (
     ict_N_of_k,
     ict_probabilities,
     karras_sigmas,
+    level_text,
     mu_of_k,
+    same_levels,
     sampler_sigmas,
     sigmas_of_timesteps,
     sigmas_of_ts,
@@ -96,6 +98,19 @@ def test_a_first_sigma_equal_but_for_rounding_becomes_sigma_max():
     assert checked_sigmas([80.00001, 1]) == (80.0, 1.0)
 
 
+@pytest.mark.parametrize("sigma_max", [80.0, 79.123456, 1.0000051, 123456.51])
+def test_a_first_sigma_may_be_sigma_max_as_it_is_printed(sigma_max: float):
+    assert checked_sigmas([float(level_text([sigma_max])), 0.9], sigma_max=sigma_max) == (sigma_max, 0.9)
+
+
+def test_levels_are_the_same_if_they_look_the_same():
+    exact = sampler_sigmas(2)
+    assert level_text(exact) == "80, 2.51522" and exact[1] == pytest.approx(2.515218976147159, rel=1e-12)
+    assert same_levels((80, 2.51522), exact) and same_levels(exact, exact) and same_levels((80, 2.5152190001), exact)
+    for other in [(80, 2.51521), (80,), (80, 2.51522, 0.1), (80, NAN)]:
+        assert not same_levels(other, exact)
+
+
 @pytest.mark.parametrize(
     ("sigmas", "complaint"),
     [
@@ -104,11 +119,13 @@ def test_a_first_sigma_equal_but_for_rounding_becomes_sigma_max():
         ([1, 80], "first sigma"),
         ([NAN], "first sigma"),
         ([INFINITE, 1], "first sigma"),
-        ([80, 80], "descend strictly; 80 follows 80"),
-        ([80, 1, 2], "descend strictly; 2 follows 1"),
-        ([80, NAN, 1], "descend strictly; nan follows 80"),
-        ([80, 1, NAN], "descend strictly; nan follows 1"),
+        ([80, 80], "descend strictly; 80.0 follows 80.0"),
+        ([80, 1.4, 1.4000000001], r"descend strictly; 1.4000000001 follows 1.4$"),
+        ([80, 1, 2], "descend strictly; 2.0 follows 1.0"),
+        ([80, NAN, 1], "descend strictly; nan follows 80.0"),
+        ([80, 1, NAN], "descend strictly; nan follows 1.0"),
         ([80, 0.002], "above the model's sigma_min 0.002, not 0.002"),
+        ([80, 0.00199999999], "above the model's sigma_min 0.002, not 0.00199999999"),
         ([80, 0], "above the model's sigma_min"),
         ([80, -1], "above the model's sigma_min"),
         ([80, -INFINITE], "above the model's sigma_min"),

@@ -13,6 +13,7 @@ from cm_runtime.artifact import OUTPUTS, Manifest, Precision
 from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.precond import precond
 from cm_runtime.steps import Array
+from cm_runtime.wording import quantity
 
 MAX_THREADS = 1024
 NETWORK_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -158,7 +159,7 @@ def _labels(manifest: Manifest, label: ArrayLike | None, n: int) -> NDArray[np.i
             raise RequestError("this model has no classes; leave the label out")
         return None
     if label is None:
-        raise RequestError(f"this model has {manifest.num_classes} classes; give a label per image")
+        raise RequestError(f"this model has {quantity(manifest.num_classes, 'class')}; give a label per image")
     try:
         labels = np.asarray(label)
     except ValueError as error:  # ragged

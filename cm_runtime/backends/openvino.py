@@ -21,6 +21,7 @@ from cm_runtime.backends.base import Backend, checked_threads
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
 from cm_runtime.extras import require
 from cm_runtime.protobuf import MalformedError, fields
+from cm_runtime.wording import quantity
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 TELEMETRY = "openvino_telemetry"
@@ -207,7 +208,9 @@ def _check_ports(graph: Any, manifest: Manifest, where: Path) -> None:
         shape = node.input_value(0).get_partial_shape()
         is_table = shape.rank.is_static and len(shape) > 0 and shape[0] == manifest.num_classes
         if index.get_type_name() == "Parameter" and not is_table:
-            raise ArtifactError(f"{where}: its graph is not for the {manifest.num_classes} classes of its manifest")
+            raise ArtifactError(
+                f"{where}: its graph is not for the {quantity(manifest.num_classes, 'class')} of its manifest"
+            )
 
 
 def split(graph: Any, images: str) -> tuple[Any, Any, list[str]]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from cm_runtime.bench import machine, stats
 from cm_runtime.bench.results import BASE, SUBJECT, Contender, Estimate, Peaks, Result, ScenarioResult
+from cm_runtime.bench.scenario import model_name, title
 from cm_runtime.errors import RequestError
+from cm_runtime.schedule import level_text, same_levels
+from cm_runtime.wording import quantity
 
 Word = Literal["PASS", "REGRESSION", "INCONCLUSIVE"]
 
@@ -45,6 +49,36 @@ def within(result: Result, gate: float) -> list[Verdict]:
     return [_of_pair(each, each.contender(SUBJECT), each.contender(BASE), gate) for each in result.scenarios]
 
 
+def notes(base: Result, new: Result) -> list[str]:
+    """Sentences on models that have two names, or two files; `between` compares them all the same."""
+    found: dict[str, None] = {}
+    for before, after in _pairs(base, new):
+        if before is None or after is None:
+            continue
+        one, other = model_name(before.model), model_name(after.model)
+        if one != other:
+            found[f"{other} is compared with {one}: each result has one model, so its name does not count"] = None
+        if before.facts and after.facts and before.facts.sha256 != after.facts.sha256:
+            files = f"the files differ: {one} is {before.facts.sha256[:12]}, {other} {after.facts.sha256[:12]}"
+            source = before.facts.source_sha256
+            is_one = source and source == after.facts.source_sha256
+            found[f"{files}, {'exports of one checkpoint' if is_one else 'of different checkpoints'}"] = None
+    return list(found)
+
+
+def _pairs(base: Result, new: Result) -> list[tuple[ScenarioResult | None, ScenarioResult | None]]:
+    """The scenarios of both by name, the base's first; where each result has one model, without that model's name."""
+    is_alone = all(len({each.model for each in result.scenarios}) == 1 for result in (base, new))
+
+    def key(each: ScenarioResult) -> str:
+        return each.name.removeprefix(f"{Path(each.model).name} ") if is_alone else each.name
+
+    after = {key(each): each for each in new.scenarios}
+    before = {key(each): each for each in base.scenarios}
+    pairs = [(each, after.get(name)) for name, each in before.items()]
+    return [*pairs, *((None, each) for name, each in after.items() if name not in before)]
+
+
 def between(base: Result, new: Result, gate: float, allow_different: bool = False) -> list[Verdict]:
     """Of two runs, scenario by scenario of the base.
 
@@ -55,11 +89,21 @@ def between(base: Result, new: Result, gate: float, allow_different: bool = Fals
         raise RequestError(
             f"the results are of different machines: {'; '.join(found)} (--allow-different compares them)"
         )
-    if not {each.name for each in base.scenarios} & {each.name for each in new.scenarios}:
-        raise RequestError("the results share no scenario")
-    verdicts = [_between(each, new.scenario(each.name), base, new, gate) for each in base.scenarios]
-    added = [each.name for each in new.scenarios if base.scenario(each.name) is None]
+    pairs = _pairs(base, new)
+    if not any(before and after for before, after in pairs):
+        raise RequestError(
+            f"the results share no scenario: the base has {_names(base)}, the new one {_names(new)}"
+            " (--scenario of bench run measures one of them again)"
+        )
+    verdicts = [_between(before, after, base, new, gate) for before, after in pairs if before]
+    added = [after.name for before, after in pairs if after and not before]
     return [*verdicts, *(Verdict(name, "INCONCLUSIVE", reason="the base has no such scenario") for name in added)]
+
+
+def _names(result: Result) -> str:
+    """The first three."""
+    names = [title(each.name) for each in result.scenarios]
+    return "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "") or "none"
 
 
 def _of_pair(scenario: ScenarioResult, new: Contender | None, base: Contender | None, gate: float) -> Verdict:
@@ -70,7 +114,9 @@ def _of_pair(scenario: ScenarioResult, new: Contender | None, base: Contender | 
     if base is None or base.status != "measured":
         return Verdict(name, "INCONCLUSIVE", reason=f"no base: {base.reason if base else 'it was not measured'}")
     ratio = stats.ratio(new.block_ms, base.block_ms)
-    return Verdict(name, judged(ratio, gate), ratio, _too_few(len(new.block_ms)))
+    differs = base.agreement.text if base.agreement and base.agreement.is_allowed else ""
+    reasons = [reason for reason in (_too_few(len(new.block_ms)), differs) if reason]
+    return Verdict(name, judged(ratio, gate), ratio, "; ".join(reasons))
 
 
 def _between(base: ScenarioResult, new: ScenarioResult | None, old: Result, late: Result, gate: float) -> Verdict:
@@ -83,7 +129,10 @@ def _between(base: ScenarioResult, new: ScenarioResult | None, old: Result, late
     after = new.contender(SUBJECT)
     if after is None or after.status != "measured":
         return Verdict(base.name, "REGRESSION", reason=f"it can no longer be measured: {new.reason}")
-    for what in ("sigmas", "device", "threads"):
+    if not same_levels(base.sigmas, new.sigmas):
+        levels = f"sigmas {level_text(base.sigmas)} and {level_text(new.sigmas)}"
+        return Verdict(base.name, "INCONCLUSIVE", reason=f"not the same work: {levels}")
+    for what in ("device", "threads"):
         one, other = getattr(base, what), getattr(new, what)
         if one != other:
             return Verdict(base.name, "INCONCLUSIVE", reason=f"not the same work: {what} {one} and {other}")
@@ -98,7 +147,7 @@ def _between(base: ScenarioResult, new: ScenarioResult | None, old: Result, late
 
 
 def _too_few(blocks: int) -> str:
-    return f"only {blocks} blocks; give it a larger --budget" if blocks < stats.FEWEST_BLOCKS else ""
+    return f"only {quantity(blocks, 'block')}; give it a larger --budget" if blocks < stats.FEWEST_BLOCKS else ""
 
 
 def _peaks(scenario: ScenarioResult, result: Result) -> Peaks | None:

@@ -51,6 +51,13 @@ class Agreement(Frozen):
     against: str
     max_abs: float = Field(ge=0)
     grey_levels: int = Field(ge=0, description="largest difference after quantisation to 8 bits")
+    is_allowed: bool = Field(False, description="whether it is more than rounding, and was allowed: another model's")
+
+    @property
+    def text(self) -> str:
+        """The difference in a sentence."""
+        levels = f"{self.grey_levels} of 255 grey levels"
+        return f"images differ by {self.max_abs:.2g} ({levels}) from those of {self.against}"
 
 
 class Served(Frozen):
@@ -214,6 +221,7 @@ class Settings(Frozen):
     interval: float = Field(description="half the width of a median's interval, as a share, at which it stops")
     quick: bool
     seed: int
+    allow_different_images: bool = Field(False, description="whether a base that draws other images is timed too")
 
 
 class Result(Frozen):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cm_runtime import __version__, files, schedule
+from cm_runtime.artifact import Manifest
 from cm_runtime.backends.ort import NVIDIA_DRIVER, has_cuda
 from cm_runtime.bench import machine, outcome, peaks, results
 from cm_runtime.bench.builds import Build, base_build, this_build
@@ -18,7 +19,7 @@ from cm_runtime.bench.contest import Limits, Observer, contest
 from cm_runtime.bench.models import Model, Models
 from cm_runtime.bench.results import BASE, SUBJECT, Peaks, Result, ScenarioResult, Settings
 from cm_runtime.bench.samples import Samples
-from cm_runtime.bench.scenario import Scenario
+from cm_runtime.bench.scenario import Scenario, title
 from cm_runtime.bench.sides import Side
 from cm_runtime.bench.watch import Watch
 from cm_runtime.errors import CmRuntimeError, OutputError, RequestError
@@ -115,7 +116,7 @@ def _measured(scenario: Scenario, shared: Shared, measured: Sequence[Peaks], num
     common: dict[str, Any] = {"name": scenario.name, **asked, "device": device, "threads": threads, "sigmas": ()}
 
     def tell(share: float, doing: str) -> None:
-        shared.tell(number + share, f"{scenario.name}: {doing}")
+        shared.tell(number + share, f"{title(scenario.name)}: {doing}")
 
     def keep(side: str, block: int, answer: dict[str, Any]) -> None:
         shared.samples.write(outcome.line(scenario.name, side, block, answer))
@@ -126,12 +127,12 @@ def _measured(scenario: Scenario, shared: Shared, measured: Sequence[Peaks], num
         manifest = model.manifest
         if manifest.is_teacher:
             raise RequestError("an EDM teacher is no consistency model, and few steps cannot sample it")
-        levels = manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho
-        common["sigmas"] = sigmas = schedule.sampler_sigmas(scenario.steps, *levels)
+        common["sigmas"] = sigmas = _levels(manifest, scenario.steps)
         common["facts"] = model.facts()
         sides = _sides(scenario, shared, model, sigmas)
         reference = shared.models.reference(model, sides[0].spec, sigmas, threads)
-        limits = Limits(shared.settings.budget_s, shared.settings.interval, shared.settings.seed)
+        how = shared.settings
+        limits = Limits(how.budget_s, how.interval, how.seed, how.allow_different_images)
         contest(scenario, sides, threads, reference, limits, shared.work, Observer(shared.watch.look, tell, keep))
     except OutputError:
         raise
@@ -140,6 +141,11 @@ def _measured(scenario: Scenario, shared: Shared, measured: Sequence[Peaks], num
     peak = next(each for each in measured if (each.threads, each.device) == (threads, device))
     found = tuple(outcome.contender(side, sides[0], scenario, model.gflop, peak) for side in sides)
     return ScenarioResult(**common, engine=sides[0].facts["engine"], status="measured", contenders=found)
+
+
+def _levels(manifest: Manifest, steps: int) -> tuple[float, ...]:
+    """A model's own noise levels for that many steps."""
+    return schedule.sampler_sigmas(steps, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
 
 
 def _sides(scenario: Scenario, shared: Shared, model: Model, sigmas: Sequence[float]) -> list[Side]:
@@ -162,6 +168,8 @@ def _sides(scenario: Scenario, shared: Shared, model: Model, sigmas: Sequence[fl
         is_own = base.model or model.source != model.path  # its model, or its export
         other = shared.models.model(scenario, threads, base, is_base=True) if is_own else model
         spec_of_base = {**spec, "root": str(base.root), "path": str(other.path.absolute())}
+        if shared.settings.allow_different_images:
+            spec_of_base["sigmas"] = list(_levels(other.manifest, scenario.steps))
         sides.append(Side(BASE, "base", spec_of_base, base.root, base.commit, other.sha256))
     source = {"path": str(model.source.absolute())}
     return sides + [Side(peer, "peer", {**spec, **source, "peer": peer}) for peer in scenario.peers]

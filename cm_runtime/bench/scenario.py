@@ -14,6 +14,7 @@ A suite is a TOML file of groups; a group is a model and lists of choices, every
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +22,36 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cm_runtime.errors import ConfigError
+from cm_runtime.wording import quantity
 
 Kind = Literal["single-stream", "offline", "server"]
 Backend = Literal["auto", "ort", "openvino", "torch", "torch.compile"]
 Peer = Literal["diffusers", "torch", "torch.compile", "onnx", "openvino"]
 PEERS: tuple[Peer, ...] = ("diffusers", "torch", "torch.compile", "onnx", "openvino")
 SUITES = Path(__file__).parent / "suites"
+BUNDLED = "default"  # the bundled model, where a model is asked for
+_NAME = re.compile(
+    r"(?s)(?P<model>.*) (?P<kind>single-stream|offline|server) (?P<steps>\d+)x(?P<batch>\d+)(?P<rest>.*)"
+)
+
+
+def model_name(model: str) -> str:
+    """The model's name as reports have it: of a path, its last part; of the bundled model, its own."""
+    return "fashion-mnist" if model == BUNDLED else Path(model).name or model
+
+
+def title(name: str) -> str:
+    """A scenario's name for people: "default single-stream 2x8" is "fashion-mnist single-stream, 2 steps, batch 8"."""
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        return name
+    most = "up to " if parts["kind"] == "server" else "batch "
+    words = [f"{model_name(parts['model'])} {parts['kind']}", _counted(parts["steps"]), most + parts["batch"]]
+    return ", ".join([*words, *[parts["rest"].strip()] * bool(parts["rest"].strip())])
+
+
+def _counted(steps: str) -> str:
+    return quantity(int(steps), "step") if len(steps) < 5 else f"{steps} steps"
 
 
 class Frozen(BaseModel):
@@ -67,7 +92,7 @@ class Scenario(Frozen):
 
     @property
     def name(self) -> str:
-        """What reports call it, and what two runs are matched by: "default single-stream 2x8" is 2 steps, batch 8."""
+        """The key that two runs are matched by: "default single-stream 2x8" is 2 steps, batch 8; see `title`."""
         words = [Path(self.model).name, self.kind, f"{self.steps}x{self.batch}"]
         if self.rate is not None:
             words.append(f"{self.rate:g}/s")

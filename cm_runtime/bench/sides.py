@@ -35,6 +35,11 @@ class Side:
     out: WorkerError | None = None
 
     @property
+    def is_quantised(self) -> bool:
+        """True where it draws bytes, as a sampler file does."""
+        return bool(self.facts.get("is_quantised"))
+
+    @property
     def medians(self) -> tuple[float, ...]:
         """Of the blocks, in milliseconds."""
         return tuple(float(np.median(block)) for block in self.blocks)

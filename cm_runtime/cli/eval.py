@@ -114,10 +114,12 @@ def evaluate(
 
 
 def _print(report: Report) -> None:
+    from cm_runtime.schedule import level_text
+
     figures, images, reference, extractor = report.figures, report.images, report.reference, report.extractor
     how = ""
     if "sigmas" in images:
-        how = f", {images['sampler']}, sigmas {', '.join(f'{s:g}' for s in images['sigmas'])}, seed {images['seed']}"
+        how = f", {images['sampler']}, sigmas {level_text(images['sigmas'])}, seed {images['seed']}"
     network = f"{Path(extractor['path']).name} {extractor['sha256'][:12]}"
     rows = [("images", f"{figures.count} of {images['path']}{how}")]
     rows.append(("extractor", f"{network}, resize {extractor['resize']}"))

@@ -196,16 +196,19 @@ def _build_engine(
 
 
 def _summarise(target: Path, made: Exported, plain: Comparison | None) -> None:
+    from cm_runtime.schedule import level_text
+    from cm_runtime.wording import quantity
+
     manifest, parity = made.manifest, made.manifest.parity
     assert parity is not None  # no file is written without its proof
     own = ""
     if manifest.graph == "sampler":
-        own = f", {manifest.steps} steps at {', '.join(f'{s:g}' for s in parity.sigmas)}"
+        own = f", {quantity(manifest.steps, 'step')} at {level_text(parity.sigmas)}"
     data = f", weights in {manifest.data_file}" if manifest.data_file else ""
     typer.echo(f"{target}: {manifest.graph}{own}, {manifest.precision}{data}")
     times = manifest.steps if manifest.graph == "sampler" else 1
     beside = f" ({plain.nodes * times} in a plain export)" if plain else ""
-    typer.echo(f"  nodes    {made.nodes}{beside}; {made.folds} constants folded")
+    typer.echo(f"  nodes    {made.nodes}{beside}; {quantity(made.folds, 'constant')} folded")
     beside = f" ({plain.bytes / 1e6:.1f} MB plain)" if plain else ""
     typer.echo(f"  size     {made.bytes / 1e6:.1f} MB{beside}")
     typer.echo(f"  parity   within {parity.max_abs:.1e} of torch in float32 ({parity.engine}); PSNR in dB:")

@@ -132,6 +132,7 @@ def _write(engine: Denoiser, chosen: Request, batch: int, output: Path) -> None:
 
     from cm_runtime import images, sampling
     from cm_runtime.cli.progress import tracked
+    from cm_runtime.wording import quantity
 
     channels, height, width = engine.manifest.image_shape
     if output.suffix == ".png":
@@ -147,7 +148,9 @@ def _write(engine: Denoiser, chosen: Request, batch: int, output: Path) -> None:
     else:
         picture = images.grid(np.concatenate([part.images for part in parts]))
         images.save_png(picture, output, text)
-    typer.echo(f"{output}: {chosen.count} images, {len(chosen.sigmas)} steps, seed {chosen.seed}")
+    typer.echo(
+        f"{output}: {quantity(chosen.count, 'image')}, {quantity(len(chosen.sigmas), 'step')}, seed {chosen.seed}"
+    )
 
 
 def _description(chosen: Request, manifest: Manifest) -> dict[str, object]:

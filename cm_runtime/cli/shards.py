@@ -88,6 +88,7 @@ def wanted(
 def draw(asked: Shards, opening: Opening, count: int, request: Callable[[Backend, int], Request]) -> None:
     """Draws those of ``count`` images' shards that are not there; request: of an engine, with a micro-batch."""
     from cm_runtime import backends, cluster, files, job
+    from cm_runtime.wording import quantity
 
     if not opening.model.exists():
         raise RequestError(f"{opening.model}: no such model")
@@ -111,6 +112,7 @@ def draw(asked: Shards, opening: Opening, count: int, request: Callable[[Backend
         for _ in counted(made, images, "images", lambda number: job.size(whole, number)):
             pass
     shards = len(whole.numbers)
-    there = f" ({shards - len(todo)} were there)" if len(todo) < shards else ""
-    said = f"{whole.count} images in {shards} shards{there}, {len(whole.sigmas)} steps, seed {whole.seed}"
-    typer.echo(f"{asked.folder}/: {said}")
+    kept = shards - len(todo)
+    there = f" ({kept} {'was' if kept == 1 else 'were'} there)" if kept else ""
+    filled = f"{quantity(whole.count, 'image')} in {quantity(shards, 'shard')}{there}"
+    typer.echo(f"{asked.folder}/: {filled}, {quantity(len(whole.sigmas), 'step')}, seed {whole.seed}")

@@ -65,6 +65,7 @@ def tune(
     from cm_runtime.evaluate import tuning
     from cm_runtime.evaluate.features import Extractor
     from cm_runtime.evaluate.objective import FirstStep, FrechetObjective
+    from cm_runtime.schedule import level_text
 
     source = model or backends.DEFAULT_MODEL
     target = output or source
@@ -83,7 +84,7 @@ def tune(
     expected, _ = judged.reference(reference, network, manifest, manifold=0)
 
     def shown(parts: Iterator[Batch], sigmas: tuple[float, ...]) -> Iterator[Batch]:
-        return tracked(parts, samples, f"images at {_shown(sigmas)}")
+        return tracked(parts, samples, f"images at {level_text(sigmas)}")
 
     objective = FrechetObjective(FirstStep(engine), network, expected, samples, seed, asked, size, shown)
     levels = dict(manifest.sigmas)
@@ -106,13 +107,12 @@ def _steps(text: str) -> list[int]:
 
 
 def _print(found: Tuned) -> None:
-    steps = len(found.sigmas)
-    typer.echo(f"{steps} steps, default {_shown(found.default)}: Frechet distance {found.default_value:.4g}")
+    from cm_runtime.schedule import level_text
+    from cm_runtime.wording import quantity
+
+    steps = quantity(len(found.sigmas), "step")
+    typer.echo(f"{steps}, default {level_text(found.default)}: Frechet distance {found.default_value:.4g}")
     typer.echo(
-        f"{steps} steps, tuned   {_shown(found.sigmas)}: Frechet distance {found.value:.4g}"
-        f" after {found.evaluations} candidates"
+        f"{steps}, tuned   {level_text(found.sigmas)}: Frechet distance {found.value:.4g}"
+        f" after {quantity(found.evaluations, 'candidate')}"
     )
-
-
-def _shown(sigmas: tuple[float, ...]) -> str:
-    return ", ".join(f"{sigma:g}" for sigma in sigmas)

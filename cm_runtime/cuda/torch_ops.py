@@ -30,6 +30,7 @@ from cm_runtime.errors import RequestError
 from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import Images, Type
 from cm_runtime.precond import Precond, precond
+from cm_runtime.wording import quantity
 
 TYPES: dict[torch.dtype, Type] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -293,7 +294,7 @@ def _check_norm(x: Tensor, gamma: Tensor, beta: Tensor, scale_shift: Tensor | No
         raise RequestError("x must be channels_last")
     channels = images.channels
     if groups < 1 or channels % groups:
-        raise RequestError(f"{channels} channels cannot be split in {groups} groups")
+        raise RequestError(f"{quantity(channels, 'channel')} cannot be split in {quantity(groups, 'group')}")
     _check_plain("gamma", gamma, (channels,), torch.float32, x.device)
     _check_plain("beta", beta, (channels,), torch.float32, x.device)
     if scale_shift is not None:

@@ -19,6 +19,7 @@ from cm_runtime.backends.ort import has_cuda, open_session
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
 from cm_runtime.evaluate.preparation import METADATA_KEY, RANGES, foreign, own
 from cm_runtime.evaluate.resize import resized
+from cm_runtime.wording import quantity
 
 SHIPPED = Path(__file__).parent.parent / "models" / "fashion-mnist-classifier.onnx"
 _PIXELS = 1 << 20  # of one batch
@@ -93,7 +94,7 @@ class Extractor:
         """Raises RequestError unless images (H, W, C) can be made into what the graph takes."""
         height, width, channels = shape
         if channels != self.channels and not (channels == 1 and self.channels == 3):
-            raise RequestError(f"{self._wants()}, not {channels} channels; give another --extractor")
+            raise RequestError(f"{self._wants()}, not {quantity(channels, 'channel')}; give another --extractor")
         if self.preparation.resize == "none" and self._size not in (None, (height, width)):
             raise RequestError(f"{self._wants()}, not {height}x{width}; give another --extractor")
 
@@ -127,7 +128,7 @@ class Extractor:
 
     def _wants(self) -> str:
         side = "" if self._size is None else f"{self._size[0]}x{self._size[1]} "
-        return f"the extractor {self.path.name} takes {side}images of {self.channels} channels"
+        return f"the extractor {self.path.name} takes {side}images of {quantity(self.channels, 'channel')}"
 
     def _prepared(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         """(n,H,W,C) uint8 -> what the graph takes."""
@@ -175,7 +176,9 @@ def _rows(name: str, array: Any, count: int, path: Path) -> NDArray[np.float32]:
     shape: tuple[int, ...] = getattr(array, "shape", ())
     dtype = getattr(array, "dtype", np.dtype(object))
     if len(shape) < 2 or shape[0] != count or math.prod(shape[2:]) != 1 or not shape[1] or dtype.kind != "f":
-        raise ArtifactError(f"{path}: its output {name} is {dtype} {shape} for {count} images, not (N, D) floats")
+        raise ArtifactError(
+            f"{path}: its output {name} is {dtype} {shape} for {quantity(count, 'image')}, not (N, D) floats"
+        )
     rows: NDArray[np.float32] = array.reshape(count, shape[1]).astype(np.float32, copy=False)
     return rows
 

@@ -16,6 +16,7 @@ from cm_runtime.evaluate.moments import RunningMoments, frechet_distance
 from cm_runtime.evaluate.precision_recall import K, Reservoir, precision_recall
 from cm_runtime.evaluate.statistics import Statistics
 from cm_runtime.sampling import Batch
+from cm_runtime.wording import quantity
 
 MANIFOLD = 10_000
 
@@ -90,7 +91,9 @@ def observe(
             kept.update(made.features)
         if batch.labels is not None and made.logits is not None and classes in (None, made.logits.shape[1]):
             if batch.labels.max() >= made.logits.shape[1]:
-                raise DataError(f"label {batch.labels.max()}, but the extractor knows {made.logits.shape[1]} classes")
+                raise DataError(
+                    f"label {batch.labels.max()}, but the extractor knows {quantity(made.logits.shape[1], 'class')}"
+                )
             labelled += len(batch.labels)
             agreed += int((made.logits.argmax(1) == batch.labels).sum())
     mean, covariance = running.result()

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.errors import DataError
+from cm_runtime.wording import quantity
 
 Float64 = NDArray[np.float64]
 MAX_DIMENSION = 4096  # of features, whose covariance then takes 134 MB; Inception's have 2048
@@ -41,7 +42,7 @@ class RunningMoments:
             self.count, self._mean, self._scatter = len(f), mean, scatter
             return
         if len(mean) != len(self._mean):
-            raise DataError(f"features of {len(mean)} numbers follow features of {len(self._mean)}")
+            raise DataError(f"features of {quantity(len(mean), 'number')} follow features of {len(self._mean)}")
         count = self.count + len(f)
         delta = mean - self._mean
         self._scatter += scatter
@@ -52,7 +53,7 @@ class RunningMoments:
     def result(self) -> tuple[Float64, Float64]:
         """The mean (D,) and the covariance (D, D), with divisor N - 1. Raises DataError below two features."""
         if self.count < 2:
-            raise DataError(f"{self.count} images: at least two are needed")
+            raise DataError(f"{quantity(self.count, 'image')}: at least two are needed")
         return self._mean, self._scatter / (self.count - 1)
 
 

@@ -17,6 +17,7 @@ from cm_runtime.errors import data_error
 from cm_runtime.npz import Member, blocks, header, keys, opened
 from cm_runtime.sampling import Batch
 from cm_runtime.steps import to_uint8
+from cm_runtime.wording import quantity
 
 _BLOCK = 1 << 24  # bytes of pixels read at once
 MAX_SIDE = 4096
@@ -85,7 +86,7 @@ def _members(archive: zipfile.ZipFile, path: Path) -> tuple[Member, Member | Non
         return pixels, None
     labels = header(archive, archive.getinfo("arr_1.npy"), path)
     if labels.dtype.kind not in "iu" or labels.shape != pixels.shape[:1]:
-        wrong = f"arr_1 is {labels.dtype} {labels.shape} for {pixels.shape[0]} images"
+        wrong = f"arr_1 is {labels.dtype} {labels.shape} for {quantity(pixels.shape[0], 'image')}"
         raise data_error(path, wrong, "labels are integers, one an image")
     return pixels, labels
 

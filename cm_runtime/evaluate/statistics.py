@@ -19,6 +19,7 @@ from cm_runtime import bounded, files
 from cm_runtime.errors import DataError, data_error
 from cm_runtime.evaluate.moments import MAX_DIMENSION, Float64
 from cm_runtime.npz import array, header, keys, opened
+from cm_runtime.wording import quantity
 
 SHIPPED = Path(__file__).parent.parent / "models" / "fashion-mnist-statistics.npz"
 LARGEST = 1e100  # a number of statistics; its square is finite
@@ -42,7 +43,7 @@ class Statistics:
             )
         if len(self.mean) != dimension:
             raise DataError(
-                f"{where}: statistics of {len(self.mean)} features, but the extractor gives {dimension};"
+                f"{where}: statistics of {quantity(len(self.mean), 'feature')}, but the extractor gives {dimension};"
                 " they are another extractor's"
             )
 

@@ -24,6 +24,7 @@ from cm_runtime.model import ModelConfig
 from cm_runtime.precond import Form
 from cm_runtime.schedule import SIGMA_MIN
 from cm_runtime.unet import UNet, UNetConfig
+from cm_runtime.wording import quantity
 
 HEAD_CHANNELS = 64
 INNERMOST = 8  # pixels of the last level's feature map, in all published networks
@@ -84,7 +85,7 @@ def infer(shapes: Shapes, head_channels: int = HEAD_CHANNELS, image_size: int | 
         if name not in shapes:
             raise CheckpointError(f"it has no {name}")
         if len(shapes[name]) != dims:
-            raise CheckpointError(f"{name} is {shapes[name]}, where {dims} dimensions should be")
+            raise CheckpointError(f"{name} is {shapes[name]}, where {quantity(dims, 'dimension')} should be")
         return shapes[name]
 
     channels = shape("time_embed.0.weight", 2)[1]

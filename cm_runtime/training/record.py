@@ -16,6 +16,7 @@ import torch
 from cm_runtime import __version__
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.workers import Workers
+from cm_runtime.wording import quantity
 
 
 def session(data: ImageSet, workers: Workers) -> dict[str, Any]:
@@ -73,4 +74,4 @@ def _processor() -> str:
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.processor())}, {os.cpu_count()} threads"
+    return f"{next(names, platform.processor())}, {quantity(os.cpu_count() or 1, 'thread')}"

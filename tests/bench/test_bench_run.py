@@ -21,10 +21,13 @@ import pytest
 from exported import ROOT, Files, command, environment
 
 from cm_runtime import backends
-from cm_runtime.bench import results
+from cm_runtime.bench import compare, contest, results
+from cm_runtime.bench.report.environment import troubles as environment_of
+from cm_runtime.bench.report.markdown import summary
 from cm_runtime.bench.results import Result, Settings
 from cm_runtime.bench.run import run
-from cm_runtime.bench.scenario import Scenario
+from cm_runtime.bench.scenario import Scenario, title
+from cm_runtime.bench.sides import Side
 from cm_runtime.errors import OutputError, RequestError
 
 SLOW = """
@@ -174,6 +177,38 @@ def test_a_base_that_draws_other_images_is_not_timed(tmp_path: Path, files: File
     assert base is not None and base.status == "failed" and "images are" in base.reason and base.latency is None
 
 
+def test_a_base_that_draws_other_images_may_be_timed_and_the_difference_is_told(tmp_path: Path, files: Files) -> None:
+    weights = onnx.load(files.onnx)
+    for tensor in weights.graph.initializer:
+        if tensor.name == "F.out.2.weight":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 3, tensor.name))
+    onnx.save(weights, tmp_path / "other.onnx")
+    how = {"settings": SMALL.model_copy(update={"allow_different_images": True})}
+    found = measured(tmp_path, one(model=str(files.onnx)), against=str(tmp_path / "other.onnx"), **how)
+    base = found.scenarios[0].contender("base")
+    assert base is not None and base.status == "measured" and base.agreement is not None and base.agreement.is_allowed
+    assert base.agreement.max_abs > 0.01 and base.time_ratio is not None
+    levels = f"images differ by {base.agreement.max_abs:.2g} ({base.agreement.grey_levels} of 255 grey levels)"
+    (verdict,) = compare.within(found, 0.05)
+    assert levels in verdict.reason
+    assert levels in environment_of(found)[0] and levels in summary(found).replace("\\", "")
+
+
+@pytest.mark.parametrize("apart", [0.0039, 0.0078, 0.012])
+@pytest.mark.parametrize(("subject", "base"), [(True, False), (False, True), (True, True), (False, False)])
+def test_bytes_are_held_to_one_grey_level_on_either_side(subject: bool, base: bool, apart: float) -> None:
+    def side(role: Any, value: float, is_quantised: bool) -> Side:
+        images = np.full((2, 1, 1, 1), value, np.float32)
+        return Side(role, role, {}, facts={"is_quantised": is_quantised}, images=images)
+
+    first, second = side("subject", 0.1, subject), side("base", 0.1 + apart, base)
+    contest._compare(second, first.images, "subject", first.is_quantised)
+    assert (second.out is None) == ((subject or base) and apart < 0.01)
+    allowed = side("base", 0.1 + apart, base)
+    contest._compare(allowed, first.images, "subject", first.is_quantised, is_allowed=True)
+    assert allowed.out is None and allowed.found["agreement"].is_allowed == (second.out is not None)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_is_exported_and_its_peers_agree(tmp_path: Path, files: Files) -> None:
     scenario = one(model=str(files.checkpoint), batch=3, peers=("diffusers", "torch", "onnx"))
@@ -209,7 +244,7 @@ def test_a_model_that_fails_parity_is_not_timed(tmp_path: Path) -> None:
     assert "wrong.onnx" not in (tmp_path / "bench.samples.jsonl").read_text()
     done = bench("run", "wrong.onnx", "--budget", "0.3", "--scenario", "* 1x1", "-o", "x.json", cwd=tmp_path)
     assert done.returncode == 1 and "differ from those of torch" in done.stdout
-    assert done.stderr.count("\n") == 1 and "1 of 1 scenarios could not be measured" in done.stderr
+    assert done.stderr.count("\n") == 1 and "1 of 1 scenario could not be measured" in done.stderr
 
 
 def test_a_missing_peer_is_named(tmp_path: Path) -> None:
@@ -246,7 +281,7 @@ def test_a_killed_run_leaves_what_it_finished(tmp_path: Path) -> None:
         assert time.monotonic() < ends
         time.sleep(0.02)
     done = bench("compare", "bench.json", "bench.json", cwd=tmp_path)
-    assert done.returncode in (0, 4) and found.scenarios[0].name in done.stdout
+    assert done.returncode in (0, 4) and title(found.scenarios[0].name) in done.stdout
     assert bench(*words, cwd=tmp_path).stderr == "error: bench.json exists; replace it with --force\n"
     assert bench(*words, "--steps", "1", "--force", cwd=tmp_path).returncode == 0
     assert results.read(tmp_path / "bench.json").complete
@@ -305,6 +340,7 @@ def test_models_that_are_not_there_or_not_models(tmp_path: Path) -> None:
         (["-o", "missing/x.json"], "no folder missing"),
         (["-o", "x.html"], "ends in .json"),
         (["--against", "HEAD~100000"], "nor a git revision"),
+        (["--allow-different-images"], "--allow-different-images is for --against"),
     ],
 )
 def test_bad_requests(tmp_path: Path, words: list[str], wrong: str) -> None:

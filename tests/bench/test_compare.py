@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,9 @@ def test_other_work_is_not_compared() -> None:
         other = base.model_copy(update={"scenarios": (scenario.model_copy(update=change),)})
         (verdict,) = compare.between(base, other, 0.05)
         assert verdict.word == "INCONCLUSIVE" and next(iter(change)) in verdict.reason
+    printed = scenario.model_copy(update={"sigmas": (80.0, 1.1200000001)})
+    (verdict,) = compare.between(base, base.model_copy(update={"scenarios": (printed,)}), 0.05)
+    assert verdict.ratio is not None  # the same levels, as they are printed
     larger = scenario.model_copy(update={"facts": made.facts(image_shape=(1, 32, 32))})
     (verdict,) = compare.between(base, base.model_copy(update={"scenarios": (larger,)}), 0.05)
     assert verdict.word == "INCONCLUSIVE" and "sizes" in verdict.reason
@@ -144,3 +148,36 @@ def test_a_base_that_failed() -> None:
 )
 def test_the_worst_counts(words: list[Any], worst: str) -> None:
     assert compare.overall([compare.Verdict("x", word) for word in words]) == worst
+
+
+def renamed(result: r.Result, *models: str, **facts: Any) -> r.Result:
+    """The scenario of ``result`` under other models' names."""
+    scenario = result.scenarios[0]
+    named = [
+        scenario.model_copy(
+            update={"model": model, "name": f"{Path(model).name} single-stream 2x8", "facts": made.facts(**facts)}
+        )
+        for model in models
+    ]
+    return result.model_copy(update={"scenarios": tuple(named)})
+
+
+def test_one_model_under_two_names() -> None:
+    base, new = (renamed(alone(blocks(10, seed=n)), f"runs/{name}.onnx") for n, name in enumerate(("old", "new")))
+    (verdict,) = compare.between(base, new, 0.05)
+    assert verdict.word == "PASS" and verdict.ratio is not None
+    assert compare.notes(base, new) == [
+        "new.onnx is compared with old.onnx: each result has one model, so its name does not count"
+    ]
+    assert compare.notes(base, base) == []
+    with pytest.raises(RequestError, match=r"share no scenario: the base has old.onnx single-stream, 2 steps, batch 8"):
+        compare.between(base, renamed(new, "a.onnx", "b.onnx"), 0.05)  # which of them is meant is not known
+
+
+@pytest.mark.parametrize(("source", "words"), [("ee" * 32, "exports of one checkpoint"), ("", "different checkpoints")])
+def test_files_that_differ_are_told(source: str, words: str) -> None:
+    base, new = (
+        renamed(alone(blocks(10)), "model.onnx", sha256=each * 32, source_sha256=source) for each in ("ab", "cd")
+    )
+    (note,) = compare.notes(base, new)
+    assert "model.onnx is abababababab, model.onnx cdcdcdcdcdcd" in note and words in note

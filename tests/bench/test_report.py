@@ -160,7 +160,7 @@ def test_troubles_come_first(awkward: Page) -> None:
     for told in ("throttled 3 times", "SwPowerCap", "12.0% of the processor time to others", "used 20.0%"):
         assert told in start
     assert "the warm-up ended before" in start
-    assert awkward.text.index("default offline 2x256") > awkward.text.index("Left out")
+    assert awkward.text.index("fashion-mnist offline, 2 steps, batch 256") > awkward.text.index("Left out")
     (failed,) = [row for row in awkward.tables["headline"] if row[-1].startswith("failed: out of memory")]
     assert len(failed) == 2
     assert [row[1] for row in awkward.tables["headline"] if row[0].startswith("1 step")] == [
@@ -187,7 +187,7 @@ def test_plots_that_have_something_to_show() -> None:
     lone = made.result(made.scenario(2, 1, made.side(latency=made.latency(3.0))))
     assert drawn(lone) == []  # one point is no line
     suffixed = {plot.name for plot in drawn(made.awkward())}
-    assert suffixed and all(re.fullmatch(r"[a-z-]+-default-torch-cuda-0", name) for name in suffixed)
+    assert suffixed and all(re.fullmatch(r"[a-z-]+-fashion-mnist-torch-cuda-0", name) for name in suffixed)
 
 
 def test_quality_by_steps() -> None:
@@ -198,7 +198,7 @@ def test_quality_by_steps() -> None:
     names = [plot.name for plot in drawn(made.full(), found)]
     assert names == [*FULL, "quality-by-steps"]
     (plot,) = [plot for plot in drawn(made.full(), found) if plot.name == "quality-by-steps"]
-    assert "default: 1: 2.000, 2: 1.000, 4: 0.5000" in plot.alt and "fashion-mnist" in plot.alt
+    assert "fashion-mnist: 1: 2.000, 2: 1.000, 4: 0.5000" in plot.alt and "fashion-mnist" in plot.alt
     assert [plot.name for plot in drawn(made.full(), found[:1])] == list(FULL)
     shown = Page(page(made.full(), tuple(found)))
     assert shown.column("qualities", "Frechet distance") == ["2.00", "1.00", "0.500", "0.0600"]
@@ -255,7 +255,7 @@ def test_markdown_says_the_same(full: Page) -> None:
     assert "3.210 \\[3.178, 3.242\\]" in text and "absent: there is no C++ compiler" in text
     assert "1.3e-6 (0 of 255, from diffusers)" in text and "| torch (0.35.1) | 1.300 \\[1.261, 1.339\\] |" in text
     assert "### Server" in text and "### Quality" not in text
-    assert text.count("\n| default: ") == 8 + 6 * 5 + 1
+    assert text.count("\n| fashion-mnist: ") == 8 + 6 * 5 + 1
 
 
 def test_markdown_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,10 +384,12 @@ def test_the_readme_holds_the_table(readme: Path, capsys: pytest.CaptureFixture[
     text = readme.read_text()
     assert text.startswith("# Speed\n\n<!-- benchmarks:begin -->\n\n| model | steps |") and text.endswith("\nMore.\n")
     assert "old" not in text and "<!-- benchmarks:end -->" in text
-    row = "| default | 1 | 1 | 3.210 \\[3.178, 3.242\\] | 311.5 | 1.30x \\[1.261, 1.339\\] | 2.17x \\[2.105, 2.235\\] |"
+    row = "| fashion-mnist | 1 | 1 | 3.210 \\[3.178, 3.242\\] | 311.5 |"
+    row += " 1.30x \\[1.261, 1.339\\] | 2.17x \\[2.105, 2.235\\] |"
     assert row + " 84.2 (41.2%) |" in text
     assert "AMD EPYC 9B14, 2 cores, 8.20 GB, virtual; cm-runtime 0.1.0 (0123456789), onnxruntime 1.32.0" in text
-    assert "| default | 2 | up to 64, 19.7/s | 21.50" in text and "| default | 2 | 256, offline |" in text
+    assert "| fashion-mnist | 2 | up to 64, 19.7/s | 21.50" in text
+    assert "| fashion-mnist | 2 | 256, offline |" in text
 
 
 def test_another_machine_has_its_own_table(readme: Path) -> None:

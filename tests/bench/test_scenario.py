@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cm_runtime.bench.scenario import PEERS, Group, Scenario, named_suites, read_suite
+from cm_runtime.bench.scenario import PEERS, Group, Scenario, named_suites, read_suite, title
 from cm_runtime.errors import ConfigError
 
 STANDING = Path(__file__).parents[2] / "benchmarks" / "standing.toml"
@@ -59,6 +59,25 @@ def test_shipped_suites() -> None:
 )
 def test_names(options: dict[str, Any], name: str) -> None:
     assert Scenario(**options).name == name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "fashion-mnist single-stream, 2 steps, batch 1"),
+        ({"steps": 1, "batch": 255}, "fashion-mnist single-stream, 1 step, batch 255"),
+        ({"model": "runs/a 1x2 b.onnx", "backend": "ort"}, "a 1x2 b.onnx single-stream, 2 steps, batch 1, ort"),
+        ({"device": "cuda:1", "threads": 7}, "fashion-mnist single-stream, 2 steps, batch 1, cuda:1 7 threads"),
+        ({"kind": "server", "batch": 8, "rate": 2.5, "bound_ms": 100}, "fashion-mnist server, 2 steps, up to 8, 2.5/s"),
+    ],
+)
+def test_titles_for_people(options: dict[str, Any], words: str) -> None:
+    assert title(Scenario(**options).name) == words
+
+
+def test_a_name_of_another_form_is_left_as_it_is() -> None:
+    assert title("something 2x1") == "something 2x1"
+    assert title(f"m offline {'9' * 6000}x1").startswith("m offline, 999")
 
 
 @pytest.mark.parametrize(

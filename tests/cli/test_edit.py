@@ -221,11 +221,14 @@ REFUSED: dict[str, tuple[list[object], str]] = {
     "an npz that is none": (["stroke", "model.onnx", "text.npz"], "text.npz: is not a whole .npz"),
     "an npz of another size": (["stroke", "model.onnx", "wide.npz"], "arr_0 is uint8 (1, 8, 9, 3); give (N, 8, 8, 3)"),
     "an npz of objects": (["stroke", "model.onnx", "objects.npz"], "arr_0.npy is object"),
-    "labels in an npz": (["stroke", "model.onnx", "labels.npz"], "arr_1 is int64 (2,) for 1 images"),
-    "no label": (["stroke", "model.onnx", "a.png"], "say which one an edited image is of"),
+    "labels in an npz": (["stroke", "model.onnx", "labels.npz"], "arr_1 is int64 (2,) for 1 image;"),
+    "no label": (["stroke", "model.onnx", "a.png"], "as label (--label)"),
     "a label": (["stroke", "model.onnx", "a.png", "--label", 5], "labels must be from 0 to 4, not 5"),
     "a label's name": (["stroke", "model.onnx", "a.png", "--label", "coat"], "--label takes whole numbers"),
-    "two labels": (["stroke", "model.onnx", "a.png", "--label", "1,2"], "give one label, or one for each of 1 images"),
+    "two labels": (
+        ["stroke", "model.onnx", "a.png", "--label", "1,2"],
+        "give one label, or one for each of 1 image,",
+    ),
     "no hole": (["inpaint", "model.onnx", "a.png", "--label", 0], "give --mask FILE or --box"),
     "two holes": (
         ["inpaint", "model.onnx", "a.png", "--mask", "a.png", "--box", "1,1,1,1"],
@@ -277,7 +280,7 @@ REFUSED: dict[str, tuple[list[object], str]] = {
         "file cannot be made: File exists",
     ),
     "the same image": (["interpolate", "model.onnx", "--from", 1, "--label", 0], "nothing between image 1 and itself"),
-    "no class": (["interpolate", "model.onnx"], "say which one the images are of"),
+    "no class": (["interpolate", "model.onnx"], "as label (--label)"),
 }
 
 

@@ -136,7 +136,9 @@ def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: expo
     ("how", "message"),
     [
         ({"steps": 3}, "draws in 2 steps, at 80, 2.51522, not 3 steps"),
-        ({"sigmas": (80.0, 1.0)}, "not the levels 80, 1"),
+        ({"sigmas": (80.0, 1.0)}, "draws in 2 steps, at 80, 2.51522, not at 80, 1;"),
+        ({"sigmas": (80.0, 2.51521)}, "at 80, 2.51522, not at 80, 2.51521;"),
+        ({"steps": 1}, "not 1 step;"),
         ({"output": "float32"}, "uint8"),
         ({"clip": False}, "clamped at each step"),
     ],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cm_runtime.bench.report.numbers import clean, counted, digits, head, interval, joined, share, short, size
+from cm_runtime.bench.report.numbers import clean, digits, head, interval, share, short, size
 from cm_runtime.bench.report.setups import subject
 from cm_runtime.bench.results import Conditions, Gpu, Peaks, Processor, Result
+from cm_runtime.bench.scenario import model_name
+from cm_runtime.wording import joined, quantity
 
 # Beyond these a run is said to have been disturbed, at the top.
 STOLEN = 0.02
@@ -25,7 +27,7 @@ class Section:
 def machine_line(result: Result) -> str:
     """Intel(R) Xeon(R) Processor, 2 cores, 8.2 GB; NVIDIA H100."""
     processor = result.machine.processor
-    words = [clean(processor.model, 60), counted(processor.cores, "core"), size(processor.memory_bytes)]
+    words = [clean(processor.model, 60), quantity(processor.cores, "core"), size(processor.memory_bytes)]
     if processor.limit_cores is not None:
         words.append(f"limited to {digits(processor.limit_cores)} cores")
     if result.machine.is_virtual:
@@ -49,10 +51,10 @@ def day(result: Result) -> str:
 def paragraph(result: Result) -> str:
     """What was measured, when, with what and on what."""
     measured = [scenario for scenario in result.scenarios if subject(scenario)]
-    models = list(dict.fromkeys(clean(each.model.rpartition("/")[2] or each.model, 40) for each in result.scenarios))
+    models = list(dict.fromkeys(clean(model_name(each.model), 40) for each in result.scenarios))
     rivals = dict.fromkeys(clean(side.name, 40) for each in measured for side in each.contenders if side.time_ratio)
     seconds = None if result.conditions is None else result.conditions.seconds
-    first = f"{counted(len(measured), 'scenario')} of {counted(len(models), 'model')} ({joined(models)})"
+    first = f"{quantity(len(measured), 'scenario')} of {quantity(len(models), 'model')} ({joined(models)})"
     how = ", as its quick setting does it" if result.settings.quick else ""
     lines = [
         f"{first}, measured on {day(result)}{how}" + (f", in {_duration(seconds)}." if seconds is not None else "."),
@@ -68,14 +70,23 @@ def troubles(result: Result) -> list[str]:
     """What a reader must know before any number: an unfinished run, failures, a machine that did not keep still."""
     found = []
     if not result.complete:
-        done = counted(len(result.scenarios), "scenario")
+        done = quantity(len(result.scenarios), "scenario")
         found.append(f"This run is incomplete: it was stopped after {done}, and what it left out is not here.")
     missing = [each for each in result.scenarios if not subject(each)]
     if missing:
-        found.append(f"{counted(len(missing), 'scenario')} of {len(result.scenarios)} failed; the table says why.")
+        found.append(f"{quantity(len(missing), 'scenario')} of {len(result.scenarios)} failed; the table says why.")
     restless = [each for each in result.scenarios if (side := subject(each)) and not side.stable]
     if restless:
-        found.append(f"In {counted(len(restless), 'scenario')} the warm-up ended before two blocks in a row agreed.")
+        found.append(f"In {quantity(len(restless), 'scenario')} the warm-up ended before two blocks in a row agreed.")
+    others = [
+        side.agreement
+        for each in result.scenarios
+        for side in each.contenders
+        if side.agreement and side.agreement.is_allowed
+    ]
+    if others:
+        largest = max(others, key=lambda agreement: agreement.max_abs)
+        found.append(f"In {quantity(len(others), 'scenario')} another model is timed beside: its {largest.text}.")
     seen = result.conditions
     if seen is not None:
         if seen.throttled:

@@ -10,6 +10,7 @@ from cm_runtime.bench.report.numbers import clean
 from cm_runtime.bench.report.quality import Quality
 from cm_runtime.bench.report.table import Table
 from cm_runtime.bench.results import Result
+from cm_runtime.bench.scenario import title
 
 HEADLINE = ("scenario", "p50, ms", "p95, ms", "p99, ms", "images/s", "peak memory", "of the peak", "parity")
 PEERS = ("scenario", "side", "time over cm-runtime's", "p50, ms", "parity")
@@ -28,11 +29,11 @@ def summary(result: Result, quality: Sequence[Quality] = ()) -> str:
         ("### Server", tables.served(result)),
         ("### Quality", tables.qualities(result, quality)),
     ]
-    for title, found in titled:
+    for heading, found in titled:
         if found.rows:
-            parts += [part for part in (title, table(found), notes(found)) if part]
+            parts += [part for part in (heading, table(found), notes(found)) if part]
     if result.left_out:
-        names = ", ".join(escaped(clean(name, 80)) for name in result.left_out)
+        names = ", ".join(escaped(clean(title(name), 80)) for name in result.left_out)
         parts.append(f"Left out by the quick setting: {names}.")
     return "\n\n".join(parts) + "\n"
 

@@ -105,13 +105,3 @@ def short(commit: str) -> str:
     """The first ten digits of a commit, and the + of a tree that had changes."""
     line = clean(commit)
     return line[:10] + "+" * (len(line) > 10 and line.endswith("+"))
-
-
-def counted(count: int, noun: str) -> str:
-    """1 step, 2 steps."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def joined(words: Sequence[str]) -> str:
-    """a, b and c."""
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else ""

@@ -18,7 +18,9 @@ from cm_runtime.bench.report.numbers import bounds, clean, digits, times
 from cm_runtime.bench.report.quality import Quality
 from cm_runtime.bench.report.setups import brief, setup_name, subject
 from cm_runtime.bench.results import Result
+from cm_runtime.bench.scenario import title
 from cm_runtime.extras import require
+from cm_runtime.wording import quantity
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
 
@@ -43,6 +45,7 @@ def html(result: Result, plots: Sequence[Plot], quality: Sequence[Quality] = ())
     template = setting.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page: str = template.render(
         result=result,
+        left_out=[title(name) for name in result.left_out],
         paragraph=environment.paragraph(result),
         troubles=environment.troubles(result),
         machine=environment.machine_line(result),
@@ -82,7 +85,7 @@ def tiles(result: Result) -> list[Tile]:
     for name, values in list(ratios.items())[:4]:
         low, high = times(min(values)), times(max(values))
         number = low if low == high else f"{low} to {high}"
-        places = f"in {len(values)} scenarios" if len(values) > 1 else "in one scenario"
+        places = f"in {quantity(len(values), 'scenario')}"
         found.append(Tile(f"Time of {clean(name, 30)} over ours", number, "x", "", places))
     return found
 

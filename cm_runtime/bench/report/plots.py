@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 from cm_runtime.bench.report import canvas, rows
 from cm_runtime.bench.report.canvas import COLOURS, Plot, Series, drawable, styled
-from cm_runtime.bench.report.numbers import DASH, clean, counted, digits, interval, share, times
+from cm_runtime.bench.report.numbers import DASH, clean, digits, interval, share, times
 from cm_runtime.bench.report.quality import Quality
 from cm_runtime.bench.report.setups import Setup, brief, rivals, setups, subject
 from cm_runtime.bench.results import Contender, Estimate, Result, ScenarioResult
+from cm_runtime.wording import quantity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -192,7 +193,7 @@ def _series(
         if scenario.kind in kinds and point is not None and drawable(point.value) and 0 < x < 1 << 40:
             found.setdefault(other, {})[x] = point
     named = [
-        (counted(other, "step") if over == "batch" else f"batch {other}", tuple(sorted(points.items())))
+        (quantity(other, "step") if over == "batch" else f"batch {other}", tuple(sorted(points.items())))
         for other, points in sorted(found.items())
     ]
     if behind is not None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cm_runtime.bench.report.numbers import clean
 from cm_runtime.bench.results import Result
+from cm_runtime.bench.scenario import model_name
 from cm_runtime.errors import ArtifactError
 
 _LARGEST = 1 << 20
@@ -72,7 +73,7 @@ class Quality(_Read):
         """What ``result`` calls the model, or the name of the file."""
         for scenario in result.scenarios:
             if scenario.facts is not None and self.images.sha256 and scenario.facts.sha256 == self.images.sha256:
-                return clean(PurePath(scenario.model).name or scenario.model, 40)
+                return clean(model_name(scenario.model), 40)
         return clean(PurePath(self.images.path).name or self.images.path, 40)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import PurePath
 
-from cm_runtime.bench.report.numbers import clean, counted, digits
+from cm_runtime.bench.report.numbers import clean, digits
 from cm_runtime.bench.results import Contender, Result, ScenarioResult
+from cm_runtime.bench.scenario import model_name
+from cm_runtime.wording import quantity
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def setup_name(result: Result, scenario: ScenarioResult) -> str:
 
 def brief(scenario: ScenarioResult) -> str:
     """What tells it from the others of its setup: "2 steps, batch 8"."""
-    steps = counted(scenario.steps, "step")
+    steps = quantity(scenario.steps, "step")
     if scenario.kind == "offline":
         return f"{steps}, {scenario.batch} offline"
     if scenario.kind == "server":
@@ -62,8 +63,8 @@ def brief(scenario: ScenarioResult) -> str:
 
 
 def _key(scenario: ScenarioResult) -> tuple[str, ...]:
-    return scenario.model, scenario.backend, scenario.device, counted(scenario.threads, "thread")
+    return scenario.model, scenario.backend, scenario.device, quantity(scenario.threads, "thread")
 
 
 def _short(model: str) -> str:
-    return clean(PurePath(model).name or model, 40)
+    return clean(model_name(model), 40)

@@ -9,11 +9,13 @@ from cm_runtime.bench.report.quality import Quality
 from cm_runtime.bench.report.setups import brief, rivals, setup_name, subject
 from cm_runtime.bench.report.table import UNMEASURED, Cell, Row, Table, estimate, plain
 from cm_runtime.bench.results import Contender, Latency, Result, ScenarioResult
+from cm_runtime.bench.scenario import BUNDLED, model_name
 
 UNBOUNDED = "too few samples to bound this percentile"
 RESTLESS = "the warm-up ended before two blocks in a row agreed"
 NO_OPERATIONS = "the model's operations were not counted"
 NO_PEAK = "no peak was measured on this device"
+OTHER = "images differ: it is another model, which was allowed"
 ALONE = "not compared with another implementation's images"
 
 
@@ -52,7 +54,7 @@ def parity(side: Contender) -> Cell:
     if side.agreement is None:
         return Cell(DASH, note=clean(side.reason) or ALONE)
     levels = f"{digits(side.agreement.grey_levels)} of 255, from {clean(side.agreement.against, 30)}"
-    return Cell(digits(float(side.agreement.max_abs), 2), levels)
+    return Cell(digits(float(side.agreement.max_abs), 2), levels, OTHER if side.agreement.is_allowed else "")
 
 
 def named(result: Result, scenario: ScenarioResult) -> Cell:
@@ -164,7 +166,7 @@ def models(result: Result) -> Table:
         if facts is None:
             continue
         cells = [
-            Cell(clean(scenario.model, 60)),
+            Cell(clean(model_name(scenario.model) if scenario.model == BUNDLED else scenario.model, 60)),
             Cell("x".join(digits(n) for n in facts.image_shape)),
             Cell(digits(facts.num_classes)),
             Cell(clean(facts.precision, 20)),

@@ -28,19 +28,25 @@ def compare(
     """
     from cm_runtime.bench import compare as comparing
     from cm_runtime.bench import results
+    from cm_runtime.bench.scenario import title
+    from cm_runtime.wording import quantity
 
     gate = values.share("--fail-above", fail_above)
     first = results.read(base)
     if new is None:
         verdicts = comparing.within(first, gate)
     else:
-        verdicts = comparing.between(first, results.read(new), gate, allow_different)
+        second = results.read(new)
+        verdicts = comparing.between(first, second, gate, allow_different)
+        for note in comparing.notes(first, second):
+            typer.echo(note)
     for each in verdicts:
         ratio = each.ratio
-        measured = "" if ratio is None else f" {ratio.value:.3f} of the base's time"
+        measured = "" if ratio is None else f" {ratio.value:.3f}x as long as the base"
         if ratio is not None and ratio.low is not None:
             measured += f" [{ratio.low:.3f}, {ratio.high:.3f}]"
-        typer.echo(f"{each.word:12} {each.scenario}:{measured}{'; ' * bool(measured and each.reason)}{each.reason}")
+        shown = f"{each.word:12} {title(each.scenario)}:"
+        typer.echo(f"{shown}{measured}{'; ' * bool(measured and each.reason)}{each.reason}")
     worst = comparing.overall(verdicts)
-    typer.echo(f"{worst}: {len(verdicts)} scenarios, gate at +{gate:.1%}")
+    typer.echo(f"{worst}: {quantity(len(verdicts), 'scenario')}, gate at +{gate:.1%}")
     raise typer.Exit(STATUS[worst])

@@ -67,9 +67,9 @@ def report(
 
         typer.echo(summary(found, judged), nl=False)
     elif page is not None:
-        from cm_runtime.bench.report.numbers import counted
+        from cm_runtime.wording import quantity
 
-        typer.echo(f"{page}: {counted(len(found.scenarios), 'scenario')}, {counted(len(figures), 'plot')}")
+        typer.echo(f"{page}: {quantity(len(found.scenarios), 'scenario')}, {quantity(len(figures), 'plot')}")
 
 
 def _folder(path: Path) -> None:

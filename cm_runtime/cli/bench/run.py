@@ -55,6 +55,13 @@ def run(
             metavar="REV|FILE", help="Take turns with another build: a git revision, source tree, wheel or model file."
         ),
     ] = None,
+    allow_different_images: Annotated[
+        bool,
+        typer.Option(
+            "--allow-different-images",
+            help="Time a model of --against that draws other images too; the result says by how much they differ.",
+        ),
+    ] = False,
     budget: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="For each contender of a scenario.", show_default="20; quick: 2"),
@@ -76,7 +83,8 @@ def run(
 
     from cm_runtime.bench import run as running
     from cm_runtime.bench.results import Settings
-    from cm_runtime.bench.scenario import read_suite
+    from cm_runtime.bench.scenario import BUNDLED, read_suite
+    from cm_runtime.wording import quantity
 
     if output.suffix != ".json":
         raise RequestError(f"{output}: a result's name ends in .json")
@@ -84,12 +92,14 @@ def run(
         raise RequestError(f"--budget takes seconds from 0 to 86400, not {budget:g}")
     if not 0 <= seed < 1 << 64:
         raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
+    if allow_different_images and against is None:
+        raise RequestError("--allow-different-images is for --against, with which another model takes turns")
     choices: dict[str, object] = {"kind": kind, "steps": steps, "batch": batch, "backend": backend, "peers": peers}
     choices |= {"rate": rate, "bound": bound, "threads": threads, "device": None if device == "auto" else device}
     given = [name for name, value in choices.items() if value is not None]
     left_out: list[str] = []
     if suite is None and given:
-        scenarios = _chosen(model or "default", kind, steps, batch, backend, device, threads, rate, bound, peers)
+        scenarios = _chosen(model or BUNDLED, kind, steps, batch, backend, device, threads, rate, bound, peers)
     else:
         if suite is not None and (given or model):
             raise RequestError(f"the suite says what is run; leave out {'--' + given[0] if given else 'MODEL'}")
@@ -107,6 +117,7 @@ def run(
         interval=values.share("--interval", interval),
         quick=quick,
         seed=seed,
+        allow_different_images=allow_different_images,
     )
     with _progress(len(scenarios)) as tell:
         result = running.run(
@@ -125,7 +136,9 @@ def run(
     failed_base = [each for each in result.scenarios for one in each.contenders if one.role == "base" and one.reason]
     if failed or failed_base:
         count = len(failed) + len(failed_base)
-        raise UnmeasuredError(f"{count} of {len(result.scenarios)} scenarios could not be measured; see above")
+        raise UnmeasuredError(
+            f"{count} of {quantity(len(result.scenarios), 'scenario')} could not be measured; see above"
+        )
 
 
 def _chosen(
@@ -201,11 +214,14 @@ def _progress(total: int) -> Any:
 
 def _print(result: Result) -> None:
     """A line for each scenario and each contender beside it."""
+    from cm_runtime.bench.report.numbers import times as shown
+    from cm_runtime.bench.scenario import title
+
     for each in result.scenarios:
         if each.status == "failed":
-            typer.echo(f"{each.name}: not measured: {each.reason}")
+            typer.echo(f"{title(each.name)}: not measured: {each.reason}")
         for one in each.contenders:
-            head = each.name if one.role == "subject" else f"  {one.name}"
+            head = title(each.name) if one.role == "subject" else f"  {one.name}"
             if one.latency is None:
                 typer.echo(f"{head}: {one.status}: {one.reason}")
                 continue
@@ -217,7 +233,9 @@ def _print(result: Result) -> None:
                 p99 = one.latency.p99
                 tail = "not known" if p99 is None else f"{p99.value:.4g} ms [{p99.low:.4g}, {p99.high:.4g}]"
                 speed = f", p99 {tail}: bound of {one.served.bound_ms:g} ms {'' if one.served.met else 'not '}met"
-            times = "" if ratio is None else f", {ratio.value:.3f} of cm-runtime's time"
-            if ratio is not None and ratio.low is not None:
-                times += f" [{ratio.low:.3f}, {ratio.high:.3f}]"
+            times = "" if ratio is None else f", {shown(ratio.value)}x as long"
+            if ratio is not None and ratio.low is not None and ratio.high is not None:
+                times += f" [{shown(ratio.low)}, {shown(ratio.high)}]"
+            if one.agreement and one.agreement.is_allowed:
+                times += f"; {one.agreement.text}"
             typer.echo(f"{head}: p50 {p50.value:.4g} ms{known}{speed}{times}")

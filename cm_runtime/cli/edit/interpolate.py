@@ -49,6 +49,7 @@ def interpolate(
     import numpy as np
 
     from cm_runtime import backends, editing, files, images
+    from cm_runtime.wording import quantity
 
     check_output(output, floats, ".gif", ".webp")
     if not is_folder(output):
@@ -88,4 +89,4 @@ def interpolate(
     else:
         labels = None if label is None else np.full(frames, label)
         write(output, made, labels, made[np.newaxis], [f"{n:04d}" for n in range(frames)], text)
-    typer.echo(f"{output}: {frames} images from {first} to {last}, seed {seed}")
+    typer.echo(f"{output}: {quantity(frames, 'image')} from {first} to {last}, seed {seed}")

@@ -141,6 +141,7 @@ class Work:
         import numpy as np
 
         from cm_runtime import editing
+        from cm_runtime.wording import quantity
 
         how, label = self.how, self.label(given)
         labels = None if label is None else np.broadcast_to(label, len(given.images)).repeat(how.answers)
@@ -165,10 +166,11 @@ class Work:
         ]
         write(how.output, made if how.floats else _bytes(made), labels, strip, names, text)
         beyond = editing.clipped(made)
-        each = "1 answer" if how.answers == 1 else f"{how.answers} answers"
-        typer.echo(f"{how.output}: {len(given.images)} images, {each} to each, seed {how.seed}, from index {how.index}")
+        each = quantity(how.answers, "answer")
+        edited = quantity(len(given.images), "image")
+        typer.echo(f"{how.output}: {edited}, {each} to each, seed {how.seed}, from index {how.index}")
         if beyond:
-            typer.echo(f"clipped to black or white: {beyond} of {made.size} numbers")
+            typer.echo(f"clipped to black or white: {beyond} of {quantity(made.size, 'number')}")
 
 
 def check_output(output: str, floats: bool, *others: str) -> None:

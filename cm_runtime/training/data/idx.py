@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cm_runtime.bounded import most_inflated, open_stream, read_up_to
 from cm_runtime.errors import data_error
 from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet
+from cm_runtime.wording import quantity
 
 Split = Literal["train", "test"]
 
@@ -42,7 +43,7 @@ def read_idx_folder(folder: Path, split: Split, name: str) -> ImageSet:
         paths.append(found)
     images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
     if len(images) != len(labels):
-        wrong = f"has {len(labels)} labels for the {len(images)} images of {paths[0].name}"
+        wrong = f"has {quantity(len(labels), 'label')} for the {quantity(len(images), 'image')} of {paths[0].name}"
         raise data_error(paths[1], wrong, "fetch both files again")
     return ImageSet(images[:, None], labels.astype(np.int64), int(labels.max()) + 1, name)
 

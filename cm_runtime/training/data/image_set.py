@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.errors import data_error
+from cm_runtime.wording import quantity
 
 MAX_SIDE = 4096
 MAX_CLASSES = 65536
@@ -69,13 +70,17 @@ def _images_fault(images: Any) -> tuple[str, str] | None:
 def _labels_fault(labels: Any, num_classes: int, count: int) -> tuple[str, str] | None:
     """What is wrong with ``labels`` and what to do, or None."""
     if labels is None:
-        return None if num_classes == 0 else (f"{num_classes} classes without labels", "give labels, or 0 classes")
+        return (
+            None
+            if num_classes == 0
+            else (f"{quantity(num_classes, 'class')} without labels", "give labels, or 0 classes")
+        )
     if not 1 <= num_classes <= MAX_CLASSES:
-        return f"{num_classes} classes", f"labels need 1 to {MAX_CLASSES} classes"
+        return quantity(num_classes, "class"), f"labels need 1 to {MAX_CLASSES} classes"
     if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.ndim != 1:
         return "labels are not an int64 array of shape (N,)", "give one int64 label an image"
     if len(labels) != count:
-        return f"{count} images but {len(labels)} labels", "give one label an image"
+        return f"{quantity(count, 'image')} but {quantity(len(labels), 'label')}", "give one label an image"
     if labels.min() < 0 or labels.max() >= num_classes:
         return f"labels {labels.min()}..{labels.max()}", f"they must lie in 0..{num_classes - 1}"
     return None

@@ -9,6 +9,7 @@ import numpy as np
 from cm_runtime.errors import data_error
 from cm_runtime.npz import Member, array, header, opened
 from cm_runtime.training.data.image_set import MAX_CLASSES, ImageSet
+from cm_runtime.wording import quantity
 
 CHANNELS = (1, 3)
 
@@ -33,7 +34,7 @@ def read_npz(path: Path, name: str) -> ImageSet:
         labels = header(archive, members[label_key], path) if label_key in members else None
         channel_axis = _channel_axis(images, key, path)
         if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
-            wrong = f"{label_key} is {labels.dtype} {labels.shape} for {images.shape[0]} images"
+            wrong = f"{label_key} is {labels.dtype} {labels.shape} for {quantity(images.shape[0], 'image')}"
             raise data_error(path, wrong, "labels are integers, one an image")
         pixels = array(archive, images, path)
         values = None if labels is None else array(archive, labels, path)
