@@ -169,9 +169,7 @@ def _request(
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
         raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
     if not 0 <= start <= (1 << 64) - count:
-        raise RequestError(
-            f"image indices must be from 0 to 2^64-1; {quantity(count, 'image')} from {start} would not be"
-        )
+        raise RequestError(f"image indices must be from 0 to 2^64-1; {quantity(count, 'image')} from {start} are not")
     if output not in ("uint8", "float32"):
         raise RequestError(f"output must be uint8 or float32, not {output!r}")
     checked = _checked_labels(labels, manifest.num_classes)

@@ -23,6 +23,7 @@ from cm_runtime.steps import Array
 
 LARGEST = 1 << 30  # bytes of weights: of larger ones three copies would lie in memory
 SECONDS, LEAST = 3.0, 5
+NOISY = 1.5  # times the lower quartile: where the upper one is above it, the machine was measured
 PAUSE = 0.03  # seconds: threads of the other session that still look for work stop doing so
 
 
@@ -37,6 +38,13 @@ class Comparison:
     low: float
     high: float
     engine: str
+
+    @property
+    def text(self) -> str:
+        """How long a plain export takes; of quartiles too far apart, that they are."""
+        if self.high > NOISY * self.low:
+            return f"from {self.low:.2f}x to {self.high:.2f}x as long: the machine is too noisy to tell"
+        return f"{self.times:.2f}x [{self.low:.2f}, {self.high:.2f}] as long"
 
 
 def with_plain(checkpoint: Checkpoint, path: Path, manifest: Manifest, batch: int = 1) -> Comparison | None:

@@ -431,7 +431,7 @@ def test_every_choice_changes_the_network(changes, rng, randomised):
         ({"head_channels": 0}, "head_channels"),
         ({"head_channels": 24}, "64 channels do not split into heads of 24"),
         ({"head_channels": 64, "attention": (8,)}, "32 channels do not split into heads of 64"),
-        ({"norm_groups": 5}, "32 channels do not split into norm_groups 5"),
+        ({"norm_groups": 5}, "channels 32 do not split into norm_groups 5"),
         ({"norm_groups": 0}, "norm_groups"),
         ({"norm_eps": 0.0}, "norm_eps"),
         ({"resample": "bilinear"}, "resample"),

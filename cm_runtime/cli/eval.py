@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cm_runtime.cli import judged, values
-from cm_runtime.cli.options import ExtractorFile, Grid, Labels, OutputName, Sigmas, Timesteps, Ts, ValueRange
+from cm_runtime.cli.options import BACKENDS, ExtractorFile, Grid, Labels, OutputName, Sigmas, Timesteps, Ts, ValueRange
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def evaluate(
     micro_batch: Annotated[
         str | None, typer.Option(metavar="auto|M", help="How many images a model's engine sees at once.")
     ] = None,
-    backend: Annotated[str | None, typer.Option(metavar="auto|ort|torch", help="A model's engine.")] = None,
+    backend: Annotated[str | None, typer.Option(metavar=BACKENDS, help="A model's engine.")] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of each engine.", show_default="one per core")] = None,
     manifold: Annotated[
@@ -98,12 +98,14 @@ def evaluate(
     seen = judged.observed(found, network, manifold, "images", reference=known)
     with waiting("precision and recall"):
         figures = measure.compare(seen, expected)
+    few = measure.few_images(seen, expected)
     report = measure.Report(
         cm_runtime=__version__,
         images=found.description,
         reference=described,
         extractor=network.describe(found.shape),
         figures=figures,
+        warnings=() if few is None else (few,),
     )
     if save_statistics is not None:
         statistics.write_statistics(save_statistics, seen.statistics)
@@ -115,6 +117,7 @@ def evaluate(
 
 def _print(report: Report) -> None:
     from cm_runtime.schedule import level_text
+    from cm_runtime.wording import quantity
 
     figures, images, reference, extractor = report.figures, report.images, report.reference, report.extractor
     how = ""
@@ -122,7 +125,8 @@ def _print(report: Report) -> None:
         how = f", {images['sampler']}, sigmas {level_text(images['sigmas'])}, seed {images['seed']}"
     network = f"{Path(extractor['path']).name} {extractor['sha256'][:12]}"
     rows = [("images", f"{figures.count} of {images['path']}{how}")]
-    rows.append(("extractor", f"{network}, resize {extractor['resize']}"))
+    rows.append(("labels", _label_policy(images["kind"], images["labels"])))
+    rows.append(("extractor", f"{network}, {quantity(figures.dimension, 'feature')}, resize {extractor['resize']}"))
     if reference is not None:
         rows.append(("reference", f"{reference['count'] or 'unknown number'} of {reference['path']}"))
         rows.append(("Frechet distance", _shown(figures.frechet_distance, "{:.4g}")))
@@ -130,8 +134,20 @@ def _print(report: Report) -> None:
         rows.append(("precision", sides or _shown(figures.precision, "{:.2%}")))
         rows.append(("recall", sides or _shown(figures.recall, "{:.2%}")))
     rows.append(("class agreement", _shown(figures.class_agreement, "{:.2%}")))
+    rows += [("warning", warning) for warning in report.warnings]
     for name, value in rows:
         typer.echo(f"{name:17} {value}")
+
+
+def _label_policy(kind: str, labels: Any) -> str:
+    """The classes of the images: as a model was asked for them, or as the data have them."""
+    if labels is None:
+        return "none"
+    if kind != "model":
+        return f"their own, {labels}"
+    if isinstance(labels, str):
+        return {"all": "all classes in turn", "random": "random classes"}[labels]
+    return f"{'class' if len(labels) == 1 else 'classes'} {', '.join(map(str, labels))}{' in turn' * (len(labels) > 1)}"
 
 
 def _shown(value: float | None, form: str) -> str:

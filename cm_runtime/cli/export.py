@@ -89,8 +89,11 @@ def export(
         ),
     ] = None,
     compare: Annotated[
-        bool, typer.Option(help="Time the .onnx against a plain torch.onnx.export, which takes as long as that does.")
-    ] = True,
+        bool,
+        typer.Option(
+            "--compare/--no-compare", help="Time the .onnx against a plain torch.onnx.export, which is made for it."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
     """Export a checkpoint for an engine, with the skip-scaling in the graph, proved equal to the torch model.
@@ -216,8 +219,6 @@ def _summarise(target: Path, made: Exported, plain: Comparison | None) -> None:
     shown = (f"{s if isinstance(s, str) else f'{s:g}'}: {psnr:g}" for s, psnr in zip(levels, parity.psnr, strict=True))
     typer.echo(f"           {', '.join(shown)}")
     if plain:
-        typer.echo(
-            f"  speed    a plain export takes {plain.times:.2f}x [{plain.low:.2f}, {plain.high:.2f}] as long,"
-            f" batch {plain.batch} ({plain.engine})"
-        )
+        beside = f"batch {plain.batch} ({plain.engine})"
+        typer.echo(f"  speed    a plain export takes {plain.text}, {beside}")
     typer.echo(f"  now      cm-runtime sample {target}")

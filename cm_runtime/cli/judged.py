@@ -111,6 +111,7 @@ def collected(source: str, split: str | None) -> Images:
         samples = sources.open_samples(path)
         described: dict[str, Any] = {"kind": "samples", "path": source, "sha256": files.sha256(path)}
         described |= {"shape": list(samples.image_shape), "count": samples.count}
+        described["labels"] = "arr_1" if samples.has_labels else None
         return Images(samples.batches(), samples.count, samples.image_shape, None, described)
     from cm_runtime.training.data import open_data
 
@@ -118,6 +119,7 @@ def collected(source: str, split: str | None) -> Images:
     channels, height, width = data.image_shape
     described = {"kind": "data", "path": source, "name": data.name, "split": split or "train"}
     described |= {"shape": [height, width, channels], "count": len(data)}
+    described["labels"] = None if data.labels is None else "of the data set"
     batches = sources.array_batches(data.images, data.labels)
     return Images(batches, len(data), (height, width, channels), data.num_classes, described)
 

@@ -47,10 +47,11 @@ Grid = Annotated[
 ]
 
 Steps = Annotated[int | None, typer.Option(help="Network evaluations per image.")]
+BACKENDS = "auto|ort|openvino|torch|torch.compile|tensorrt|tensorrt-rtx"
 Backend = Annotated[
     str,
     typer.Option(
-        metavar="auto|ort|openvino|torch|torch.compile|tensorrt|tensorrt-rtx",
+        metavar=BACKENDS,
         help="The engine; auto measures, once, which of those installed is fastest for the file.",
     ),
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cm_runtime.cli import judged, values
-from cm_runtime.cli.options import ExtractorFile, Labels, MicroBatch, OutputName, ValueRange
+from cm_runtime.cli.options import Backend, ExtractorFile, Labels, MicroBatch, OutputName, ValueRange
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def tune(
     seed: Annotated[int, typer.Option(help="Of those images: the same for all candidates.")] = 0,
     labels: Labels = None,
     micro_batch: MicroBatch = "auto",
+    backend: Backend = "auto",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of each engine.", show_default="one per core")] = None,
     output: Annotated[
@@ -50,17 +51,23 @@ def tune(
     Example: cm-runtime tune model.onnx --steps 2 -o tuned.onnx
     """
     from cm_runtime import backends, files, sampling
+    from cm_runtime.artifact import read_manifest, write_manifest
+    from cm_runtime.backends import engine_file
 
     wanted = _steps(steps)
     if model is not None and backends.is_checkpoint(model):
         raise RequestError(f"{model} is a checkpoint; tune what cm-runtime export makes of it")
+    if model is not None and model.suffix != engine_file.SUFFIX and read_manifest(model).graph == "sampler":
+        raise RequestError(
+            f"{model} is a sampler file, whose levels are fixed: tune the denoiser file of its checkpoint, then"
+            " cm-runtime export CKPT --graph sampler --sigmas with the levels found"
+        )
     if model is None and output is None:
         raise RequestError("give -o OUT.onnx: the bundled model is not replaced")
     if output is None and not force:
         raise RequestError(f"give -o OUT.onnx for a copy, or --force to store the levels in {model} itself")
     if output is not None and output.suffix != ".onnx":
         raise RequestError(f"{output}: an ONNX file's name ends in .onnx")
-    from cm_runtime.artifact import write_manifest
     from cm_runtime.cli.progress import tracked
     from cm_runtime.evaluate import tuning
     from cm_runtime.evaluate.features import Extractor
@@ -73,7 +80,7 @@ def tune(
     if samples < 2:
         raise RequestError(f"--samples must be at least 2, not {samples}")
     workers = values.threads(threads)
-    engine = backends.load(source, device=device, threads=workers)
+    engine = backends.load(source, backend, device, workers)  # type: ignore[arg-type]
     manifest = engine.manifest
     network = Extractor(extractor, value_range=value_range, output_name=output_name, device=device, threads=workers)
     size = values.micro_batch(micro_batch, min(samples, 256), engine.micro_batch)

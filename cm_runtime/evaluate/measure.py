@@ -16,9 +16,10 @@ from cm_runtime.evaluate.moments import RunningMoments, frechet_distance
 from cm_runtime.evaluate.precision_recall import K, Reservoir, precision_recall
 from cm_runtime.evaluate.statistics import Statistics
 from cm_runtime.sampling import Batch
-from cm_runtime.wording import quantity
+from cm_runtime.wording import joined, quantity
 
 MANIFOLD = 10_000
+FEWEST = 2048  # images: the dimension of Inception's features, below which their covariance is singular
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class Figures(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     count: int = Field(description="images measured")
+    dimension: int = Field(description="numbers in the features of an image")
     frechet_distance: float | None = Field(ge=0)
     precision: float | None = Field(ge=0, le=1)
     recall: float | None = Field(ge=0, le=1)
@@ -59,6 +61,7 @@ class Report(BaseModel):
     reference: dict[str, Any] | None
     extractor: dict[str, Any]
     figures: Figures
+    warnings: tuple[str, ...] = Field((), description="what to know before the figures are used")
 
 
 def observe(
@@ -113,4 +116,28 @@ def compare(images: Observation, reference: Observation | None) -> Figures:
             values["manifold"] = len(reference.features), len(images.features)
     count = images.statistics.count
     assert count is not None  # it was observed
-    return Figures(count=count, class_agreement=images.agreement, **values)
+    return Figures(count=count, dimension=len(images.statistics.mean), class_agreement=images.agreement, **values)
+
+
+def few_images(images: Observation, reference: Observation | None) -> str | None:
+    """A warning where either side has too few images for its Fréchet distance, None where not or where there is none.
+
+    The covariances of few images bias the distance upwards (arXiv 1911.07023): below 2048 images, or twice as many as
+    the features have dimensions, it is no property of the model alone.
+    """
+    if reference is None:
+        return None
+    dimension = len(images.statistics.mean)
+    least = max(FEWEST, 2 * dimension)
+    sides = {"images": images.statistics.count, "the reference": reference.statistics.count}
+    few = [
+        quantity(count, "image") + ("" if name == "images" else f" of {name}")
+        for name, count in sides.items()
+        if count is not None and count < least
+    ]
+    if not few:
+        return None
+    return (
+        f"the Frechet distance is biased upwards: {joined(few)}, where {quantity(dimension, 'feature')} take {least} or"
+        " more; compare it with distances of as many images only"
+    )

@@ -1,6 +1,6 @@
 """The options of diffusers' UNet2DModel and CMStochasticIterativeScheduler in our terms, and ours in theirs.
 
-Whatever option has no place in our network is refused by its name.
+Options that have no place in our network are refused by their names, all of them at once.
 Source: diffusers 0.42, models/unets/unet_2d.py and schedulers/scheduling_consistency_models.py.
 """
 
@@ -16,6 +16,7 @@ from cm_runtime.importers.network import checked
 from cm_runtime.model import ModelConfig
 from cm_runtime.schedule import GRID_LIMIT
 from cm_runtime.unet import GroupNorm, UNet, UNetConfig
+from cm_runtime.wording import joined, quantity
 
 # Every option of a UNet2DModel with its default, which older files leave out.
 OPTIONS: dict[str, Any] = {
@@ -74,31 +75,56 @@ DOWN = {"DownBlock2D": "conv", "ResnetDownsampleBlock2D": "resnet", "AttnDownBlo
 UP = {"UpBlock2D": "conv", "ResnetUpsampleBlock2D": "resnet", "AttnUpBlock2D": None}  # None: the model's option says
 
 
+class Unmapped:
+    """The options of a configuration that have no counterpart, gathered while it is read."""
+
+    def __init__(self, what: str, options: int) -> None:
+        """what: whose options they are; options: how many the configuration has."""
+        self._what, self._options, self._found = what, options, dict[str, str]()
+
+    def add(self, option: str, value: Any, possible: str) -> None:
+        """An option, its value, and what alone would be possible."""
+        self._found.setdefault(option, f"{option} {str(value)[:200]}: {possible}")
+
+    def check(self) -> None:
+        """Raises CheckpointError naming every option that was added."""
+        if self._found:
+            names = "; ".join(self._found.values())
+            share = f"{len(self._found)} of {quantity(self._options, 'option')}"
+            verb = "has" if len(self._found) == 1 else "have"
+            raise CheckpointError(f"{share} {verb} no counterpart in cm-runtime's {self._what}: {names}")
+
+
 def network_of(given: Mapping[str, Any]) -> UNetConfig:
-    """Our network for a UNet2DModel's config.json; raises CheckpointError naming the first option that has no place."""
+    """Our network for a UNet2DModel's config.json; raises CheckpointError naming the options that have no place."""
     config = _options(given, OPTIONS, "UNet2DModel")
+    unmapped = Unmapped("UNet", len(config))
     for option in FIXED:
         if config[option] != OPTIONS[option]:
-            raise _unmapped(option, config[option], f"only {OPTIONS[option]}")
+            unmapped.add(option, config[option], f"only {OPTIONS[option]}")
     if config["act_fn"] not in ("silu", "swish"):
-        raise _unmapped("act_fn", config["act_fn"], "only silu")
+        unmapped.add("act_fn", config["act_fn"], "only silu")
     if config["in_channels"] != config["out_channels"]:
-        raise _unmapped("out_channels", config["out_channels"], f"only as many as in_channels, {config['in_channels']}")
+        unmapped.add("out_channels", config["out_channels"], f"only as many as in_channels, {config['in_channels']}")
     size = config["sample_size"]
     if isinstance(size, list) and len(set(map(str, size))) == 1:
         size = size[0]
     if not isinstance(size, int):
-        raise _unmapped("sample_size", size, "only the side of a square in pixels")
+        unmapped.add("sample_size", size, "only the side of a square in pixels")
+    if config["resnet_time_scale_shift"] not in ("default", "scale_shift"):
+        unmapped.add("resnet_time_scale_shift", config["resnet_time_scale_shift"], "only default or scale_shift")
+    groups = _norm_groups(config, unmapped)
     widths = config["block_out_channels"]
     if not isinstance(widths, list) or not widths or not all(type(w) is int and w > 0 for w in widths):
-        raise _unmapped("block_out_channels", widths, "only a list of whole numbers")
+        unmapped.add("block_out_channels", widths, "only a list of whole numbers")
+        unmapped.check()
     if (odd := next((w for w in widths if w % widths[0]), None)) is not None:
-        raise _unmapped("block_out_channels", widths, f"only multiples of the first, and {odd} is none")
+        unmapped.add("block_out_channels", widths, f"only multiples of the first, and {odd} is none")
     if config["time_embedding_dim"] not in (None, 4 * widths[0]):
-        raise _unmapped("time_embedding_dim", config["time_embedding_dim"], f"only {4 * widths[0]}")
-    if config["resnet_time_scale_shift"] not in ("default", "scale_shift"):
-        raise _unmapped("resnet_time_scale_shift", config["resnet_time_scale_shift"], "only default or scale_shift")
-    attended, resample = _levels(config, len(widths))
+        unmapped.add("time_embedding_dim", config["time_embedding_dim"], f"only {4 * widths[0]}")
+    attended, resample = _levels(config, len(widths), unmapped)
+    head_channels = _head_channels(config, attended, unmapped)
+    unmapped.check()
     network = checked(
         image_size=size,
         image_channels=config["in_channels"],
@@ -108,10 +134,10 @@ def network_of(given: Mapping[str, Any]) -> UNetConfig:
         res_blocks=config["layers_per_block"],
         attention=tuple(size >> level for level, there in enumerate(attended) if there),
         middle_attention=config["add_attention"],
-        head_channels=_head_channels(config, attended),
+        head_channels=head_channels,
         scale_shift=config["resnet_time_scale_shift"] == "scale_shift",
         resample=RESAMPLED[resample],
-        norm_groups=_norm_groups(config),
+        norm_groups=groups,
         norm_eps=config["norm_eps"],
         dropout=config["dropout"],
     )
@@ -172,15 +198,17 @@ def sampler_of(given: Mapping[str, Any]) -> dict[str, Any]:
             f"its scheduler is {given.get('_class_name')}, not that of consistency models, {SCHEDULER}"
         )
     config = _options(given, SCHEDULER_OPTIONS, SCHEDULER)
+    unmapped = Unmapped("sampler", len(config))
     for option in ("s_noise", "clip_denoised"):
         if config[option] != SCHEDULER_OPTIONS[option]:
-            raise _unmapped(option, config[option], f"only {SCHEDULER_OPTIONS[option]}")
-    for option in config.keys() - {"clip_denoised"}:
-        if isinstance(config[option], bool) or not isinstance(config[option], int | float):
-            raise _unmapped(option, config[option], "only a number")
+            unmapped.add(option, config[option], f"only {SCHEDULER_OPTIONS[option]}")
     N = config["num_train_timesteps"]
     if not isinstance(N, int) or not 2 <= N <= GRID_LIMIT:
-        raise _unmapped("num_train_timesteps", N, f"only a whole number from 2 to {GRID_LIMIT}")
+        unmapped.add("num_train_timesteps", N, f"only a whole number from 2 to {GRID_LIMIT}")
+    for option in SCHEDULER_OPTIONS.keys() - {"clip_denoised"}:
+        if isinstance(config[option], bool) or not isinstance(config[option], int | float):
+            unmapped.add(option, config[option], "only a number")
+    unmapped.check()
     return {option: config[option] for option in config if option not in ("s_noise", "clip_denoised")}
 
 
@@ -216,11 +244,12 @@ def _options(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> d
     """``given`` over the defaults; those with an underscore are diffusers' own notes."""
     options = {key: value for key, value in given.items() if not key.startswith("_")}
     if unknown := options.keys() - known.keys():
-        raise CheckpointError(f"{min(unknown)} is no option of {what} that cm-runtime knows")
+        named = "are no options" if len(unknown) > 1 else "is no option"
+        raise CheckpointError(f"{joined(sorted(unknown))} {named} of {what} that cm-runtime knows")
     return {**known, **options}
 
 
-def _levels(config: Mapping[str, Any], count: int) -> tuple[list[bool], str]:
+def _levels(config: Mapping[str, Any], count: int, unmapped: Unmapped) -> tuple[list[bool], str]:
     """Which levels have attention, outermost first, and how all of them are resampled, in their word."""
     attended: dict[str, list[bool]] = {}
     resamplers: set[str] = set()
@@ -230,26 +259,28 @@ def _levels(config: Mapping[str, Any], count: int) -> tuple[list[bool], str]:
     ):
         names = config[option]
         if not isinstance(names, list) or len(names) != count:
-            raise _unmapped(option, names, f"only a list as long as block_out_channels, {count}")
+            unmapped.add(option, names, f"only a list as long as block_out_channels, {count}")
+            continue
         plain = [str(name).removeprefix("UNetRes") for name in names]
         if unknown := [name for name in plain if name not in kinds]:
-            raise _unmapped(option, unknown[0], f"only {', '.join(kinds)}")
+            unmapped.add(option, joined(list(dict.fromkeys(unknown))), f"only {', '.join(kinds)}")
+            continue
         resamplers |= {kinds[name] or str(config[default]) for name in plain[: count - 1] or plain}
         attended[option] = [kinds[name] is None for name in plain]
+    if len(attended) < 2:
+        return [False] * count, "conv"
     if attended["down_block_types"] != attended["up_block_types"][::-1]:
-        raise _unmapped(
-            "up_block_types", config["up_block_types"], "only with attention where down_block_types have it"
-        )
+        unmapped.add("up_block_types", config["up_block_types"], "only with attention where down_block_types have it")
     if len(resamplers) > 1 or not resamplers <= RESAMPLED.keys():
         mixed = " and ".join(sorted(resamplers))
-        raise _unmapped("down_block_types, downsample_type, upsample_type", mixed, "only conv or only resnet")
-    (resample,) = resamplers
+        unmapped.add("down_block_types, downsample_type, upsample_type", mixed, "only conv or only resnet")
+    resample = min(resamplers)
     if resample == "conv" and count > 1 and config["downsample_padding"] != 1:
-        raise _unmapped("downsample_padding", config["downsample_padding"], "only 1")
+        unmapped.add("downsample_padding", config["downsample_padding"], "only 1")
     return attended["down_block_types"], resample
 
 
-def _head_channels(config: Mapping[str, Any], attended: list[bool]) -> int:
+def _head_channels(config: Mapping[str, Any], attended: list[bool], unmapped: Unmapped) -> int:
     """Of every attention; where the option is null, theirs have one head of all their channels."""
     if config["attention_head_dim"] is not None:
         return config["attention_head_dim"]  # type: ignore[no-any-return]
@@ -257,23 +288,19 @@ def _head_channels(config: Mapping[str, Any], attended: list[bool]) -> int:
     used = {width for width, there in zip(widths, attended, strict=True) if there}
     used |= {widths[-1]} if config["add_attention"] else set()
     if len(used) > 1:
-        raise _unmapped(
-            "attention_head_dim", None, f"only where all attention has the same channels, not {sorted(used)}"
-        )
-    return used.pop() if used else widths[0]  # type: ignore[no-any-return]
+        possible = f"only where all attention has the same channels, not {sorted(used)}"
+        unmapped.add("attention_head_dim", None, possible)
+    return min(used) if used else widths[0]  # type: ignore[no-any-return]
 
 
-def _norm_groups(config: Mapping[str, Any]) -> Any:
+def _norm_groups(config: Mapping[str, Any], unmapped: Unmapped) -> Any:
     groups = config["norm_num_groups"]
     if not isinstance(groups, int):
-        raise _unmapped("norm_num_groups", groups, "only a whole number")
+        unmapped.add("norm_num_groups", groups, "only a whole number")
+        return groups
     # Without a number of its own, the middle attention has no norm at all beside scale_shift.
     default = groups if config["resnet_time_scale_shift"] == "default" else None
     in_the_middle = config["attn_norm_num_groups"] or default
     if config["add_attention"] and in_the_middle != groups:
-        raise _unmapped("attn_norm_num_groups", config["attn_norm_num_groups"], f"only {groups}, as norm_num_groups")
+        unmapped.add("attn_norm_num_groups", config["attn_norm_num_groups"], f"only {groups}, as norm_num_groups")
     return groups
-
-
-def _unmapped(option: str, value: Any, possible: str) -> CheckpointError:
-    return CheckpointError(f"{option} {str(value)[:200]} has no counterpart in cm-runtime's UNet: {possible}")

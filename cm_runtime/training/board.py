@@ -42,6 +42,10 @@ class Board:
         for name, value in values.items():
             self._write(step=images, summary=self._summary.scalar(name, value))  # type: ignore[no-untyped-call]
 
+    def note(self, curve: str, images: int, text: str) -> None:
+        """A sentence beside a curve, under TensorBoard's texts."""
+        self._write(step=images, summary=self._summary.text(curve, text))  # type: ignore[no-untyped-call]
+
     def grid(self, images: int, picture: NDArray[np.uint8]) -> None:
         """A sample grid: (H, W, C) uint8."""
         image = self._summary.image("samples", picture, dataformats="HWC")  # type: ignore[no-untyped-call]

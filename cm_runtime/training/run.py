@@ -33,6 +33,11 @@ from cm_runtime.training.config import TrainConfig, parse_config
 STATE_FORMAT = "cm-runtime training state 2"
 STATE_KEYS = {"config", "inputs", "phase", "step", "images", "seconds", "model", "target", "optimizer", "ema"}
 # Keys that a run may go on with changed: they decide where and when, not what.
+NOTES = {
+    "ect": "r nears t by stages and the weight 1/(t - r) grows with them: compare it within a stage only.",
+    "ict": "The grid's points double and the weight 1/(t - r) grows with them: compare it between doublings only.",
+    "ct": "The grid grows with the steps: this loss may rise while the images get better.",
+}  # beside the curves of TensorBoard
 FREE = ("data.source", "init", "device", "save_every", "sample_every", "tensorboard")
 
 
@@ -47,6 +52,7 @@ class RunFolder:
         self._sessions = path / "run.json"
         self._made_of: dict[str, Any] = {}
         self._board: Board | None = None
+        self._noted: set[str] = set()
 
     @contextmanager
     def open(
@@ -128,7 +134,12 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"{self._log} cannot be written: {error.strerror or error}") from error
         if self._board:
-            curves = {key: value for key, value in record.items() if isinstance(value, float)}
+            curves = {key: value for key, value in record.items() if isinstance(value, float) and key != "loss"}
+            curve = f"loss/{record['method']}"  # a loss of one method says nothing beside another's
+            curves[curve] = record["loss"]
+            if (note := NOTES.get(record["method"])) and curve not in self._noted:
+                self._noted.add(curve)
+                self._board.note(curve, record["images"], note)
             self._board.scalars(record["images"], curves)
 
     def grid(self, name: str, pictures: NDArray[np.uint8], text: dict[str, Any]) -> None:

@@ -65,6 +65,7 @@ def test_samples_against_real_images(cli: Cli, place: Path) -> None:
     assert figures["frechet_distance"] == pytest.approx(expected, rel=1e-4)
     agreed = features(place, samples)[:, :5].argmax(1) == np.arange(60) % 5
     assert figures["class_agreement"] == pytest.approx(agreed.mean())
+    assert figures["dimension"] == features(place, samples).shape[1] and "60 images" in found["warnings"][0]
     assert (figures["count"], figures["manifold"], figures["neighbours"]) == (60, [60, 60], 3)
     assert 0 <= figures["precision"] <= 1 and 0 <= figures["recall"] <= 1
     assert (found["images"]["kind"], found["images"]["path"], found["images"]["count"]) == (
@@ -88,6 +89,15 @@ def test_a_model_is_drawn_as_sample_draws_it(cli: Cli, place: Path) -> None:
     assert (found["images"]["seed"], found["images"]["labels"], found["images"]["sampler"]) == (5, "all", "multistep")
 
 
+@pytest.mark.parametrize(
+    ("words", "policy"),
+    [((), "all classes in turn"), (("--labels", "random"), "random classes"), (("--labels", "3"), "class 3")],
+)
+def test_how_a_model_was_asked_is_said(cli: Cli, place: Path, words: tuple[str, ...], policy: str) -> None:
+    shown = cli("eval", "model.onnx", "--count", 8, "--steps", 1, *words, *PLAIN, "--backend", "ort").out
+    assert f"\nlabels            {policy}\n" in shown
+
+
 def test_levels_may_be_named_as_other_tools_name_them(cli: Cli, place: Path) -> None:
     """Index 22 of 40, as published (arXiv 2303.01469)."""
     openais = report(cli, "model.onnx", "--count", 20, "--ts", "0,22,39", "--grid", 40, *PLAIN)
@@ -107,7 +117,11 @@ def test_the_bundled_model_needs_nothing_at_hand(cli: Cli) -> None:
 def test_a_table_is_printed(cli: Cli, place: Path) -> None:
     lines = dict(line.split(maxsplit=1) for line in cli("eval", "samples.npz", *PLAIN).out.splitlines())
     assert lines["images"] == "60 of samples.npz" and lines["reference"] == "60 of real.npz"
-    assert set(lines) == {"images", "extractor", "reference", "Frechet", "precision", "recall", "class"}
+    assert set(lines) == {
+        *("images", "labels", "extractor", "reference", "Frechet", "precision", "recall", "class", "warning")
+    }
+    assert lines["labels"] == "their own, arr_1" and ", 6 features, resize none" in lines["extractor"]
+    assert "60 images and 60 images of the reference, where 6 features take 2048 or more" in lines["warning"]
 
 
 def test_a_teacher_is_sampled_by_an_ode_solver(cli: Cli, place: Path) -> None:

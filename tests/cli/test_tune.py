@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from cm_runtime.artifact import read_manifest
+from cm_runtime.artifact import read_manifest, write_manifest
 from cm_runtime.checkpoint import save_checkpoint
 from cm_runtime.export import onnx as export_onnx
 from cm_runtime.schedule import karras_sigmas
@@ -128,6 +128,8 @@ def test_the_micro_batch_is_that_of_the_engine(cli: Cli, place: Path, monkeypatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("sampler.onnx",), "sampler.onnx is a sampler file, whose levels are fixed: tune the denoiser"),
+        (("model.onnx", "--backend", "torch", "-o", "t.onnx"), "the torch backend runs checkpoints"),
         (("ckpt.pt", "-o", "t.onnx"), "tune what cm-runtime export makes of it"),
         (("model.onnx",), "--force to store the levels in model.onnx itself"),
         (("--force",), "the bundled model is not replaced"),
@@ -151,6 +153,9 @@ def test_the_micro_batch_is_that_of_the_engine(cli: Cli, place: Path, monkeypatc
 def test_what_is_wrong_is_one_line_and_nothing_is_written(
     cli: Cli, place: Path, words: tuple[object, ...], message: str
 ) -> None:
+    if words[0] == "sampler.onnx":
+        fixed = read_manifest("model.onnx").model_copy(update={"graph": "sampler", "sigmas": {2: (80.0, 1.5)}})
+        write_manifest("model.onnx", "sampler.onnx", fixed)
     if words[0] == "teacher.onnx":
         save_checkpoint(exported.checkpoint("boundary", method="edm"), place / "teacher.pt")
         from cm_runtime.checkpoint import read_checkpoint

@@ -14,7 +14,7 @@ import pytest
 
 from cm_runtime.errors import DataError
 from cm_runtime.evaluate.features import Extractor
-from cm_runtime.evaluate.measure import Observation, compare, observe
+from cm_runtime.evaluate.measure import Observation, compare, few_images, observe
 from cm_runtime.evaluate.moments import frechet_distance, moments
 from cm_runtime.evaluate.precision_recall import precision_recall
 from cm_runtime.evaluate.sources import array_batches
@@ -43,12 +43,34 @@ def test_figures_are_those_of_all_features_at_once(toy: Extractor, rng: np.rando
     seen = observe(array_batches(images, labels, size), toy, classes=3)
     figures = compare(seen, observe(array_batches(real, None, size), toy))
     a, b = (toy(x.transpose(0, 2, 3, 1)) for x in (images, real))
-    assert figures.count == 300
+    assert (figures.count, figures.dimension) == (300, a.features.shape[1])
     assert figures.frechet_distance == pytest.approx(frechet_distance(moments(a.features), moments(b.features)))
     assert (figures.precision, figures.recall) == precision_recall(b.features, a.features)
     assert figures.manifold == (280, 300)
     brightest = images.reshape(300, 64)[:, :3].argmax(1)
     assert figures.class_agreement == pytest.approx((brightest == labels).mean())
+
+
+@pytest.mark.parametrize(
+    ("dimension", "count", "other", "words"),
+    [
+        (4, 2047, 60_000, "2047 images, where 4 features take 2048 or more"),
+        (4, 2048, 2048, None),
+        (4, 1, None, "1 image, where"),
+        (1030, 2059, 2060, "2059 images, where 1030 features take 2060 or more"),
+        (1030, 2060, 2059, "2059 images of the reference, where"),
+        (1, 50, 40, "50 images and 40 images of the reference, where 1 feature take"),
+    ],
+)
+def test_a_distance_of_few_images_is_warned_of(
+    dimension: int, count: int, other: int | None, words: str | None
+) -> None:
+    def seen(number: int | None) -> Observation:
+        return Observation(Statistics(np.zeros(dimension), np.eye(dimension), number, "ab"))
+
+    warning = few_images(seen(count), seen(other))
+    assert warning is None if words is None else warning is not None and words in warning
+    assert few_images(seen(count), None) is None  # no distance, no bias
 
 
 def test_what_cannot_be_measured_is_none(toy: Extractor, rng: np.random.Generator, tmp_path: Path) -> None:
@@ -77,7 +99,7 @@ def test_labels_beyond_the_extractors_are_refused(toy: Extractor, rng: np.random
 
 
 def test_one_image_has_no_covariance(toy: Extractor, rng: np.random.Generator) -> None:
-    with pytest.raises(DataError, match="1 images: at least two"):
+    with pytest.raises(DataError, match="1 image: at least two"):
         observe(array_batches(pictures(rng, 1), None), toy)
 
 
@@ -112,6 +134,7 @@ import resource, sys
 import numpy as np
 from pathlib import Path
 from cm_runtime.evaluate.features import Extractor
+from cm_runtime.evaluate.measure import compare, observe
 from cm_runtime.evaluate.measure import compare, observe
 from cm_runtime.evaluate.sources import open_samples
 from cm_runtime.evaluate.statistics import Statistics

@@ -44,3 +44,10 @@ def test_nor_are_weights_of_which_three_copies_would_be_too_many(
     monkeypatch.setattr(comparison, "LARGEST", 1000)
     ours = read_checkpoint(boundary.checkpoint)
     assert comparison.with_plain(ours, boundary.onnx, ours.manifest()) is None
+
+
+def test_quartiles_too_far_apart_are_no_answer() -> None:
+    quiet = comparison.Comparison(9, 99, 1, 1.2, 1.1, 1.3, "onnxruntime 1.32.0")
+    assert quiet.text == "1.20x [1.10, 1.30] as long"
+    wild = comparison.Comparison(9, 99, 1, 1.01, 0.91, 16.39, "onnxruntime 1.32.0")
+    assert wild.text == "from 0.91x to 16.39x as long: the machine is too noisy to tell"

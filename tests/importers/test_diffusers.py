@@ -249,20 +249,23 @@ def test_halves_stay_halves_and_are_computed_in_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"center_input_sample": True}, "center_input_sample True has no counterpart"),
+        (
+            {"center_input_sample": True},
+            "1 of 28 options has no counterpart in .* UNet: center_input_sample True: only False",
+        ),
         ({"time_embedding_type": "fourier"}, "time_embedding_type fourier"),
-        ({"time_embedding_dim": 32}, "time_embedding_dim 32 .* only 128"),
+        ({"time_embedding_dim": 32}, "time_embedding_dim 32.* only 128"),
         ({"freq_shift": 1}, "freq_shift 1"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos False"),
         ({"mid_block_type": None}, "mid_block_type None"),
         ({"mid_block_scale_factor": 1.414}, "mid_block_scale_factor 1.414"),
         ({"class_embed_type": "timestep"}, "class_embed_type timestep"),
-        ({"act_fn": "gelu"}, "act_fn gelu .* only silu"),
-        ({"out_channels": 6}, "out_channels 6 .* only as many as in_channels, 3"),
+        ({"act_fn": "gelu"}, "act_fn gelu.* only silu"),
+        ({"out_channels": 6}, "out_channels 6.* only as many as in_channels, 3"),
         ({"sample_size": None}, "sample_size None"),
         ({"sample_size": [16, 32]}, r"sample_size \[16, 32\]"),
         ({"sample_size": 18}, "image_size 18 must be a multiple of 4"),
-        ({"block_out_channels": [32, 64, 80]}, r"block_out_channels \[32, 64, 80\] .* 80 is none"),
+        ({"block_out_channels": [32, 64, 80]}, r"block_out_channels \[32, 64, 80\].* 80 is none"),
         ({"block_out_channels": "wide"}, "block_out_channels wide"),
         ({"block_out_channels": [10**9] * 3}, "channels: Input should be less than or equal to 4096"),
         ({"layers_per_block": 99}, "res_blocks"),
@@ -270,13 +273,13 @@ def test_halves_stay_halves_and_are_computed_in_float32(tmp_path: Path) -> None:
         ({"down_block_types": ["AttnSkipDownBlock2D"] * 3}, "down_block_types AttnSkipDownBlock2D"),
         ({"down_block_types": ["DownBlock2D"]}, "only a list as long as block_out_channels, 3"),
         ({"up_block_types": ["AttnUpBlock2D"] * 3}, "up_block_types .* where down_block_types have it"),
-        ({"downsample_type": "conv"}, "downsample_type, upsample_type conv and resnet .* only conv or only resnet"),
+        ({"downsample_type": "conv"}, "downsample_type, upsample_type conv and resnet.* only conv or only resnet"),
         ({"downsample_type": "pool", "upsample_type": "pool"}, "pool"),
         ({"downsample_type": ["resnet"], "upsample_type": {}}, "only conv or only resnet"),
-        ({"attn_norm_num_groups": None}, "attn_norm_num_groups None .* only 32, as norm_num_groups"),
-        ({"norm_num_groups": 5, "attn_norm_num_groups": 5}, "32 channels do not split into norm_groups 5"),
+        ({"attn_norm_num_groups": None}, "attn_norm_num_groups None.* only 32, as norm_num_groups"),
+        ({"norm_num_groups": 5, "attn_norm_num_groups": 5}, "channels 32 do not split into norm_groups 5"),
         ({"attention_head_dim": 20}, "do not split into heads of 20"),
-        ({"attention_head_dim": None}, r"attention_head_dim None .* not \[64, 96\]"),
+        ({"attention_head_dim": None}, r"attention_head_dim None.* not \[64, 96\]"),
         ({"num_class_embeds": -3}, "num_classes"),
         ({"encoder_hid_dim": 3}, "encoder_hid_dim is no option of UNet2DModel"),
         ({"_class_name": "UNet2DConditionModel"}, "its config.json is of a UNet2DConditionModel"),
@@ -289,9 +292,26 @@ def test_a_network_without_a_counterpart_is_refused_by_its_option(copy: Path, ch
         cm.load_checkpoint(copy)
 
 
+def test_all_options_without_a_counterpart_are_named_at_once(copy: Path) -> None:
+    """What a configuration of diffusers' own defaults has beside scale_shift, and more."""
+    changes = {"downsample_type": "conv", "attn_norm_num_groups": None, "freq_shift": 1, "act_fn": "gelu"}
+    edited(copy / "unet" / "config.json", **changes)
+    line = refusal(copy)
+    assert "4 of 28 options have no counterpart in cm-runtime's UNet: freq_shift 1: only 0; act_fn gelu: only" in line
+    assert "attn_norm_num_groups None: only 32" in line and "conv and resnet: only conv or only resnet" in line
+    edited(copy / "unet" / "config.json", b_option=1, a_option=2)
+    assert "a_option and b_option are no options of UNet2DModel" in refusal(copy)
+
+
+def test_all_options_of_a_scheduler_too(copy: Path) -> None:
+    edited(copy / "scheduler" / "scheduler_config.json", s_noise=1.01, clip_denoised=False, rho="7")
+    line = refusal(copy)
+    assert "3 of 7 options have no counterpart in cm-runtime's sampler" in line and "rho 7: only a number" in line
+
+
 def test_convolutions_that_pad_otherwise_are_refused(tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path / "pipe", {**SCRIPT, "downsample_padding": 0})
-    assert "downsample_padding 0 has no counterpart" in refusal(folder)
+    assert "downsample_padding 0: only 1" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +327,7 @@ def test_convolutions_that_pad_otherwise_are_refused(tmp_path: Path) -> None:
         ({"rho": 1e9}, "rho"),
         ({"sigma_max": float("inf")}, "sigma_max"),
         ({"num_train_timesteps": float("inf")}, "num_train_timesteps inf"),
-        ({"num_train_timesteps": 1}, "num_train_timesteps 1 .* only a whole number from 2"),
+        ({"num_train_timesteps": 1}, "num_train_timesteps 1.* only a whole number from 2"),
         ({"solver": "heun"}, "solver is no option of CMStochasticIterativeScheduler"),
     ],
     ids=str,
