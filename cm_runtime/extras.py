@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 from cm_runtime import files
@@ -48,6 +50,26 @@ def privacy(*packages: str) -> dict[str, str]:
     """The variables of those packages that the environment does not have yet, for a child process or for this one."""
     variables = {name: value for package in packages for name, value in PRIVACY[package]().items()}
     return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+# What shows that the machine has an NVIDIA driver: on Linux, and on Linux inside Windows.
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+WINDOWS_GPU = Path("/dev/dxg")
+NO_DRIVER = "there is no NVIDIA driver here"
+TWO_RUNTIMES = "two ONNX Runtimes: pip uninstall -y onnxruntime && pip install --force-reinstall onnxruntime-gpu"
+
+
+def has_driver() -> bool:
+    """True if the machine has an NVIDIA driver; nothing is loaded."""
+    return NVIDIA_DRIVER.exists() or WINDOWS_GPU.exists()
+
+
+def has_two_runtimes() -> bool:
+    """True if both of ONNX Runtime's distributions are installed: they share one module, that of the later one."""
+    try:
+        return bool(metadata.version("onnxruntime") and metadata.version("onnxruntime-gpu"))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def require(package: str, what: str) -> ModuleType:

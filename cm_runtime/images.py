@@ -9,6 +9,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from cm_runtime import files
-from cm_runtime.errors import RequestError
+from cm_runtime import bounded, files
+from cm_runtime.errors import ArtifactError, RequestError
+from cm_runtime.npz import BROKEN
 from cm_runtime.wording import quantity
 
 GRID_PIXELS = 1 << 26
+MOST_TEXT = 1 << 22  # bytes of a file's own description
 
 
 def check_grid(count: int, height: int, width: int) -> None:
@@ -57,6 +60,45 @@ def save_png(picture: NDArray[np.uint8], path: str | os.PathLike[str], text: Map
     info.add_text("cm_runtime", json.dumps(text))
     with files.written(path) as temporary:
         _pillow(picture).save(temporary, format="PNG", pnginfo=info, compress_level=6)
+
+
+def provenance(path: Path) -> dict[str, Any]:
+    """What a picture or npz that cm-runtime wrote says of its making: seed, noise levels, labels, model.
+
+    Raises ArtifactError for a file that says nothing of it.
+    """
+    try:
+        text = _text_of_npz(path) if path.suffix == ".npz" else _text_of_png(path)
+        content = json.loads(text)
+    except (*BROKEN, OSError, RecursionError, SyntaxError) as error:  # SyntaxError: Pillow's, of damaged chunks
+        raise ArtifactError(f"{path}: no picture or npz that says how cm-runtime made it ({error})") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path}: what it says under cm_runtime is no object")
+    return content
+
+
+def _text_of_png(path: Path) -> str:
+    with bounded.opened(path, ArtifactError) as file, Image.open(file, formats=("PNG",)) as picture:
+        text = picture.info.get("cm_runtime")
+    if not isinstance(text, str):
+        raise KeyError("it has no text called cm_runtime")
+    return text
+
+
+def _text_of_npz(path: Path) -> str:
+    with (
+        bounded.opened(path, ArtifactError) as file,
+        zipfile.ZipFile(file) as archive,
+        archive.open("cm_runtime.npy") as stream,
+    ):
+        data = bytes(bounded.read_up_to(stream, MOST_TEXT, path))
+    head = io.BytesIO(data)
+    if np.lib.format.read_magic(head) != (1, 0):
+        raise ValueError("its text is no array of version 1")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+    if shape != () or dtype.kind != "U" or dtype.itemsize != len(data) - head.tell():
+        raise ValueError("its text is no string of moderate length")
+    return str(np.frombuffer(data, dtype, 1, head.tell())[0])
 
 
 def encoded(picture: NDArray[np.uint8]) -> bytes:

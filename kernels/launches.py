@@ -14,6 +14,7 @@ import numpy as np
 from cm_runtime.errors import RequestError
 from cm_runtime.precond import Precond
 from cm_runtime.projections import Luma, Mask, PatchMean, Projection
+from cm_runtime.wording import quantity
 
 Type = Literal["fp32", "fp16", "bf16"]
 Layout = Literal["nchw", "nhwc"]
@@ -178,7 +179,7 @@ def skip_scale(
         raise RequestError("the piecewise form has no skip-scale; it is a choice between x and F")
     count = images.n if levels is None else levels
     if count not in (1, images.n):
-        raise RequestError(f"sigma must be one number, or one for each of {images.n} images, not {count}")
+        raise RequestError(f"sigma must be one number, or one for each of {quantity(images.n, 'image')}, not {count}")
     _sizes(images)
     size = images.channels * images.pixels
     bits = (np.float32(value).view(np.int32) for value in (form.sigma_data, form.sigma_boundary))
@@ -248,7 +249,9 @@ def _pointers(is_wide: bool = True, /, **addresses: int) -> tuple[np.generic, ..
 def _sizes(images: Images) -> tuple[np.generic, ...]:
     """Raises RequestError for sizes that are none or beyond the kernels' 32-bit indices."""
     if min(images[:4]) < 1 or images.channels * images.pixels >= 1 << 31 or images.n * images.pixels >= 1 << 32:
-        raise RequestError(f"{images.n} images of {images.channels}x{images.height}x{images.width} are no batch")
+        raise RequestError(
+            f"{quantity(images.n, 'image')} of {images.channels}x{images.height}x{images.width} are no batch"
+        )
     return np.uint32(images.n), np.uint32(images.channels), np.uint32(images.pixels)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -297,3 +299,74 @@ def test_public_names() -> None:
     assert sorted(found.name.split(".")[-1] for found in typed if found.when == "types") == PUBLIC
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = cm.nothing
+
+
+# Words of the product
+
+# Options of other programs that are run or named: pip, nvidia-smi, git.
+FOREIGN = {"--format", "--query", "--force-reinstall"}
+FOREIGN |= {"--porcelain", "--verify", "--quiet", "--end-of-options", "--show-toplevel"}
+WORDS = {"height", "shape", "split", "columns", "self.threads"}  # sizes and names before a plural; a key's own count
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]\b")
+NOUNS = "answer|block|candidate|class|classe|constant|feature|frame|image|label|scenario|shard|step|thread"
+COUNT = re.compile(rf" ({NOUNS})s\b")
+
+
+def literals(file: Path) -> Iterator[tuple[int, str]]:
+    """Every string of a file, pieces of f-strings and docstrings among them."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def options() -> set[str]:
+    """Every option of every command."""
+    import typer.main
+
+    from cm_runtime.cli import app
+
+    names, left = {"--help"}, [typer.main.get_command(app)]
+    while left:
+        command = left.pop()
+        for parameter in command.params:
+            names |= {*parameter.opts, *parameter.secondary_opts}
+        left += getattr(command, "commands", {}).values()
+    return names
+
+
+def test_every_option_that_is_named_exists() -> None:
+    """A refusal that names an option which no command has sends its reader astray."""
+    known = options() | FOREIGN
+    unknown = [
+        f"{file.relative_to(PACKAGE)}:{line}: {option}"
+        for file in modules(PACKAGE).values()
+        for line, text in literals(file)
+        for option in OPTION.findall(text)
+        if option not in known
+    ]
+    assert unknown == []
+
+
+def counts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """F-strings in which a plain number stands before a plural: one of it would read "1 steps"."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        for number, after in itertools.pairwise(node.values):
+            if not isinstance(number, ast.FormattedValue) or number.format_spec or not isinstance(after, ast.Constant):
+                continue
+            is_constant = isinstance(number.value, ast.Name) and number.value.id.isupper()
+            if not is_constant and ast.unparse(number.value) not in WORDS and (found := COUNT.match(str(after.value))):
+                yield node.lineno, f"{ast.unparse(number.value)}{found[0]}"
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    """`wording.quantity` writes both."""
+    told = [
+        f"{file.relative_to(PACKAGE)}:{line}: {text}"
+        for file in modules(PACKAGE).values()
+        for line, text in counts(ast.parse(file.read_text()))
+    ]
+    assert told == []
+    source = 'f"{n} steps, {MOST} images, {rate:.1f} images/s, {len(x)} labels"'
+    assert [text for _, text in counts(ast.parse(source))] == ["n steps", "len(x) labels"]

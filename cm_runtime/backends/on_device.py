@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cm_runtime.artifact import GraphKind, Manifest
 from cm_runtime.cuda import Device, DeviceSteps, Leaving, Places
 from cm_runtime.errors import EngineError, OutOfMemoryError
-from cm_runtime.extras import has
+from cm_runtime.extras import has, has_driver
 from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Images, Placed
 from cm_runtime.precond import precond
@@ -76,6 +76,8 @@ def can_stay(device: str) -> bool:
         why = "pycuda is missing: pip install 'cm-runtime[pycuda]'"
     else:
         return True
+    if not has_driver():
+        return False  # the engine says so
     LOG.warning("images go through the host after each step; %s", why)
     return False
 

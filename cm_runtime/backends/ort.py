@@ -18,7 +18,7 @@ from cm_runtime.artifact import OUTPUTS, GraphKind, Manifest, data_path, read_ma
 from cm_runtime.backends.base import Backend, checked_threads, interface
 from cm_runtime.backends.on_device import Evaluate, OnDevice, can_stay
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
-from cm_runtime.extras import require
+from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
 from cm_runtime.kernels.launches import Images
 from cm_runtime.sampling import Batch, Request
 from cm_runtime.steps import Array
@@ -26,7 +26,6 @@ from cm_runtime.steps import Array
 LOG = logging.getLogger("cm_runtime")
 MOST_BOUND = 4  # batch sizes whose memory is kept
 NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a session some of whose nodes are not on the GPU
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def has_cuda() -> bool:
@@ -242,7 +241,11 @@ def _provider(ort: Any, device: str, stream: int) -> Any:
     kind, _, number = device.partition(":")
     if kind != "cuda" or not (number or "0").isdigit():
         raise EngineError(f"device must be auto, cpu or cuda:N, not {device}")
+    if not has_driver():
+        raise EngineError(f"ONNX Runtime cannot run on {device}: {NO_DRIVER}")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
+        if has_two_runtimes():
+            raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: {TWO_RUNTIMES}")
         raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: pip install 'cm-runtime[gpu]'")
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # the CUDA libraries of pip packages

@@ -19,7 +19,7 @@ from cm_runtime.backends.base import Backend, images_at_once, interface
 from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
 from cm_runtime.backends.on_device import Evaluate, OnDevice
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, OutOfMemoryError, RequestError
-from cm_runtime.extras import require
+from cm_runtime.extras import NO_DRIVER, has, has_driver, require
 from cm_runtime.kernels.launches import Images
 from cm_runtime.sampling import Batch, Request
 from cm_runtime.steps import Array
@@ -52,6 +52,8 @@ class TensorRtBackend(Backend):
                 f"device must be auto or cuda:0 for TensorRT, not {device}; choose among GPUs by CUDA_VISIBLE_DEVICES"
             )
         package = package or self.file.package
+        if not has_driver() and not has(package):
+            raise EngineError(f"{where} runs on an NVIDIA GPU: {NO_DRIVER}")
         trt = module(package)
         found = cuda.gpu()
         target = package, trt.__version__, found.capability
@@ -190,9 +192,9 @@ def _beyond(profile: Profile, count: int) -> str:
 
 def _filled(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """``array`` in ``shape``, whose one larger dimension, the batch, is filled with its last entry."""
-    for axis, (has, wanted) in enumerate(zip(array.shape, shape, strict=True)):
-        if has < wanted:
-            return np.concatenate([array, np.repeat(array.take([-1], axis), wanted - has, axis)], axis)
+    for axis, (there, wanted) in enumerate(zip(array.shape, shape, strict=True)):
+        if there < wanted:
+            return np.concatenate([array, np.repeat(array.take([-1], axis), wanted - there, axis)], axis)
     return array
 
 

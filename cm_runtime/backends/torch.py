@@ -20,6 +20,7 @@ from cm_runtime.artifact import GraphKind, Manifest, Precision
 from cm_runtime.backends.base import Backend
 from cm_runtime.backends.on_device import Captured, Evaluate, OnDevice, can_stay
 from cm_runtime.errors import EngineError, OutOfMemoryError
+from cm_runtime.extras import NO_DRIVER, has_driver
 from cm_runtime.kernels.launches import Images
 from cm_runtime.model import ConsistencyModel
 from cm_runtime.sampling import Batch, Request
@@ -197,6 +198,8 @@ def chosen_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
+        if name.startswith("cuda") and not has_driver():
+            raise EngineError(f"torch cannot use device {name}: {NO_DRIVER}") from error
         raise EngineError(f"torch cannot use device {name}: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda"):
         raise EngineError(f"device must be auto, cpu or cuda:N, not {name}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from cm_runtime import __version__, files, schedule
 from cm_runtime.artifact import Manifest
-from cm_runtime.backends.ort import NVIDIA_DRIVER, has_cuda
+from cm_runtime.backends.ort import has_cuda
 from cm_runtime.bench import machine, outcome, peaks, results
 from cm_runtime.bench.builds import Build, base_build, this_build
 from cm_runtime.bench.contest import Limits, Observer, contest
@@ -23,6 +23,7 @@ from cm_runtime.bench.scenario import Scenario, title
 from cm_runtime.bench.sides import Side
 from cm_runtime.bench.watch import Watch
 from cm_runtime.errors import CmRuntimeError, OutputError, RequestError
+from cm_runtime.extras import NVIDIA_DRIVER
 
 Tell = Callable[[float, str], None]
 

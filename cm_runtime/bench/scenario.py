@@ -22,7 +22,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cm_runtime.errors import ConfigError
-from cm_runtime.wording import quantity
 
 Kind = Literal["single-stream", "offline", "server"]
 Backend = Literal["auto", "ort", "openvino", "torch", "torch.compile"]
@@ -46,12 +45,9 @@ def title(name: str) -> str:
     if parts is None:
         return name
     most = "up to " if parts["kind"] == "server" else "batch "
-    words = [f"{model_name(parts['model'])} {parts['kind']}", _counted(parts["steps"]), most + parts["batch"]]
+    steps = f"{parts['steps']} step" + "s" * (parts["steps"] != "1")  # digits of any length
+    words = [f"{model_name(parts['model'])} {parts['kind']}", steps, most + parts["batch"]]
     return ", ".join([*words, *[parts["rest"].strip()] * bool(parts["rest"].strip())])
-
-
-def _counted(steps: str) -> str:
-    return quantity(int(steps), "step") if len(steps) < 5 else f"{steps} steps"
 
 
 class Frozen(BaseModel):

@@ -2,36 +2,117 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 import typer
 
+# What each optional package is for; all that `extras.EXTRAS` names.
+PURPOSES = {
+    "to sample": ("numpy", "onnxruntime"),
+    "faster on a CPU": ("openvino",),
+    "on an NVIDIA GPU": ("pycuda", "cuda.bindings"),
+    "engines for a GPU": ("tensorrt", "tensorrt_rtx"),
+    "to train and export": ("torch", "onnx", "onnxscript", "pooch", "safetensors", "tensorboard", "tomli_w"),
+    "to benchmark and report": ("diffusers", "jinja2", "matplotlib"),
+    "shards for data sets": ("pyarrow",),
+}
+WIDTH = 16
 
-def doctor() -> None:
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
     """Say what this installation can do: packages, engines and devices, and how to get what is missing."""
+    import json
+
+    content = _examined()
+    if as_json:
+        typer.echo(json.dumps(content, indent=2))
+        return
+    typer.echo(f"cm-runtime {content['cm-runtime']}, Python {content['python']}, {content['architecture']}")
+    for name in ("cores", "gpu", "auto", "precision", "model", "warning"):
+        if content[name]:
+            typer.echo(f"{name:{WIDTH}} {content[name]}")
+    for purpose, packages in content["packages"].items():
+        typer.echo(f"{purpose}:")
+        for package, version in packages.items():
+            typer.echo(f"  {package:{WIDTH - 2}} {version or 'missing'}")
+        if install := content["install"].get(purpose):
+            typer.echo(f"  {'install':{WIDTH - 2}} {install}")
+
+
+def _examined() -> dict[str, Any]:
+    """All that doctor says, under the names of its lines."""
     import os
     import platform
-    from importlib import metadata
 
     from cm_runtime import __version__
+    from cm_runtime.extras import EXTRAS, TWO_RUNTIMES, has_two_runtimes
+
+    packages = {purpose: {name: _version(name) for name in names} for purpose, names in PURPOSES.items()}
+    install = {}
+    for purpose, found in packages.items():
+        if missing := dict.fromkeys(EXTRAS[name] for name, version in found.items() if not version and name in EXTRAS):
+            wanted = [next(iter(missing))] if purpose == "engines for a GPU" else missing  # either of them will do
+            install[purpose] = f"pip install 'cm-runtime[{','.join(wanted)}]'"
+    if any(packages["engines for a GPU"].values()):
+        install.pop("engines for a GPU", None)
+    return {
+        "cm-runtime": __version__,
+        "python": platform.python_version(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": _gpu(),
+        **_bundled(),
+        "warning": TWO_RUNTIMES if has_two_runtimes() else "",
+        "packages": packages,
+        "install": install,
+    }
+
+
+def _bundled() -> dict[str, str]:
+    """How the bundled model would be drawn here."""
     from cm_runtime.artifact import read_manifest
     from cm_runtime.backends import DEFAULT_MODEL, auto_device, choice, precisions
     from cm_runtime.errors import CmRuntimeError
-    from cm_runtime.extras import EXTRAS
 
-    typer.echo(f"cm-runtime {__version__}, Python {platform.python_version()}, {platform.machine()}")
-    typer.echo(f"cores        {len(os.sched_getaffinity(0))}")
-    homes = metadata.packages_distributions()
-    for package, extra in {"numpy": "", **EXTRAS}.items():
-        distributions = homes.get(package.partition(".")[0])
-        found = metadata.version(distributions[0]) if distributions else f"missing: pip install 'cm-runtime[{extra}]'"
-        typer.echo(f"{package:12} {found}")
     try:
         manifest = read_manifest(DEFAULT_MODEL)
         asked = choice.question(DEFAULT_MODEL, manifest, auto_device("auto"))
-        typer.echo(f"auto         the bundled model runs on {choice.said(asked)}")
+        auto = f"the bundled model runs on {choice.said(asked)}"
     except CmRuntimeError as error:
-        typer.echo(f"auto         {error}")
-        return
-    if able := ", ".join(f"{name}: {what}" for name, what in precisions().items()):
-        typer.echo(f"precision    {able}")
+        return {"auto": str(error), "precision": "", "model": ""}
+    able = ", ".join(f"{name}: {what}" for name, what in precisions().items())
     shape = "x".join(map(str, manifest.image_shape))
-    typer.echo(f"model        the bundled model draws {shape} images")
+    return {"auto": auto, "precision": able, "model": f"the bundled model draws {shape} images"}
+
+
+def _version(package: str) -> str:
+    """The installed version; empty where there is none. ONNX Runtime's is the module's own, with its providers."""
+    from importlib import metadata
+
+    from cm_runtime.extras import has, require
+
+    names = metadata.packages_distributions().get(package.partition(".")[0])
+    if not names:
+        return ""
+    if package != "onnxruntime" or not has(package):
+        return metadata.version(names[0])
+    try:
+        module: Any = require(package, "doctor")
+    except Exception as error:  # whatever a damaged installation raises
+        return f"cannot be imported: {error}"
+    providers = [name.removesuffix("ExecutionProvider") for name in module.get_available_providers()]
+    return f"{module.__version__} ({', '.join(providers)})"
+
+
+def _gpu() -> str:
+    """The driver and its GPUs, as nvidia-smi tells of them."""
+    from cm_runtime.bench.nvidia import nvidia_smi
+    from cm_runtime.extras import NO_DRIVER, has_driver
+
+    if not has_driver():
+        return f"none: {NO_DRIVER}"
+    rows = nvidia_smi("gpu", "name", "driver_version", "compute_cap")
+    told = [f"{name}, driver {driver}, compute capability {capability}" for name, driver, capability in rows]
+    return "; ".join(told) or "an NVIDIA driver is here, and nvidia-smi names no GPU"

@@ -20,12 +20,16 @@ def info(
     path: Annotated[
         Path | None,
         typer.Argument(
-            metavar="FILE", help="An exported .onnx or .engine, or a checkpoint.", show_default="the bundled model"
+            metavar="FILE",
+            help="An exported .onnx or .engine, a checkpoint, or images that cm-runtime drew (.png, .npz).",
+            show_default="the bundled model",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what a file is: its images, classes, noise levels, parity, training, and the engine that auto takes.
+
+    Of images it says what they were drawn with.
 
     Example: cm-runtime info model.onnx
     """
@@ -47,6 +51,10 @@ def info(
         content["ema"] = list(checkpoint.ema)
     elif where.suffix == engine_file.SUFFIX:
         content = engine_file.read_engine_manifest(where).model_dump(mode="json", exclude_none=True)
+    elif where.suffix.lower() in (".png", ".npz"):
+        from cm_runtime.images import provenance
+
+        content = provenance(where)
     else:
         manifest = read_manifest(where)
         content = describe(manifest)
@@ -54,10 +62,33 @@ def info(
     if as_json:
         typer.echo(json.dumps(content, indent=2))
         return
+    from cm_runtime.errors import one_line
+
     typer.echo(where)
-    for key, value in content.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items() if k != "config") if isinstance(value, dict) else value
-        if shown not in ("", []):
-            typer.echo(f"  {key:16} {shown}")
+    for line in _lines(content):
+        typer.echo(f"  {one_line(line)}")
     if chosen:
         typer.echo(f"  {'auto':16} {chosen}")
+
+
+def _lines(content: dict[str, Any]) -> list[str]:
+    """A line for each value; a model inside an engine's manifest has lines of its own below its key."""
+    lines = []
+    for key, value in content.items():
+        if isinstance(value, dict) and any(isinstance(each, dict) for name, each in value.items() if name != "config"):
+            lines += [key, *(f"  {line}" for line in _lines(value))]
+        elif value not in ("", [], {}):
+            lines.append(f"{key:16} {_shown(value)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    """Numbers in six digits, tiny ones in three; lists and tables on one line, but for a run's configuration."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1e-3 else f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, dict):
+        shown = {k: f"({_shown(v)})" if isinstance(v, list) else _shown(v) for k, v in value.items() if k != "config"}
+        return ", ".join(f"{key} {each}" for key, each in shown.items())
+    return str(value)

@@ -44,6 +44,8 @@ def train(
     from cm_runtime.training.loop import train as run
     from cm_runtime.training.workers import is_lead
 
+    if Path(preset).is_dir():
+        raise RequestError(f"{preset} is a folder: name a preset or a TOML file, and images by --data {preset}")
     if resume and force:
         raise RequestError("--resume goes on with a run and --force starts it over; give one of them")
     source = [f"data.source={json.dumps(data, ensure_ascii=False)}"] if data else []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from cm_runtime import kernels
 from cm_runtime.errors import EngineError, OutOfMemoryError
-from cm_runtime.extras import require
+from cm_runtime.extras import NO_DRIVER, has, has_driver, require
 
 LEAST_CAPABILITY = 8, 0
 LEAST_DRIVER = 13000  # as the driver counts versions of CUDA; what the kernels are compiled with
@@ -29,6 +29,8 @@ def driver() -> Any:
 
     Raises MissingExtraError, and EngineError where there is no driver or no GPU.
     """
+    if not has_driver() and not has("pycuda"):
+        raise EngineError(f"there is no NVIDIA GPU that CUDA can use: {NO_DRIVER}")
     require("pycuda", "CUDA")
     try:
         importlib.import_module("pycuda.autoprimaryctx")

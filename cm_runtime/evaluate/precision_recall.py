@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cm_runtime.errors import DataError
 from cm_runtime.evaluate.moments import Float64
+from cm_runtime.wording import quantity
 
 K = 3
 _BLOCK = 1 << 20  # distances held at once
@@ -55,7 +56,7 @@ def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = K) ->
     Memory grows with N + M, not with N M. Raises DataError where either set has no k neighbours.
     """
     if min(len(real), len(generated)) <= k:
-        raise DataError(f"precision and recall need more than {k} images of each side")
+        raise DataError(f"precision and recall need more than {quantity(k, 'image')} of each side")
     a, b = np.asarray(real, np.float64), np.asarray(generated, np.float64)
     centre = a.mean(0)  # distances stay, and lose fewer digits
     a, b = a - centre, b - centre

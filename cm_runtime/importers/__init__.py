@@ -31,7 +31,10 @@ def load_checkpoint(
     """
     where = Path(path)
     known = published.find(where) if model_name is None else published.named(model_name)
-    if os.path.isdir(where):  # False for names that no file can have
+    is_folder = os.path.isdir(where)  # False for names that no file can have
+    if is_folder and (run := where / "ckpt.pt").is_file() and not (where / "config.json").exists():
+        raise CheckpointError(f"{where} is the folder of a training run: take its checkpoint, {run}")
+    if is_folder:
         _refuse(where, "a diffusers folder", "its config.json", head_channels=head_channels, image_size=image_size)
         return diffusers.read(where, precond, known)
     content = ours.load_safetensors(where) if where.suffix == ".safetensors" else ours.load_torch(where)

@@ -7,12 +7,13 @@ for its teacher.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -236,8 +237,37 @@ def parse_config(tree: Mapping[str, Any], where: str) -> TrainConfig:
         if len(loc) > 2 and loc[0] == "phase":  # pydantic names the method between the phase's number and its key
             loc = (*loc[:2], *loc[3:])
         key = ".".join(map(str, loc)) or "the whole"
-        reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        is_unknown = first["type"] == "extra_forbidden"
+        reason = _unknown(first["loc"]) if is_unknown else first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {key}: {reason}") from error
+
+
+def _unknown(loc: tuple[int | str, ...]) -> str:
+    """A sentence on an unknown key: the names near it, or all there are in its place."""
+    models: list[type[BaseModel]] = [TrainConfig]
+    for part in loc[:-1]:
+        within = [each for model in models if part in model.model_fields for each in _models(model, str(part))]
+        tagged = [each for each in models if part in _tags(each)]
+        models = within or tagged or models
+    names = sorted({name for model in models for name in model.model_fields})
+    near = difflib.get_close_matches(str(loc[-1])[:100], names)
+    return f"unknown key; did you mean {' or '.join(near)}?" if near else f"unknown key; there are {', '.join(names)}"
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The methods whose phase the model is."""
+    return get_args(model.model_fields["method"].annotation) if "method" in model.model_fields else ()
+
+
+def _models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    """The models that a field may hold, inside lists and unions too."""
+    found, left = [], [model.model_fields[field].annotation]
+    while left:
+        each: Any = left.pop()
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            found.append(each)
+        left += get_args(each)
+    return found
 
 
 def _lay_over(tree: dict[str, Any], setting: str) -> None:

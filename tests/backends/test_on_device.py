@@ -448,6 +448,7 @@ def test_where_images_cannot_stay_a_line_says_why(
     device: str, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(on_device, "has", lambda _: False)
+    monkeypatch.setattr(on_device, "has_driver", lambda: True)
     assert not on_device.can_stay("cpu") and not caplog.records
     assert not on_device.can_stay(device)
     (record,) = caplog.records

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from cm_runtime.backends import on_device
 from cm_runtime.backends import ort as ort_module
 from cm_runtime.backends.ort import Bound, OrtBackend
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
@@ -290,6 +291,8 @@ def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    for module in (ort_module, on_device):
+        monkeypatch.setattr(module, "has_driver", lambda: True)
     OrtBackend(boundary.onnx, device="cuda:0")
     assert asked == (["1"] if captures else ["1", "0"])
     said = [record.getMessage().partition(": ")[0] for record in caplog.records]

@@ -323,6 +323,8 @@ def test_a_missing_package_is_named(engine: Path, package: str, extra: str, monk
             if name == package:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
+    for module in (cuda.context, tensorrt):
+        monkeypatch.setattr(module, "has_driver", lambda: True)
     monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
     cuda.driver.cache_clear()

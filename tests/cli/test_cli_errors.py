@@ -115,6 +115,11 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], None], Words, str]] = {
     "no such data": (nothing, TRAIN, "data"),
     "no such preset": (nothing, ["train", "celebrities"], "fashion-mnist"),
     "no such config": (nothing, ["train", "no.toml"], "no.toml"),
+    "a folder of images": (
+        nothing,
+        ["train", "."],
+        ". is a folder: name a preset or a TOML file",
+    ),
     "an unknown key": (nothing, [*TRAIN, "--set", "colour=1"], "colour"),
 }
 

@@ -1,7 +1,9 @@
 """``cm-runtime doctor``."""
 
+import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -9,6 +11,9 @@ from typing import Any
 
 import exported
 import pytest
+
+from cm_runtime.backends import on_device, ort
+from cm_runtime.extras import EXTRAS
 
 Cli = Callable[..., Any]
 
@@ -23,8 +28,14 @@ def test_it_names_versions_cores_engine_and_model(cli: Cli) -> None:
     said = lines(outcome.out)
     assert platform.python_version() in said["cm-runtime"]
     assert said["cores"] == str(len(os.sched_getaffinity(0)))
-    for package in ("numpy", "torch", "onnx", "onnxruntime", "onnxscript", "pooch"):
+    for package in ("numpy", "torch", "onnx", "onnxscript", "pooch"):
         assert said[package] == metadata.version(package)
+    import onnxruntime
+
+    assert said["onnxruntime"].startswith(f"{onnxruntime.__version__} (") and "CPU)" in said["onnxruntime"]
+    assert said["gpu"]  # a driver, or that there is none
+    columns = {len(line) - len(line.split(maxsplit=1)[1]) for line in outcome.out.splitlines()[1:] if line[-1] != ":"}
+    assert columns == {17}
     assert "ort" in said["auto"] and "openvino" in said["auto"] and "device cpu" in said["auto"]
     assert said["precision"].startswith("ort: the file's")
     assert said["model"] == "the bundled model draws 1x28x28 images"
@@ -43,8 +54,9 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(cli: Cli, mo
     kept = {package: names for package, names in real.items() if package not in ("torch", "onnxruntime")}
     monkeypatch.setattr(metadata, "packages_distributions", lambda: kept)
     said = lines(cli("doctor").out)
-    assert said["torch"] == "missing: pip install 'cm-runtime[train]'"
-    assert said["onnxruntime"] == "missing: pip install 'cm-runtime[cpu]'"
+    assert said["torch"] == said["onnxruntime"] == "missing"
+    for extra in ("train", "cpu"):  # one line for each purpose
+        assert cli("doctor").out.count(f"install        pip install 'cm-runtime[{extra}]'") == 1
     assert said["onnx"] == metadata.version("onnx")
 
 
@@ -53,3 +65,36 @@ def test_it_works_where_nothing_optional_is_installed(tmp_path: Path) -> None:
     done = exported.command("doctor", cwd=tmp_path, start=start)
     assert (done.returncode, done.stderr) == (0, "")
     assert "pip install 'cm-runtime[cpu]'" in lines(done.stdout)["auto"]
+
+
+def test_every_optional_package_has_a_purpose() -> None:
+    named = [name for names in sys.modules["cm_runtime.cli.doctor"].PURPOSES.values() for name in names]
+    assert sorted(named) == sorted(["numpy", *EXTRAS])
+
+
+def test_as_json(cli: Cli) -> None:
+    content = json.loads(cli("doctor", "--json").out)
+    assert content["packages"]["to train and export"]["onnx"] == metadata.version("onnx")
+    assert content["cores"] == len(os.sched_getaffinity(0)) and content["warning"] == ""
+
+
+def test_two_onnx_runtimes_are_told_with_the_cure(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the error of a GPU that is asked for, where the module that is left has no CUDA."""
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.31.1" if name == "onnxruntime-gpu" else real(name))
+    cure = "pip uninstall -y onnxruntime && pip install --force-reinstall onnxruntime-gpu"
+    assert f"warning          two ONNX Runtimes: {cure}\n" in cli("doctor").out
+    monkeypatch.setattr(ort, "has_driver", lambda: True)
+    outcome = cli("sample", "--backend", "ort", "--device", "cuda:0", "--count", 1)
+    assert outcome.code == 1 and outcome.err.splitlines()[-1].endswith(cure)
+
+
+@pytest.mark.parametrize("words", [("--device", "cuda:0"), ("--device", "cuda:1", "--backend", "ort")])
+def test_without_a_driver_that_is_what_is_missing(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    for module in (ort, on_device):
+        monkeypatch.setattr(module, "has_driver", lambda: False)
+    outcome = cli("sample", *words, "--count", 1)
+    assert outcome.code == 1 and outcome.err.count("\n") == 1
+    assert "there is no NVIDIA driver here" in outcome.err and "pycuda" not in outcome.err

@@ -270,7 +270,7 @@ X = ("--extractor", "x.onnx")
         (("real.npz", *PLAIN, "--split", "test"), "no test split"),
         (("samples.npz", *PLAIN, "--manifold", 3), "--manifold must be at least 4"),
         (("samples.npz", *PLAIN, "--threads", 0), "--threads must be at least 1"),
-        (("samples.npz", *PLAIN, "--device", "cuda:0"), "no CUDA provider"),
+        (("samples.npz", *PLAIN, "--device", "cuda:0"), "cuda:0"),
         (("model.onnx", *PLAIN, "--steps", 2, "--sigmas", "80,1"), "not both"),
         (("model.onnx", *PLAIN, "--ts", "0,39", "--timesteps", "0"), "give ts or timesteps, not both"),
         (("model.onnx", *PLAIN, "--ts", "0,22", "--grid", 40), "leave noise in the images"),

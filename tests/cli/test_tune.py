@@ -144,7 +144,7 @@ def test_the_micro_batch_is_that_of_the_engine(cli: Cli, place: Path, monkeypatc
         (("model.onnx", "--labels", "9", "-o", "t.onnx"), "labels must be from 0 to 4"),
         (("model.onnx", "--seed", -1, "-o", "t.onnx"), "seed must be"),
         (("model.onnx", "--threads", 0, "-o", "t.onnx"), "--threads must be at least 1"),
-        (("model.onnx", "--device", "cuda:0", "-o", "t.onnx"), "no CUDA provider"),
+        (("model.onnx", "--device", "cuda:0", "-o", "t.onnx"), "cuda:0"),
         (("model.onnx", "--range", "0:1", "-o", "t.onnx"), "takes uint8"),
         (("model.onnx", "--reference", "s3.npz", "-o", "t.onnx"), "statistics of 3 features"),
         (("teacher.onnx", "-o", "t.onnx"), "EDM teacher"),

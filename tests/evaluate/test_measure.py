@@ -135,7 +135,6 @@ import numpy as np
 from pathlib import Path
 from cm_runtime.evaluate.features import Extractor
 from cm_runtime.evaluate.measure import compare, observe
-from cm_runtime.evaluate.measure import compare, observe
 from cm_runtime.evaluate.sources import open_samples
 from cm_runtime.evaluate.statistics import Statistics
 extractor = Extractor(Path(sys.argv[1]), threads=1)

@@ -659,3 +659,20 @@ def test_ema_rates_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"phase\.0: ema rates must differ"):
         load_config("fashion-mnist", [rates])
     assert load_config("fashion-mnist", ["phase.0.ema=[0.99, 0.999]"]).phase[0].ema == (0.99, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("network.chanels=3", "network.chanels: unknown key; did you mean channels or"),
+        ("phase.1.stage=3", "phase.1.stage: unknown key; did you mean stages"),
+        ("sed=3", "sed: unknown key; did you mean seed?"),
+        ("network.width=3", "network.width: unknown key; there are "),
+    ],
+)
+def test_an_unknown_key_is_answered_with_those_that_exist(setting: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("fashion-mnist-tiny", [setting])
+    assert words in str(caught.value)
+    if "there are" in words:
+        assert "channels, " in str(caught.value) and "phase" not in str(caught.value).partition("there are")[2]
