@@ -15,6 +15,7 @@ from cm_runtime.ahead import ahead
 from cm_runtime.artifact import Manifest, read_manifest
 from cm_runtime.errors import RequestError
 from cm_runtime.extras import require
+from cm_runtime.process import cores
 from cm_runtime.sampling import Batch, Denoiser, Drawer, Labels, Output, Request
 
 INDICES = 1 << 64
@@ -47,9 +48,9 @@ class Stream:
         """
         if not isinstance(self.model, Path):
             raise RequestError("a loaded model cannot go to worker processes: give stream its path, or num_workers=0")
-        cores = max(1, len(os.sched_getaffinity(0)) // workers)
+        share = max(1, cores() // workers)
         is_torch = backends.is_checkpoint(self.model)  # which DataLoader has told to take one thread, as a fork must
-        engine = backends.load(self.model, threads=0 if is_torch else cores)
+        engine = backends.load(self.model, threads=0 if is_torch else share)
         whole = self.request(engine.manifest, engine.micro_batch)
         parts = islice(sampling.split(whole, whole.micro_batch), worker, None, workers)
         return self._ahead(chain.from_iterable(sampling.batches(engine, part) for part in parts))

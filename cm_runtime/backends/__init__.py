@@ -11,6 +11,7 @@ from cm_runtime.backends import choice, engine_file
 from cm_runtime.backends.base import Backend, checked_threads
 from cm_runtime.backends.openvino import OpenVinoBackend, has_bf16
 from cm_runtime.backends.ort import OrtBackend, has_cuda
+from cm_runtime.bounded import exists
 from cm_runtime.errors import ArtifactError, RequestError
 from cm_runtime.extras import has, require
 
@@ -47,7 +48,7 @@ def load(
     if precision not in get_args(ComputePrecision):
         raise RequestError(f"precision must be auto, fp32, bf16 or fp16, not {precision!r}")
     checked_threads(threads)
-    if not where.exists():
+    if not exists(where):
         raise ArtifactError(f"{where}: no such model")
     if is_checkpoint(where):
         if backend not in ("auto", *FOR_CHECKPOINTS):
@@ -114,23 +115,22 @@ def _tensorrt(where: Path, backend: str, device: str, precision: str) -> Backend
 
 def is_checkpoint(path: Path) -> bool:
     """Whether ``path`` is a folder, or named as torch and safetensors files are, and so no exported file."""
-    return path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.is_dir()
+    return path.suffix in (".pt", ".pth", ".bin", ".safetensors") or os.path.isdir(path)
 
 
 def is_model(path: Path) -> bool:
     """Whether ``path`` is a model, exported or not, and no data set, by its name; of folders, what diffusers saved."""
-    if path.is_dir():
-        return any((path / name).is_file() for name in ("model_index.json", "config.json"))
+    if os.path.isdir(path):
+        return any(os.path.isfile(path / name) for name in ("model_index.json", "config.json"))
     return path.suffix in (".onnx", engine_file.SUFFIX) or is_checkpoint(path)
 
 
 def _torch(path: Path, device: str, threads: int, precision: ComputePrecision, *, is_compiled: bool) -> TorchBackend:
-    torch = require("torch", f"running the checkpoint {path}")
-    from cm_runtime.backends.torch import TorchBackend, chosen_device
+    require("torch", f"running the checkpoint {path}")
+    from cm_runtime.backends.torch import TorchBackend, chosen_device, set_threads
     from cm_runtime.importers import load_checkpoint
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     checkpoint = load_checkpoint(path)
     return TorchBackend(
         checkpoint.model(),

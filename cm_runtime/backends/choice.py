@@ -29,6 +29,7 @@ from cm_runtime.artifact import Manifest, data_path
 from cm_runtime.backends.base import Backend, images_at_once
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, OutputError
 from cm_runtime.extras import EXTRAS, has, require
+from cm_runtime.process import cores
 
 LOG = logging.getLogger("cm_runtime")  # a warning is one line on standard error, unless somebody listens
 FORMAT = 1  # another way to measure or to run an engine is another
@@ -65,7 +66,7 @@ class Question:
             "format": FORMAT,
             "engines": {name: version(name) for name in self.names},
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             "device": self.device,
             "threads": self.threads,
             "precision": self.precision,

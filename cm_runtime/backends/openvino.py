@@ -20,6 +20,7 @@ from cm_runtime.artifact import OUTPUTS, Manifest, data_path, read_manifest
 from cm_runtime.backends.base import Backend, checked_threads
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
 from cm_runtime.extras import require
+from cm_runtime.process import engine_threads
 from cm_runtime.protobuf import MalformedError, fields
 from cm_runtime.wording import quantity
 
@@ -78,8 +79,8 @@ class OpenVinoBackend(Backend):
             raise ArtifactError(f"{where}: OpenVINO cannot load it: {_reason(error)}") from error
         _check_ports(graph, self.manifest, where)
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
-        if checked_threads(threads):
-            options["INFERENCE_NUM_THREADS"] = str(threads)
+        if number := engine_threads(checked_threads(threads)):
+            options["INFERENCE_NUM_THREADS"] = str(number)
         try:
             self._apart: list[str] = []
             self._before = None

@@ -20,6 +20,7 @@ from cm_runtime.backends.on_device import Evaluate, OnDevice, can_stay
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
 from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
 from cm_runtime.kernels.launches import Images
+from cm_runtime.process import engine_threads
 from cm_runtime.sampling import Batch, Request
 from cm_runtime.steps import Array
 
@@ -211,7 +212,7 @@ def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str,
     """
     ort = require("onnxruntime", "the ONNX Runtime backend")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = checked_threads(threads)
+    options.intra_op_num_threads = engine_threads(checked_threads(threads))
     options.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
     provider = _provider(ort, device, stream)
     source = model if isinstance(model, bytes) else where

@@ -23,6 +23,7 @@ from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.extras import NO_DRIVER, has_driver
 from cm_runtime.kernels.launches import Images
 from cm_runtime.model import ConsistencyModel
+from cm_runtime.process import engine_threads
 from cm_runtime.sampling import Batch, Request
 from cm_runtime.steps import Array
 
@@ -188,6 +189,13 @@ class _InFloat32(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             out: torch.Tensor = self.layer(h.float())
             return out
+
+
+def set_threads(threads: int) -> None:
+    """Let torch's CPU operators take ``threads`` threads; for 0, no more than this process may use processors."""
+    allowed = engine_threads(threads)
+    if threads or 0 < allowed < torch.get_num_threads():
+        torch.set_num_threads(allowed)
 
 
 def chosen_device(name: str) -> torch.device:

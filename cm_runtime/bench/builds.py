@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tarfile
 import zipfile
@@ -35,7 +36,7 @@ def base_build(against: str, work: Path) -> Build:
     work: where a wheel or a revision is unpacked. Raises RequestError.
     """
     path = Path(against)
-    if path.suffix == ".whl" and path.is_file():
+    if path.suffix == ".whl" and os.path.isfile(path):
         root = work / "base"
         try:
             with zipfile.ZipFile(path) as wheel:
@@ -43,9 +44,9 @@ def base_build(against: str, work: Path) -> Build:
         except (zipfile.BadZipFile, OSError) as error:
             raise RequestError(f"{against} is no wheel, or is damaged") from error
         return Build(_with_package(root, against), path.name)
-    if against and (path / "cm_runtime" / "__init__.py").is_file():  # "" would be this folder
+    if against and os.path.isfile(path / "cm_runtime" / "__init__.py"):  # "" would be this folder
         return Build(path.resolve(), commit_of(path.resolve()))
-    if path.exists() and backends.is_model(path):
+    if os.path.exists(path) and backends.is_model(path):
         return Build(HERE, commit_of(HERE), path)
     repository = HERE if commit_of(HERE) else Path.cwd()
     commit = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{against}^{{commit}}")
@@ -81,6 +82,6 @@ def _with_package(root: Path, against: str) -> Path:
 def _git(folder: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # no git; a name with a NUL
         return None
     return done.stdout.strip() if done.returncode == 0 else None

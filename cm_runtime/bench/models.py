@@ -21,6 +21,7 @@ from cm_runtime.bench.networks import STANDING
 from cm_runtime.bench.process import Process, WorkerError
 from cm_runtime.bench.results import ModelFacts
 from cm_runtime.bench.scenario import Scenario
+from cm_runtime.bounded import exists
 from cm_runtime.errors import ArtifactError
 
 REFERENCE_IMAGES = 2
@@ -74,7 +75,7 @@ class Models:
         key = scenario.model, scenario.backend == "torch", is_base
         if key not in self._made:
             source = build.model if is_base and build.model else _source(scenario.model, threads)
-            if not source.exists():
+            if not exists(source):
                 raise ArtifactError(f"{source}: no such model")
             name = str(source) if is_base and build.model else scenario.model
             self._made[key] = self._ready(name, source, scenario.backend == "torch", threads, build)

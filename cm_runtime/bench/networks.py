@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cm_runtime.bounded import exists
 from cm_runtime.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def standing(name: str, folder: Path) -> Path:
     if name not in NETWORKS:
         raise RequestError(f"there is no standing network {name!r}; they are {', '.join(STANDING)}")
     path = folder / f"{name}-seed{SEED}-{VERSION}.pt"
-    if path.exists():
+    if exists(path):
         return path
     from cm_runtime.checkpoint import save_checkpoint
 

@@ -23,6 +23,7 @@ from cm_runtime.backends.ort import open_session
 from cm_runtime.bench.scenario import PEERS, Peer
 from cm_runtime.errors import CheckpointError, EngineError, RequestError
 from cm_runtime.extras import require
+from cm_runtime.process import engine_threads
 from cm_runtime.steps import Array, to_nhwc
 
 if TYPE_CHECKING:
@@ -62,13 +63,10 @@ def peer(name: Peer, checkpoint: Checkpoint | Path, work: Path, threads: int = 0
             openvino.package()
         else:
             require(package, f"the peer {name}")
-    import torch
-
-    from cm_runtime.backends.torch import chosen_device
+    from cm_runtime.backends.torch import chosen_device, set_threads
 
     where = chosen_device(device)
-    if checked_threads(threads):
-        torch.set_num_threads(threads)
+    set_threads(checked_threads(threads))
     loaded = _read(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=work) as folder:
@@ -228,8 +226,8 @@ def _openvino(checkpoint: Checkpoint, folder: Path, device: str, threads: int) -
         raise RequestError(f"the peer openvino runs on the CPU, not on {device}")
     ov = openvino.package()
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = str(threads)
+    if number := engine_threads(threads):
+        options["INFERENCE_NUM_THREADS"] = str(number)
     compiled = openvino.core().compile_model(str(_plain(checkpoint, folder)), "CPU", options)
 
     def denoise(feed: dict[str, Any]) -> Array:

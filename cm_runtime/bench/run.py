@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cm_runtime.bench.sides import Side
 from cm_runtime.bench.watch import Watch
 from cm_runtime.errors import CmRuntimeError, OutputError, RequestError
 from cm_runtime.extras import NVIDIA_DRIVER
+from cm_runtime.process import cores
 
 Tell = Callable[[float, str], None]
 
@@ -103,7 +103,7 @@ def _with(result: Result, **update: Any) -> Result:
 
 def _where(scenario: Scenario) -> tuple[int, str]:
     """(threads, device) of a scenario."""
-    threads = scenario.threads or len(os.sched_getaffinity(0))
+    threads = scenario.threads or cores()
     if scenario.device != "auto":
         return threads, scenario.device
     is_gpu = NVIDIA_DRIVER.exists() if scenario.backend == "torch" else has_cuda()

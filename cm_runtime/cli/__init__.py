@@ -1,11 +1,14 @@
-"""The command line: one file a command, each of which parses, calls and prints. Errors become one line here."""
+"""The command line: one file a command, each of which parses, calls and prints; `boundary` has the errors."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cm_runtime.cli.bench import app as bench
 from cm_runtime.cli.doctor import doctor
@@ -16,12 +19,37 @@ from cm_runtime.cli.info import info
 from cm_runtime.cli.sample import sample
 from cm_runtime.cli.train import train
 from cm_runtime.cli.tune import tune
-from cm_runtime.errors import CmRuntimeError, Interrupted
+from cm_runtime.errors import one_line
 
-INTERRUPTED = 130
+ANYWHERE = ("--debug", "--quiet")  # global options that `main` takes in any position
+
+
+@contextmanager
+def _short_usage() -> Iterator[None]:
+    """Cut the messages of usage errors, which quote what was typed."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str) and len(message) > len(one_line(message)):
+            error.message = one_line(message)  # type: ignore[attr-defined]
+        raise
+
+
+class Commands(TyperGroup):
+    """All commands."""
+
+    def make_context(self, *words: Any, **more: Any) -> Any:
+        with _short_usage():
+            return super().make_context(*words, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _short_usage():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="cm-runtime",
+    cls=Commands,
     help="Consistency models: train them, export them, and draw images in one or two network evaluations.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -45,33 +73,26 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress; errors and results stay.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    """Global options; ``--debug`` is taken in any position, by `main`."""
+    """Global options; `main` takes those of ANYWHERE in any position."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line. Exit status: 0 done, 1 a one-line error, 2 usage, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        app([word for word in arguments if word != "--debug"])
-    except Interrupted as stopped:
-        from cm_runtime.training.workers import is_lead
+    """Run the command line. Exit status: 0 done, 1 a one-line error, 2 usage, 130 interrupted."""
+    from cm_runtime import boundary
+    from cm_runtime.cli import progress
 
-        if is_lead():  # all workers stop at the same step
-            typer.echo(str(stopped), err=True)
-        sys.exit(INTERRUPTED)
-    except CmRuntimeError as error:
-        if "--debug" in arguments:
+    words = sys.argv[1:] if arguments is None else arguments
+    progress.begin(quiet="--quiet" in words)
+
+    def run() -> None:
+        try:
+            app([word for word in words if word not in ANYWHERE])
+        except SystemExit as leaving:
+            if leaving.code == boundary.INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+                raise KeyboardInterrupt from None
             raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except MemoryError:
-        if "--debug" in arguments:
-            raise
-        typer.echo("error: not enough memory for this; lower the micro-batch or the batch", err=True)
-        sys.exit(1)
-    except SystemExit as leaving:
-        if leaving.code == INTERRUPTED:  # typer turns Ctrl-C into this, without a word
-            typer.echo("interrupted", err=True)
-        raise
+
+    boundary.guarded(run, "--debug" in words)

@@ -43,11 +43,11 @@ def doctor(
 
 def _examined() -> dict[str, Any]:
     """All that doctor says, under the names of its lines."""
-    import os
     import platform
 
     from cm_runtime import __version__
     from cm_runtime.extras import EXTRAS, TWO_RUNTIMES, has_two_runtimes
+    from cm_runtime.process import cores
 
     packages = {purpose: {name: _version(name) for name in names} for purpose, names in PURPOSES.items()}
     install = {}
@@ -61,7 +61,7 @@ def _examined() -> dict[str, Any]:
         "cm-runtime": __version__,
         "python": platform.python_version(),
         "architecture": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "gpu": _gpu(),
         **_bundled(),
         "warning": TWO_RUNTIMES if has_two_runtimes() else "",

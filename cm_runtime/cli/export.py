@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cm_runtime.cli import progress
 from cm_runtime.cli.options import Sigmas
 from cm_runtime.errors import RequestError
 
@@ -107,32 +108,38 @@ def export(
         require(package, "cm-runtime export")
     from cm_runtime import export as exporting
     from cm_runtime import files
+    from cm_runtime.bounded import exists
     from cm_runtime.cli import values
     from cm_runtime.importers import load_checkpoint
 
     def load() -> Checkpoint:
-        return load_checkpoint(
-            checkpoint, precond=precond, head_channels=head_channels, image_size=image_size, model_name=model_name
-        )
+        with progress.waiting(f"reading {checkpoint}"):
+            return load_checkpoint(
+                checkpoint, precond=precond, head_channels=head_channels, image_size=image_size, model_name=model_name
+            )
 
     name = checkpoint.absolute()  # "." has none of its own
     if form == "diffusers":
         target = output or name.with_suffix("")
         if target.absolute() == name:
             raise RequestError(f"{checkpoint} is where the folder would go by default; give another with -o")
-        exporting.diffusers(load(), target, force=force)
+        whole = load()
+        with progress.waiting(f"writing {target}"):
+            exporting.diffusers(whole, target, force=force)
         typer.echo(f"{target}: now ConsistencyModelPipeline.from_pretrained({str(target)!r})")
         return
     ending = ".onnx" if form == "onnx" else ".engine"
     target = output or (checkpoint if checkpoint.name else name).with_suffix(ending)
-    if checkpoint.exists():
+    if exists(checkpoint):
         files.check_writable(target, force=force)  # before minutes of reading
 
     def write(path: Path, *, force: bool) -> Exported:
         levels = values.numbers("--sigmas", sigmas) if sigmas else None
-        return exporting.onnx(
-            load(), path, graph=graph, steps=steps, sigmas=levels, precision=precision, inline=inline, force=force
-        )
+        whole = load()
+        with progress.waiting("building the graph, and proving it equal to the torch model"):
+            return exporting.onnx(
+                whole, path, graph=graph, steps=steps, sigmas=levels, precision=precision, inline=inline, force=force
+            )
 
     if form != "onnx":
         _build_engine(write, target, form, batch, gpu, force=force)
@@ -142,7 +149,9 @@ def export(
     if compare:
         from cm_runtime.export.comparison import with_plain
 
-        comparison = with_plain(load(), target, made.manifest)
+        whole = load()
+        with progress.waiting("timing it against a plain export"):
+            comparison = with_plain(whole, target, made.manifest)
     _summarise(target, made, comparison)
 
 
@@ -180,14 +189,15 @@ def _build_engine(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
         write(path, force=False)
-        made = tensorrt.build(
-            path,
-            target,
-            "tensorrt" if form == "tensorrt" else "tensorrt_rtx",
-            batch=profile,
-            gpus=gpu.split(",") if gpu else (),
-            force=force,
-        )
+        with progress.waiting("building the engine"):
+            made = tensorrt.build(
+                path,
+                target,
+                "tensorrt" if form == "tensorrt" else "tensorrt_rtx",
+                batch=profile,
+                gpus=gpu.split(",") if gpu else (),
+                force=force,
+            )
     proof = (
         f"within {made.parity.max_abs:.1e} of ONNX Runtime" if made.parity else "not compared: no GPU here can open it"
     )

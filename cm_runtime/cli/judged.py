@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cm_runtime.cli import values
+from cm_runtime.cli import progress, values
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def collected(source: str, split: str | None) -> Images:
     from cm_runtime import files
     from cm_runtime.evaluate import sources
 
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # of a user who is not there the name stays
     if sources.is_samples(path):
         if split is not None:
             raise RequestError(f"--split is for data sets, and {source} holds samples; leave it out")
@@ -115,7 +116,8 @@ def collected(source: str, split: str | None) -> Images:
         return Images(samples.batches(), samples.count, samples.image_shape, None, described)
     from cm_runtime.training.data import open_data
 
-    data = open_data(source, split=split or "train", progress=True)  # type: ignore[arg-type]
+    with progress.waiting(f"reading {source}", has_bar=True):
+        data = open_data(source, split=split or "train", progress=not progress.is_quiet())  # type: ignore[arg-type]
     channels, height, width = data.image_shape
     described = {"kind": "data", "path": source, "name": data.name, "split": split or "train"}
     described |= {"shape": [height, width, channels], "count": len(data)}
@@ -153,7 +155,7 @@ def reference(
                 "give --reference DATA or STATS.npz: only Fashion-MNIST models under the shipped extractor have one"
             )
         source = str(statistics.SHIPPED)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # of a user who is not there the name stays
     if not statistics.is_statistics(path):
         images = collected(source, None)
         return observed(images, extractor, manifold, "reference"), images.description

@@ -88,15 +88,17 @@ def wanted(
 def draw(asked: Shards, opening: Opening, count: int, request: Callable[[Backend, int], Request]) -> None:
     """Draws those of ``count`` images' shards that are not there; request: of an engine, with a micro-batch."""
     from cm_runtime import backends, cluster, files, job
+    from cm_runtime.bounded import exists
+    from cm_runtime.process import cores
     from cm_runtime.wording import quantity
 
-    if not opening.model.exists():
+    if not exists(opening.model):
         raise RequestError(f"{opening.model}: no such model")
-    files.check_writable(asked.folder / job.MANIFEST if asked.folder.is_dir() else asked.folder)
+    files.check_writable(asked.folder / job.MANIFEST if os.path.isdir(asked.folder) else asked.folder)
     old = job.kept(asked.folder)
     if old is not None and not asked.force and old.file_sha256 == job.identity(opening.model):
         opening = opening.as_of(old)
-    threads = values.threads(opening.threads) or len(os.sched_getaffinity(0))
+    threads = values.threads(opening.threads) or cores()
     each = min(asked.size, max(count, 1))
     how: Any = (opening.backend, opening.device, threads, opening.precision, each)
     engine = backends.load(opening.model, *how)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from cm_runtime.cli import progress, values
 
+if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from cm_runtime.training.config import TrainConfig
+    from cm_runtime.training.data import ImageSet
     from cm_runtime.training.loop import Report
 
 
@@ -26,6 +28,9 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key: phase.0.steps=100. Repeatable."),
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; beside other work fewer are faster.", show_default="one per core")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Start over where the folder holds a run.")] = False,
 ) -> None:
     """Train a consistency model from images; writes ckpt.pt in the run folder.
@@ -39,6 +44,7 @@ def train(
 
     for package in ("torch", "tomli_w"):
         require(package, "cm-runtime train")
+    from cm_runtime.backends.torch import set_threads
     from cm_runtime.training.config import load_config
     from cm_runtime.training.data import open_data
     from cm_runtime.training.loop import train as run
@@ -48,38 +54,100 @@ def train(
         raise RequestError(f"{preset} is a folder: name a preset or a TOML file, and images by --data {preset}")
     if resume and force:
         raise RequestError("--resume goes on with a run and --force starts it over; give one of them")
+    set_threads(values.threads(threads))
     source = [f"data.source={json.dumps(data, ensure_ascii=False)}"] if data else []
     config = load_config(preset, [*(settings or []), *source])
     folder = out or Path("runs") / Path(preset).stem
-    images = open_data(config.data.source, image_size=config.data.image_size, progress=is_lead())
-    with _bar(is_lead()) as bar:
-        checkpoint = run(config, images, folder, resume=resume, force=force, report=_reporter(bar))
+    quiet = progress.is_quiet() or not is_lead()
+    with progress.waiting(f"reading {config.data.source}", has_bar=True):
+        images = open_data(config.data.source, image_size=config.data.image_size, progress=not quiet)
+    with _Progress(_plan(config, images, folder), config, quiet) as shown:
+        checkpoint = run(
+            config, images, folder, resume=resume, force=force, report=shown.step, milestone=shown.milestone
+        )
     if is_lead():
         typer.echo(f"{checkpoint}: now cm-runtime export {checkpoint}")
 
 
-def _bar(shown: bool) -> Progress:
+def _plan(config: TrainConfig, images: ImageSet, folder: Path) -> str:
+    """One line: the phases, their images, the device, and the folder."""
+    import torch
+
+    from cm_runtime.backends.torch import chosen_device
+
+    phases = ", ".join(f"{phase.method} {phase.steps} steps of {phase.batch} images" for phase in config.phase)
+    shape = "x".join(map(str, images.image_shape))
+    device = chosen_device(config.device)
+    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"training on {len(images)} images {shape} of {images.name}: {phases}; on {device}{threads}, into {folder}/"
+
+
+class _Progress:
+    """What is shown of a run: the plan, then a bar, a notebook's line or plain lines."""
+
+    def __init__(self, plan: str, config: TrainConfig, quiet: bool) -> None:
+        self._plan, self._config, self._text = plan, config, ""
+        self._place: progress.Place = "nowhere" if quiet else progress.place()
+        self._bar = _bar() if self._place == "terminal" else None
+        self._line = progress.Line() if self._place == "notebook" else None
+        self._first, self._began = 0, 0.0
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._line is not None:
+            self._line.clear()
+
+    def milestone(self, which: str, phase: int, step: int) -> None:
+        """Shows the plan, once, and that a phase begins; or that a step is saved."""
+        if self._place == "nowhere":
+            return
+        if which == "saved":
+            if self._place == "lines" and (step == self._config.phase[phase].steps or progress.is_due(progress.LONG)):
+                progress.say(f"{self._text}, saved")
+            return
+        if self._plan:
+            progress.say(self._plan)
+            self._plan = ""
+        self._first, self._began = step, progress.now()
+        method, steps = self._config.phase[phase].method, self._config.phase[phase].steps
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(method, total=steps, completed=step, loss=0.0, rate=0.0)
+        elif self._place == "lines":
+            at = f" from step {step}" if step else ""
+            progress.say(f"phase {phase + 1} of {len(self._config.phase)}: {method}, {steps} steps{at}")
+
+    def step(self, report: Report) -> None:
+        """Shows where the run is."""
+        if self._bar is not None:
+            rate = report.images_per_second
+            self._bar.update(self._task, completed=report.step, loss=report.loss, rate=rate)
+        elif self._place != "nowhere":
+            left = (progress.now() - self._began) / (report.step - self._first) * (report.steps - report.step)
+            self._text = (
+                f"{report.method}: step {report.step}/{report.steps}, loss {report.loss:.3g},"
+                f" {report.images_per_second:.0f} images/s, {progress.duration(left)} left"
+            )
+            if self._line is not None:
+                self._line.show(self._text)
+            else:
+                progress.tick(self._text)
+
+
+def _bar() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4g}  {task.fields[rate]:.0f} images/s"),
         TimeRemainingColumn(),
-        console=console,
-        disable=not (shown and console.is_terminal),
+        console=Console(stderr=True),
     )
-
-
-def _reporter(bar: Progress) -> Callable[[Report], None]:
-    tasks = {}
-
-    def show(report: Report) -> None:
-        if report.phase not in tasks:
-            tasks[report.phase] = bar.add_task(report.method, total=report.steps, loss=report.loss, rate=0.0)
-        bar.update(tasks[report.phase], completed=report.step, loss=report.loss, rate=report.images_per_second)
-
-    return show

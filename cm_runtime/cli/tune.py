@@ -68,6 +68,7 @@ def tune(
         raise RequestError(f"give -o OUT.onnx for a copy, or --force to store the levels in {model} itself")
     if output is not None and output.suffix != ".onnx":
         raise RequestError(f"{output}: an ONNX file's name ends in .onnx")
+    from cm_runtime.cli import progress
     from cm_runtime.cli.progress import tracked
     from cm_runtime.evaluate import tuning
     from cm_runtime.evaluate.features import Extractor
@@ -90,12 +91,18 @@ def tune(
     network.check((height, width, channels))
     expected, _ = judged.reference(reference, network, manifest, manifold=0)
 
+    left = 0
+
     def shown(parts: Iterator[Batch], sigmas: tuple[float, ...]) -> Iterator[Batch]:
-        return tracked(parts, samples, f"images at {level_text(sigmas)}")
+        nonlocal left
+        left = max(1, left - 1)  # the search decides how many there are
+        return tracked(parts, samples, f"images at {level_text(sigmas)}", left)
 
     objective = FrechetObjective(FirstStep(engine), network, expected, samples, seed, asked, size, shown)
     levels = dict(manifest.sigmas)
     for count in wanted:
+        left = 1 + tuning.most_candidates(count)
+        progress.phase(f"tuning {count} steps, by up to {left - 1} candidates of {samples} images")
         scale = manifest.sigma_min, manifest.sigma_max, manifest.rho
         found = tuning.search(objective, count, levels, *scale)
         levels[count] = found.sigmas

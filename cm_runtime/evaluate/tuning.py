@@ -39,6 +39,13 @@ class Tuned:
     evaluations: int
 
 
+def most_candidates(steps: int) -> int:
+    """How many levels `search` asks for, at most."""
+    if steps == 2:
+        return 2 + GRID + SECTIONS
+    return 1 + steps + SWEEPS * (steps - 1) * SECTIONS
+
+
 class _Search:
     """Asks the objective once for the same levels, rounded to the six digits that are stored."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -30,6 +30,8 @@ from cm_runtime.unet import NetworkShape, UNetConfig
 
 GRID_IMAGES = 64
 _LOG_EVERY = 10
+# A phase begins, or is on the disk, at a step: (which, phase, step).
+Milestone = Callable[[Literal["begin", "saved"], int, int], None]
 STORED = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -53,8 +55,11 @@ def train(
     resume: bool = False,
     force: bool = False,
     report: Callable[[Report], None] = lambda _: None,
+    milestone: Milestone = lambda *_: None,
 ) -> Path:
     """Runs every phase and returns the path of the checkpoint. Under torchrun every worker calls it alike.
+
+    report: called after each step; milestone: where a phase begins, and after each save.
 
     Raises TrainingError where the loss is not finite, CheckpointError where ``init`` cannot be read, Interrupted after
     SIGINT or SIGTERM, and what RunFolder raises.
@@ -73,7 +78,7 @@ def train(
         opened = folder.open(config, inputs, resume=resume, force=force) if workers.lead else nullcontext()
         with opened as found, stop_signals() as stopping:
             state = workers.from_lead(found)
-            run = _Run(config, data, inputs, folder, report, stopping, workers)
+            run = _Run(config, data, inputs, folder, report, milestone, stopping, workers)
             if workers.lead:
                 images = 0 if state is None else state["images"]
                 folder.begin(record.session(data, workers), images, tensorboard=config.tensorboard)
@@ -132,11 +137,12 @@ class _Run:
         inputs: dict[str, str],
         folder: RunFolder,
         report: Callable[[Report], None],
+        milestone: Milestone,
         stopping: Callable[[], bool],
         workers: Workers,
     ) -> None:
         self.config, self.data, self.inputs, self.folder = config, data, inputs, folder
-        self.report, self.stopping, self.workers = report, stopping, workers
+        self.report, self.milestone, self.stopping, self.workers = report, milestone, stopping, workers
         network = model_config_of(config, data).network
         self.stream = Stream(
             data, seed=config.seed, classes=bool(network.num_classes), flip=config.data.flip, device=workers.device
@@ -163,6 +169,7 @@ class _Run:
         if state is not None:
             stepper.load(state)
         saved = first = 0 if state is None else state["step"]
+        self.milestone("begin", index, first)
         for k in range(first, phase.steps):
             began = time.perf_counter()
             try:
@@ -192,6 +199,7 @@ class _Run:
                 if lead:
                     self._save(index, done, stepper)
                 saved = done
+                self.milestone("saved", index, done)
             if stop and not (done == phase.steps and index == len(self.config.phase) - 1):
                 raise Interrupted(f"stopped at phase {index} step {done}; go on with --resume --out {self.folder.path}")
         if lead:

@@ -39,7 +39,7 @@ def report(
     from cm_runtime.bench.report import quality as evals
 
     page = None if markdown and output is None else output or result.with_suffix(".html")
-    if page is not None and (page == result or (page.exists() and result.exists() and page.samefile(result))):
+    if page is not None and _is_same(page, result):
         raise RequestError(f"{page} is the result itself; name the page with -o")
     found = results.read(result)
     judged = [evals.read(path) for path in quality or ()]
@@ -70,6 +70,13 @@ def report(
         from cm_runtime.wording import quantity
 
         typer.echo(f"{page}: {quantity(len(found.scenarios), 'scenario')}, {quantity(len(figures), 'plot')}")
+
+
+def _is_same(page: Path, result: Path) -> bool:
+    try:
+        return page == result or page.samefile(result)
+    except (OSError, ValueError):  # one of them is not there
+        return False
 
 
 def _folder(path: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cm_runtime.cli import values
+from cm_runtime.cli import progress, values
 from cm_runtime.errors import RequestError, UnmeasuredError
 
 if TYPE_CHECKING:
-    from cm_runtime.bench.results import Result
+    from cm_runtime.bench.results import Result, Settings
+    from cm_runtime.bench.run import Tell
     from cm_runtime.bench.scenario import Scenario
+
+
+PREPARATION_S = 8.0  # about what it takes to export a model, to start a contender and to compare its images
 
 
 def run(
@@ -119,7 +125,7 @@ def run(
         seed=seed,
         allow_different_images=allow_different_images,
     )
-    with _progress(len(scenarios)) as tell:
+    with _progress(scenarios, settings, against) as tell:
         result = running.run(
             scenarios,
             output,
@@ -190,26 +196,50 @@ def _fitting(scenarios: list[Scenario], globs: list[str] | None) -> list[Scenari
     return [each for each in scenarios if any(fnmatchcase(each.name, glob) for glob in globs)]
 
 
-def _progress(total: int) -> Any:
-    """Yields what shows (scenarios done, doing), with a bar where standard error is a terminal."""
-    from collections.abc import Iterator
-    from contextlib import contextmanager
+@contextmanager
+def _progress(scenarios: Sequence[Scenario], settings: Settings, against: str | None) -> Iterator[Tell]:
+    """Yields what shows (scenarios done, what is being done)."""
+    total, where = len(scenarios), progress.place()
+    contenders = sum(1 + (against is not None) + len(each.peers) for each in scenarios)
+    seconds = contenders * (settings.budget_s + PREPARATION_S)
+    if where == "lines" and seconds > progress.LONG:
+        progress.say(f"{contenders} contenders x {settings.budget_s:g} s, about {progress.duration(seconds)}")
+    if where == "terminal":
+        with _bar(total) as update:
+            yield update
+        return
+    line = progress.Line() if where == "notebook" else None
+    last = 0
 
+    def tell(done: float, doing: str) -> None:
+        nonlocal last
+        text = f"scenario {min(int(done) + 1, total)}/{total}, {doing}"
+        if line is not None:
+            line.show(text)
+        elif int(done) > last:
+            last = int(done)
+            progress.phase(f"scenario {last}/{total} is done")
+        else:
+            progress.tick(text)
+
+    try:
+        yield tell
+    finally:
+        if line is not None:
+            line.clear()
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Tell]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    @contextmanager
-    def shown() -> Iterator[Any]:
-        console = Console(stderr=True)
-        columns = BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn()
-        text = TextColumn("{task.description}", markup=False)
-        hidden = not console.is_terminal
-        # Drawn between blocks alone: a thread that refreshes it would take its time from what is timed.
-        with Progress(*columns, text, console=console, transient=True, disable=hidden, auto_refresh=False) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done, doing: bar.update(task, completed=done, description=doing, refresh=True)
-
-    return shown()
+    columns = BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn()
+    text = TextColumn("{task.description}", markup=False)
+    # Drawn between blocks alone: a thread that refreshes it would take its time from what is timed.
+    with Progress(*columns, text, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, doing: bar.update(task, completed=done, description=doing, refresh=True)
 
 
 def _print(result: Result) -> None:

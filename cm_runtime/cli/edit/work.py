@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def check_output(output: str, floats: bool, *others: str) -> None:
 
 def is_folder(output: str) -> bool:
     """Whether the name ends in /, has no ending, or is that of a folder which is there."""
-    return output.endswith("/") or not Path(output).suffix or Path(output).is_dir()
+    return output.endswith("/") or not Path(output).suffix or os.path.isdir(output)
 
 
 def write(
