@@ -22,6 +22,7 @@ from cm_runtime.export import graphs, parity, weights
 from cm_runtime.export.graph import Graph
 from cm_runtime.export.weights import Network
 from cm_runtime.model import ConsistencyModel
+from cm_runtime.onnx_graph import message, own
 from cm_runtime.schedule import checked_sigmas, sampler_sigmas
 
 LARGEST_INSIDE = 1 << 30  # bytes of weights in the .onnx itself: protobuf refuses a message of 2 GiB
@@ -102,7 +103,16 @@ def onnx(
             weights.write_behind(made, temporary, end)
         if read_manifest(temporary) != manifest:
             raise EngineError(f"{target}: the manifest does not read back as it was written")
+        _check_own(temporary, target, manifest)
     return Exported(manifest, nodes, built.folds, size)
+
+
+def _check_own(temporary: Path, target: Path, manifest: Manifest) -> None:
+    """Raises EngineError for a graph that no engine would be given to run."""
+    try:
+        own.check(message.read(temporary, str(target)), manifest)
+    except own.NotOwn as error:
+        raise EngineError(f"{target}: no engine would be given this model to run: {error}") from error
 
 
 def _levels(manifest: Manifest, steps: int | None, sigmas: Sequence[float] | None) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from cm_runtime.errors import ParityError
 from cm_runtime.export.graphs import KINDS
 from cm_runtime.extras import require
 from cm_runtime.model import ConsistencyModel
+from cm_runtime.onnx_graph import Verdict
 from cm_runtime.precond import precond
 
 TOLERANCE = 1e-4  # largest difference of a denoised pixel in fp32; of images, one grey level
@@ -102,8 +103,8 @@ def measure(path: Path, manifest: Manifest, expected: list[NDArray[Any]]) -> Par
 def _engine(path: Path, manifest: Manifest) -> Backend:
     threads = torch.get_num_threads()
     if manifest.precision == "bf16":
-        return OpenVinoBackend(path, manifest, threads=threads, precision="bf16")
-    return OrtBackend(path, manifest, threads=threads)
+        return OpenVinoBackend(path, manifest, threads=threads, precision="bf16", verdict=Verdict(""))
+    return OrtBackend(path, manifest, threads=threads, verdict=Verdict(""))
 
 
 def _passes(manifest: Manifest, largest: float, psnr: float) -> bool:

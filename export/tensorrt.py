@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cm_runtime import cuda, files
+from cm_runtime import cuda, files, onnx_graph
 from cm_runtime.artifact import Manifest, data_path, read_manifest
 from cm_runtime.backends import engine_file
 from cm_runtime.backends.base import Backend, images_at_once
@@ -47,6 +47,7 @@ def build(
         files.check_writable(output, force=force)
     model = read_manifest(source)
     data = data_path(source, model)
+    onnx_graph.check(source, model).require_own(source, package)
     trt = module(package)
     here, why_not = _gpu_here()
     wanted = _capabilities(trt, package, gpus, here, why_not)

@@ -23,8 +23,9 @@ PACKAGE = ROOT / "cm_runtime"
 ORDER = """
     errors, wording < boundary, files, extras, process, bounded, npz, protobuf, pickles
     < schedule, precond, noise, artifact, projections
-    < images, pictures, steps, requests < given, sampling < shards, editing < unet < model < checkpoint < importers
-    < kernels < cuda < ahead, backends < job, dataset, streaming < cluster < evaluate < training < export < bench < cli
+    < onnx_graph < images, pictures, steps, requests < given, sampling < shards, editing < unet < model < checkpoint
+    < importers < kernels < cuda < ahead, backends < job, dataset, streaming < cluster < evaluate < training < export
+    < bench < cli
 """
 PLACES = ORDER.replace("<", " ").replace(",", " ").split()
 FACE = {"", "__main__"}

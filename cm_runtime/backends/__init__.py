@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from cm_runtime import onnx_graph
 from cm_runtime.artifact import Manifest, read_manifest
 from cm_runtime.backends import choice, engine_file
 from cm_runtime.backends.base import Backend, checked_threads
@@ -14,6 +16,7 @@ from cm_runtime.backends.ort import OrtBackend, has_cuda
 from cm_runtime.bounded import exists
 from cm_runtime.errors import ArtifactError, RequestError
 from cm_runtime.extras import has, require
+from cm_runtime.onnx_graph import Verdict
 
 if TYPE_CHECKING:
     from cm_runtime.backends.torch import TorchBackend
@@ -31,6 +34,8 @@ def load(
     threads: int = 0,
     precision: ComputePrecision = "auto",
     batch: int | None = None,
+    *,
+    trust: bool = False,
 ) -> Backend:
     """The model in ``path`` on an engine, ready to denoise or draw: an exported file, or a checkpoint.
 
@@ -38,7 +43,8 @@ def load(
     ``.onnx``, auto takes the fastest installed engine, by a short measurement that is remembered (see `choice`); for a
     checkpoint, eager torch. device: auto (a GPU where the engine can use one, else the CPU), cpu or cuda:N. threads: 0
     is one per core. precision: what an engine computes in that can choose; auto is the file's own, and on a CPU fp32
-    where that is fp16. batch: how many images a request will have, for auto to measure; unknown by default. Raises
+    where that is fp16. batch: how many images a request will have, for auto to measure; unknown by default. trust:
+    lets a graph that cm-runtime export did not write run on every engine; without, ONNX Runtime alone runs it. Raises
     ArtifactError, CheckpointError, EngineError, MissingExtraError, and RequestError for a backend or precision that
     such a file does not run in.
     """
@@ -61,10 +67,15 @@ def load(
     if backend in FOR_ENGINES:
         raise RequestError(f"{where}: {backend} runs engines; make one with cm-runtime export CKPT --format {backend}")
     manifest = read_manifest(where)
+    verdict = onnx_graph.check(where, manifest, trust=trust)
     if backend != "auto":
-        return _open(backend, where, manifest, device, threads, precision)
+        return _open(backend, where, manifest, device, threads, precision, verdict)
     asked = choice.question(where, manifest, auto_device(device), threads, precision, batch)
-    return choice.fastest(asked, lambda name: _open(name, where, manifest, asked.device, threads, precision))
+    if verdict.foreign:
+        if asked.names == ("openvino",):
+            verdict.require_own(where, "OpenVINO")
+        asked = replace(asked, names=tuple(name for name in asked.names if name == "ort"))
+    return choice.fastest(asked, lambda name: _open(name, where, manifest, asked.device, threads, precision, verdict))
 
 
 def auto_device(device: str) -> str:
@@ -86,19 +97,21 @@ def precisions() -> dict[str, str]:
     return found
 
 
-def _open(name: str, where: Path, manifest: Manifest, device: str, threads: int, precision: str) -> Backend:
+def _open(
+    name: str, where: Path, manifest: Manifest, device: str, threads: int, precision: str, verdict: Verdict
+) -> Backend:
     """An exported ``.onnx`` on ONNX Runtime or OpenVINO. Raises RequestError for a precision it does not compute in."""
     if name == "openvino":
         if precision == "fp16":
             raise RequestError("OpenVINO's CPU computes in fp32 or bf16, not in fp16")
         chosen: Any = precision if precision != "auto" else "bf16" if manifest.precision == "bf16" else "fp32"
-        return OpenVinoBackend(where, manifest, device, threads, chosen)
+        return OpenVinoBackend(where, manifest, device, threads, chosen, verdict)
     if precision not in ("auto", manifest.precision):
         raise RequestError(
             f"ONNX Runtime computes in the types of the file, {manifest.precision}; for {precision} export with"
             f" --precision {precision}, or take --backend openvino"
         )
-    return OrtBackend(where, manifest, auto_device(device), threads)
+    return OrtBackend(where, manifest, auto_device(device), threads, verdict)
 
 
 def _tensorrt(where: Path, backend: str, device: str, precision: str) -> Backend:

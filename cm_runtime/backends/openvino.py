@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
 import os
 import sys
 import threading
@@ -16,31 +15,30 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cm_runtime import onnx_graph
 from cm_runtime.artifact import OUTPUTS, Manifest, data_path, read_manifest
 from cm_runtime.backends.base import Backend, checked_threads
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
 from cm_runtime.extras import require
+from cm_runtime.onnx_graph import Verdict
 from cm_runtime.process import engine_threads
-from cm_runtime.protobuf import MalformedError, fields
 from cm_runtime.wording import quantity
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 TELEMETRY = "openvino_telemetry"
 IMAGES = {"denoiser": "x", "sampler": "noise", "network": "x_in"}  # the input that is as large as the images
 INPUTS = {"denoiser": {"x", "sigma"}, "sampler": {"noise"}, "network": {"x_in", "c_noise"}}
-NODES = {7: 1, 25: 7}  # fields of onnx.ModelProto that hold nodes, the graph and functions, and theirs that are nodes
-DOMAINS = ("", "ai.onnx", "cm")
-FEWEST = {"Constant": 0, "Conv": 2, "Pad": 2}  # inputs, without which OpenVINO's reader is a segmentation fault; else 1
 PREAMBLE = ("Exception from", "Check '", "FrontEnd API failed", "Loading input model", "Model wasn't fully", "Summary:")
 
 
 class OpenVinoBackend(Backend):
     """An exported ``.onnx`` on OpenVINO.
 
-    threads: 0 leaves it to OpenVINO (one per core); precision: what it computes in, whatever types the file has. In
-    bf16, all that does not depend on the images (the noise level's embedding above all, which bfloat16 cannot hold) is
-    a model of its own in float32. Raises ArtifactError for a file that is not ours or damaged, RequestError for
-    another device than the CPU, and EngineError for bf16 on a processor without it: it never falls back.
+    threads: 0 leaves it to OpenVINO (one per core); precision: what it computes in, whatever types the file has;
+    verdict: of `onnx_graph.check`, where the file was checked before. It runs no foreign graph: OpenVINO does not check
+    the indices and shapes that a graph computes. In bf16, all that does not depend on the images (the noise level's
+    embedding above all, which bfloat16 cannot hold) is a model of its own in float32. Raises
+    ArtifactError for a file that is not ours or damaged, RequestError for another device than the CPU, and EngineError for bf16 on a processor without it: it never falls back.
     """
 
     name = "openvino"
@@ -52,6 +50,7 @@ class OpenVinoBackend(Backend):
         device: str = "cpu",
         threads: int = 0,
         precision: Literal["fp32", "bf16"] = "fp32",
+        verdict: Verdict | None = None,
     ) -> None:
         ov = package()
         if device not in ("cpu", "auto"):
@@ -68,7 +67,7 @@ class OpenVinoBackend(Backend):
             raise EngineError(
                 "OpenVINO computes in bf16 only where the processor does, and this one does not: use fp32"
             )
-        _check_nodes(where)
+        (verdict or onnx_graph.check(where, self.manifest)).require_own(where, "OpenVINO")
         try:
             graph = read(where)
         except Exception as error:  # its exceptions have many lines and no base of their own
@@ -153,42 +152,6 @@ def read(path: Path) -> Any:
     reader = manager.load_by_framework("onnx")
     reader.add_extension(_skip_scale_extension())
     return reader.convert(reader.load(str(path)))
-
-
-def _check_nodes(where: Path) -> None:
-    """Raises ArtifactError for a graph with a node that would end the process in OpenVINO's reader, or is none of ours.
-
-    Ours have inputs, no graphs of their own and no domain but ONNX's and cm.
-    """
-    try:
-        with where.open("rb") as file:
-            for part in fields(file, where.stat().st_size):
-                for field in fields(file, part.payload + part.length) if part.number in NODES else ():
-                    if field.number == NODES[part.number]:
-                        _check_node(file.read(field.length), where)
-    except MalformedError as error:
-        raise ArtifactError(f"{where} is not an ONNX file, or is truncated ({error})") from error
-    except OSError as error:
-        raise ArtifactError(f"{where} cannot be read: {error.strerror or error}") from error
-
-
-def _check_node(content: bytes, where: Path) -> None:
-    """An onnx.NodeProto: input is field 1, op_type 4, attribute 5 (its graphs 6 and 11), domain 7."""
-    file = io.BytesIO(content)
-    inputs: list[bytes] = []
-    texts = {4: "", 7: ""}
-    has_graph = False
-    for field in fields(file, len(content)):
-        if field.number == 1:
-            inputs.append(file.read(field.length))
-        elif field.number in texts:
-            texts[field.number] = file.read(field.length).decode(errors="replace")
-        elif field.number == 5:
-            has_graph |= any(each.number in (6, 11) for each in fields(file, field.payload + field.length))
-    kind, domain = texts.values()
-    fewest = FEWEST.get(kind, 1)
-    if has_graph or domain not in DOMAINS or len(inputs) < fewest or not all(inputs[:fewest]):
-        raise ArtifactError(f"{where}: its node {domain or 'ai.onnx'}::{kind} is not as cm-runtime export writes it")
 
 
 def _check_ports(graph: Any, manifest: Manifest, where: Path) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import cuda
+from cm_runtime import cuda, onnx_graph
 from cm_runtime.artifact import OUTPUTS, GraphKind, Manifest, data_path, read_manifest
 from cm_runtime.backends.base import Backend, checked_threads, interface
 from cm_runtime.backends.on_device import Evaluate, OnDevice, can_stay
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
 from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
 from cm_runtime.kernels.launches import Images
+from cm_runtime.onnx_graph import Verdict
 from cm_runtime.process import engine_threads
 from cm_runtime.sampling import Batch, Request
 from cm_runtime.steps import Array
@@ -30,17 +31,19 @@ NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a session some of w
 
 
 def has_cuda() -> bool:
-    """True where the installed ONNX Runtime has a CUDA provider and the machine has an NVIDIA driver."""
+    """True where ONNX Runtime has a CUDA provider and the machine has an NVIDIA driver, whose GPUs are not hidden."""
     available = require("onnxruntime", "the ONNX Runtime backend").get_available_providers()
-    return "CUDAExecutionProvider" in available and NVIDIA_DRIVER.exists()
+    is_shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+    return "CUDAExecutionProvider" in available and is_shown and NVIDIA_DRIVER.exists()
 
 
 class OrtBackend(Backend):
     """An exported ``.onnx`` on ONNX Runtime.
 
     model: a path, or the file's bytes with their ``manifest``; device: cpu or cuda:N; threads: 0 leaves it to ONNX
-    Runtime (one per core). On a GPU inputs and outputs are bound to memory of the device, once for each batch size, and
-    where every node runs there the whole run is one CUDA graph. Raises ArtifactError for a file that is not ours or
+    Runtime (one per core); verdict: of `onnx_graph.check`, where the file was checked before. On a GPU inputs and
+    outputs are bound to memory of the device, once for each batch size, and where every node runs there the whole run
+    is one CUDA graph. Raises ArtifactError for a file that is not ours or
     damaged, or whose data file is missing or too short, and EngineError when ONNX Runtime cannot load it or the device
     is not there: it never falls back to another.
     """
@@ -53,6 +56,7 @@ class OrtBackend(Backend):
         manifest: Manifest | None = None,
         device: str = "cpu",
         threads: int = 0,
+        verdict: Verdict | None = None,
     ) -> None:
         ort = require("onnxruntime", "the ONNX Runtime backend")
         where = "the exported graph" if isinstance(model, bytes) else str(Path(model))
@@ -63,6 +67,8 @@ class OrtBackend(Backend):
         self.version = f"onnxruntime {ort.__version__}"
         self._device = cuda.Device() if can_stay(device) else None
         data = None if isinstance(model, bytes) else data_path(where, self.manifest)
+        if verdict is None:
+            onnx_graph.check(model, self.manifest)
         self._bound: OrderedDict[tuple[Any, ...], Bound] = OrderedDict()
         try:
             self._session = open_session(model, where, device, threads, self._device.stream if self._device else 0)
@@ -213,6 +219,7 @@ def open_session(model: str | os.PathLike[str] | bytes, where: str, device: str,
     ort = require("onnxruntime", "the ONNX Runtime backend")
     options = ort.SessionOptions()
     options.intra_op_num_threads = engine_threads(checked_threads(threads))
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file begins with
     options.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
     provider = _provider(ort, device, stream)
     source = model if isinstance(model, bytes) else where

@@ -35,6 +35,7 @@ def info(
     """
     import json
 
+    from cm_runtime import onnx_graph
     from cm_runtime.artifact import read_manifest
     from cm_runtime.backends import DEFAULT_MODEL, auto_device, choice, engine_file, is_checkpoint
 
@@ -58,7 +59,10 @@ def info(
     else:
         manifest = read_manifest(where)
         content = describe(manifest)
+        foreign = onnx_graph.check(where, manifest).foreign
         chosen = choice.said(choice.question(where, manifest, auto_device("auto")))
+        if foreign:
+            chosen = f"ort alone: cm-runtime export did not write this graph, for {foreign}"
     if as_json:
         typer.echo(json.dumps(content, indent=2))
         return

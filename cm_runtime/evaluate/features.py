@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import files
+from cm_runtime import files, onnx_graph
 from cm_runtime.backends.ort import has_cuda, open_session
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
 from cm_runtime.evaluate.preparation import METADATA_KEY, RANGES, foreign, own
@@ -60,6 +60,7 @@ class Extractor:
     ) -> None:
         self.path = path or SHIPPED
         self.sha256 = _sha256(self.path)
+        onnx_graph.check_extractor(self.path)
         self.device = ("cuda:0" if has_cuda() else "cpu") if device == "auto" else device
         self._session = open_session(self.path, str(self.path), self.device, threads)
         inputs, names, said = _inspected(self._session, self.path)

@@ -1,0 +1,85 @@
+"""The graph of an ``.onnx``, checked before any engine sees it.
+
+    message   protobuf, read as strictly as no engine does: bounded, without subgraphs, sparse tensors and training
+    own       the graphs that `export` writes, operator by operator: these run on every engine
+    foreign   any other: what can be bounded is, and it runs on ONNX Runtime alone, which checks indices and shapes
+
+Engines differ in what they check of a file, and OpenVINO trusts it: an index out of range is an address to it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from cm_runtime.artifact import Manifest, data_path
+from cm_runtime.errors import ArtifactError
+from cm_runtime.onnx_graph import foreign, message, own
+
+TRUST = "CM_RUNTIME_TRUST"  # in the environment, 1 lets foreign graphs run on every engine, in child processes too
+MOST_IMAGES = 1024  # that an extractor takes together, where its graph says how many
+
+
+class Verdict(NamedTuple):
+    """foreign: why the graph is none of ours; empty where it is, or where its author is trusted."""
+
+    foreign: str
+
+    def require_own(self, where: str | os.PathLike[str], engine: str) -> None:
+        """Raises ArtifactError for a foreign graph, which ``engine`` is not to see."""
+        if self.foreign:
+            raise ArtifactError(
+                f"{where}: {engine} runs only graphs as cm-runtime export writes them, because it trusts their numbers,"
+                f" and {self.foreign}; take --backend ort, or --trust for a file whose author you trust"
+            )
+
+
+def check(model: str | os.PathLike[str] | bytes, manifest: Manifest, *, trust: bool = False) -> Verdict:
+    """Check the graph of an exported file.
+
+    Args:
+        model: A path, or the file's bytes.
+        manifest: What it says of itself.
+        trust: Take the author's word: a foreign graph may run on every engine. Its bounds hold all the same.
+
+    Returns:
+        The verdict: ours, or foreign and why.
+
+    Raises:
+        ArtifactError: No engine is to see it: it is damaged, names data that is not its own, or takes time or memory
+            beyond all bounds.
+    """
+    where = "the exported graph" if isinstance(model, bytes) else str(Path(model))
+    data = None if isinstance(model, bytes) else data_path(where, manifest)
+    graph = message.read(model, where)
+    try:
+        own.check(graph, manifest)
+        reason = ""
+    except own.NotOwn as error:
+        reason = str(error)
+    message.check_external(graph, where, data.name if data else None, is_any=bool(reason) and data is None)
+    if reason:
+        foreign.check(graph, where)
+        if trust or os.environ.get(TRUST) == "1":
+            reason = ""
+    return Verdict(reason)
+
+
+def check_extractor(path: Path) -> None:
+    """Check the graph of an extractor of features, which runs on ONNX Runtime.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ArtifactError: As `check`, and where the graph takes more images together than any extractor.
+    """
+    where = str(path)
+    graph = message.read(path, where)
+    message.check_external(graph, where, None, is_any=True)
+    for name, port in graph.inputs.items():
+        first = port.dims[0] if port.dims else None
+        if name not in graph.tensors and isinstance(first, int) and first > MOST_IMAGES:
+            raise ArtifactError(f"{path}: takes {first} images together; an extractor takes at most {MOST_IMAGES}")
+    foreign.check(graph, where)
