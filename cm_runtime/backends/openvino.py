@@ -37,8 +37,9 @@ class OpenVinoBackend(Backend):
     threads: 0 leaves it to OpenVINO (one per core); precision: what it computes in, whatever types the file has;
     verdict: of `onnx_graph.check`, where the file was checked before. It runs no foreign graph: OpenVINO does not check
     the indices and shapes that a graph computes. In bf16, all that does not depend on the images (the noise level's
-    embedding above all, which bfloat16 cannot hold) is a model of its own in float32. Raises
-    ArtifactError for a file that is not ours or damaged, RequestError for another device than the CPU, and EngineError for bf16 on a processor without it: it never falls back.
+    embedding above all, which bfloat16 cannot hold) is a model of its own in float32. Raises ArtifactError for a file
+    that is not ours or damaged, RequestError for another device than the CPU, and EngineError for bf16 on a processor
+    without it: it never falls back.
     """
 
     name = "openvino"

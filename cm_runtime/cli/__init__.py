@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,11 +73,31 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress; errors and results stay.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run graphs that cm-runtime export did not write on every engine.")
+    ] = False,
+    untrusted: Annotated[
+        bool, typer.Option("--untrusted", help="Run the command in a process of limited memory and time, on the CPU.")
+    ] = False,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(min=0.5, help="Of --untrusted: GiB of address space.", show_default="8, or half the memory"),
+    ] = None,
+    time_limit: Annotated[float, typer.Option(min=1, help="Of --untrusted: seconds.")] = 600,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Global options; `main` takes those of ANYWHERE in any position."""
+    if trust:
+        os.environ["CM_RUNTIME_TRUST"] = "1"  # for child processes too
+    if untrusted:
+        from cm_runtime.cli.limited import run
+
+        words = list(context.obj or ())
+        words.remove("--untrusted")
+        raise typer.Exit(run(words, memory_limit, time_limit))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def run() -> None:
         try:
-            app([word for word in words if word not in ANYWHERE])
+            app([word for word in words if word not in ANYWHERE], obj=words)
         except SystemExit as leaving:
             if leaving.code == boundary.INTERRUPTED:  # typer turns Ctrl-C into this, without a word
                 raise KeyboardInterrupt from None

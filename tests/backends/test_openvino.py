@@ -308,7 +308,9 @@ def test_a_node_that_would_end_the_process_is_refused(boundary: exported.Files, 
         nodes = model.functions[0].node if in_function else model.graph.node
         nodes.append(helper.make_node(kind, given, ["more"], domain=domain))
         (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-        with pytest.raises(ArtifactError, match=f"its node .*::{kind} is not as cm-runtime export writes it"):
+        with pytest.raises(
+            ArtifactError, match=r"its graph|OpenVINO runs only graphs as cm-runtime export writes them"
+        ):
             OpenVinoBackend(tmp_path / "m.onnx")
 
 
@@ -318,7 +320,7 @@ def test_a_graph_inside_a_node_is_refused(boundary: exported.Files, tmp_path: Pa
     branch = helper.make_graph([helper.make_node("Conv", [], ["y"])], "branch", [], [out])
     model.graph.node.append(helper.make_node("If", ["x"], ["more"], then_branch=branch, else_branch=branch))
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(ArtifactError, match=r"its node ai\.onnx::If is not"):
+    with pytest.raises(ArtifactError, match="a graph inside a node"):
         OpenVinoBackend(tmp_path / "m.onnx")
 
 
