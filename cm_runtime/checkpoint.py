@@ -126,7 +126,7 @@ def parse_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "config"
-        raise CheckpointError(f"{where} is damaged: {field}: {first['msg']}") from error
+        raise CheckpointError(f"{where} is damaged: {field}: {first['msg'].removeprefix('Value error, ')}") from error
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where} is damaged: sigmas: they are not levels by the number of steps") from error
     if not isinstance(checkpoint.ema, Mapping) or not all(isinstance(rate, str) for rate in checkpoint.ema):
