@@ -190,7 +190,8 @@ def parse_manifest(text: str | bytes, where: str | os.PathLike[str]) -> Manifest
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise ArtifactError(f"{where}: its cm_runtime manifest is not valid: {field}: {first['msg'].removeprefix('Value error, ')}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ArtifactError(f"{where}: its cm_runtime manifest is not valid: {field}: {message}") from error
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
