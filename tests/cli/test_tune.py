@@ -136,7 +136,7 @@ def test_the_micro_batch_is_that_of_the_engine(cli: Cli, place: Path, monkeypatc
         (("model.onnx", "-o", "t.txt"), "ends in .onnx"),
         (("model.onnx", "-o", "x.onnx"), "x.onnx exists; replace it with --force"),
         (("model.onnx", "-o", "nowhere/t.onnx"), "no folder nowhere"),
-        (("none.onnx", "-o", "t.onnx"), "no such model"),
+        (("none.onnx", "-o", "t.onnx"), "none.onnx: no such file"),
         (("x.onnx", "-o", "t.onnx"), "was not exported by cm-runtime"),
         (("model.onnx", "--steps", 5, "-o", "t.onnx"), "--steps takes 2, 3, 4"),
         (("model.onnx", "--steps", "2,2", "-o", "t.onnx"), "--steps takes 2, 3, 4"),
