@@ -204,7 +204,7 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"), [((28, 28, 3), "28x28 images of 1 channels, not 3"), ((32, 32, 1), "not 32x32")]
+    ("shape", "words"), [((28, 28, 3), "28x28 images of 1 channel, not 3"), ((32, 32, 1), "not 32x32")]
 )
 def test_images_that_do_not_fit_the_shipped_extractor(shape: tuple[int, int, int], words: str) -> None:
     with pytest.raises(RequestError, match=words):
