@@ -263,25 +263,27 @@ def write_manifest(
 def written(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[tuple[Path, Path]]:
     """Temporary paths of an ``.onnx`` and of its data file, moved to their names when the block ends well.
 
-    The name of the data file is in the manifest; it may be left unwritten where a file of that name is there. An older
-    data file that no ``.onnx`` of the folder names any more is removed. Raises OutputError as `files.written` does.
+    The name of the data file is in the manifest; it may be left unwritten where a file of that name is there. Older
+    data files of ``path`` that no ``.onnx`` of the folder names any more are removed, also those that a kill left.
+    Raises OutputError as `files.written` does.
     """
     target = Path(path)
-    with files.drafted(target, force=force) as temporary, files.drafted(target, ".data", force=force) as data:
+    with files.drafted(target, force=force) as temporary:
+        data = temporary.with_suffix(".data")
         yield temporary, data
         manifest = read_manifest(temporary)
         files.sync(temporary)
         if data.exists():
             files.sync(data)
         with files.locked(target.parent):
-            older = _named_by(target)
+            older = {_named_by(target), *_data_files(target)}
             try:
                 if data.exists():
                     os.replace(data, target.with_name(manifest.data_file))
                 data_path(target, manifest)
                 files.place(temporary, target, force=force)
             finally:
-                _remove_unnamed(target.parent, {manifest.data_file, older})
+                _remove_unnamed(target.parent, {manifest.data_file, *older})
 
 
 def _named_by(path: Path) -> str:
@@ -294,11 +296,18 @@ def _named_by(path: Path) -> str:
         return ""
 
 
+def _data_files(path: Path) -> list[str]:
+    """The data files in the folder that are called as those of the exported file ``path`` are."""
+    stem = data_name(path, "").removesuffix(".data")
+    name = re.compile(re.escape(stem) + r"[0-9a-f]{12}\.data")
+    return [each for each in os.listdir(path.parent) if name.fullmatch(each)]
+
+
 def _remove_unnamed(folder: Path, names: set[str]) -> None:
     """Removes the data files of ours that no ``.onnx`` of the folder names, and no file of another kind."""
     doubtful = {name for name in names if _DATA_FILE.fullmatch(name)}
     if doubtful:
-        graphs = [path for path in folder.glob("*.onnx") if not path.name.startswith(files.TEMPORARY)]
+        graphs = [path for path in folder.glob("*.onnx") if path.is_file()]
         for name in doubtful - {_named_by(path) for path in graphs}:
             (folder / name).unlink(missing_ok=True)
 

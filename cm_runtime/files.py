@@ -1,23 +1,26 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and the one rule for replacing them."""
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import hashlib
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from cm_runtime.errors import OutputError
+from cm_runtime.workspaces import REPLACED, workspace
 
-TEMPORARY = ".cm-"  # how the names of files begin that are still being written, or that a kill left behind
+REWRITTEN = {".png", ".gif", ".webp", ".npz", ".html", ".htm"}  # pictures, arrays, and pages made of a result
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
 def written(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
-    """A temporary path beside ``path``, moved onto it when the block ends well and removed when it does not.
+    """A temporary path, moved onto ``path`` when the block ends well and removed when it does not.
 
     The name's ending is kept, for writers that choose a format by it. Raises OutputError when the folder
     cannot be written, the disk is full, or ``path`` exists and ``force`` is off.
@@ -29,54 +32,68 @@ def written(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Pat
 
 
 @contextmanager
-def drafted(path: str | os.PathLike[str], suffix: str | None = None, *, force: bool = True) -> Iterator[Path]:
-    """A temporary path beside ``path`` with its ending, or ``suffix``; removed when the block ends, unless moved.
+def drafted(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
+    """A temporary path with the ending of ``path``, in a folder of its own on the same file system.
 
-    Raises OutputError, which names ``path``, where `written` does.
+    The folder goes with the block, and with it all that was not moved. Raises OutputError, which names ``path``, where
+    `written` does.
     """
     target = Path(path)
     check_writable(target, force=force)
-    temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}{target.suffix if suffix is None else suffix}")
     try:
-        yield temporary
+        with workspace(target.parent, ending=target.suffix) as folder:
+            yield folder / f"x{target.suffix}"  # no longer than the final name, which may be as long as names get
     except FileExistsError as error:
         raise OutputError(f"{target} exists; replace it with --force") from error
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def folder_written(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `written`, but a folder with all that the block puts in it.
+def folder_written(
+    path: str | os.PathLike[str], existing: Literal["kept", "refused", "replaced"], *, ending: str = ""
+) -> Iterator[Path]:
+    """A temporary folder, which becomes ``path`` with all that the block puts in it; the pendant of `written`.
 
-    Where there is such a folder by then, it stays and the block's is removed. Raises OutputError.
+    Args:
+        path: The folder.
+        existing: The fate of a folder of that name that is there when the block ends; "kept": the block's is removed.
+        ending: Of the workspace's name: what its kind of output is swept by.
+
+    Raises:
+        OutputError: The folder cannot be written, or the disk is full.
     """
     target = Path(path)
-    temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
     try:
-        temporary.mkdir()
-        yield temporary
-        os.sync()  # once, and not a thousand times for a thousand files
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+        with workspace(target.parent, ending=ending) as folder:
+            draft = folder / "draft"
+            draft.mkdir()
+            yield draft
+            os.sync()  # once, and not a thousand times for a thousand files
+            try:
+                draft.rename(target)
+            except OSError:
+                if existing == "refused" or not target.is_dir():
+                    raise
+                if existing == "replaced":
+                    _exchange(draft, target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_temporary(folder: Path) -> None:
-    """Removes what a kill left behind; nobody may be writing in the folder."""
-    for left in folder.glob(f"{TEMPORARY}*"):
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two paths in one step.
+
+    Where the file system has no such step, ``old`` is moved aside first, to where it is restored from if this process
+    ends before ``new`` is in its place.
+    """
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap and swap(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+        return
+    aside = new.with_name(REPLACED)
+    aside.mkdir()
+    old.rename(aside / old.name)
+    new.rename(old)
 
 
 def sync(path: Path) -> None:
@@ -97,8 +114,6 @@ def place(temporary: Path, path: str | os.PathLike[str], *, force: bool = True) 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time, and one thread, is in a block of the same ``folder``; where locks work at all."""
-    import fcntl
-
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems have none
@@ -109,25 +124,35 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """As `locked`, but no process waits: yields False where locks do not work.
+def claimed(folder: Path) -> Iterator[None]:
+    """As `locked`, but no process waits.
 
     Raises OutputError where another process, or another thread, is in such a block.
     """
-    import fcntl
-
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            works = True
         except BlockingIOError as error:
             raise OutputError(f"{folder}: another run is at work in it; wait for its end, or give another") from error
         except OSError:  # some network file systems have none
-            works = False
-        yield works
+            pass
+        yield
     finally:
         os.close(descriptor)
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Apply the one rule for what commands write: pictures, arrays and pages are rewritten, all else needs --force.
+
+    Args:
+        path: A file that a command is about to write.
+        force: Whether --force was given.
+
+    Raises:
+        OutputError: As `check_writable`.
+    """
+    check_writable(path, force=force or Path(path).suffix in REWRITTEN)
 
 
 def check_writable(path: str | os.PathLike[str], *, force: bool = True) -> None:

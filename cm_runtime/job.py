@@ -8,6 +8,7 @@ dropped, so that its bytes do not depend on what else is drawn, or when, or by w
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -18,16 +19,21 @@ import numpy as np
 import PIL
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cm_runtime import __version__, files, sampling, shards
+from cm_runtime import __version__, bounded, files, sampling, shards
 from cm_runtime.ahead import ahead
 from cm_runtime.backends.base import Backend
-from cm_runtime.errors import EngineError, OutOfMemoryError, OutputError, RequestError, data_error
+from cm_runtime.errors import DataError, EngineError, OutOfMemoryError, OutputError, RequestError, data_error
 from cm_runtime.extras import require
 from cm_runtime.sampling import Batch, Output, Request
 from cm_runtime.wording import quantity
+from cm_runtime.workspaces import sweep
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
+NEXT = "manifest.next.json"  # of the job that a folder is growing into; it becomes the manifest when all is there
 INDICES = 1 << 64
+MOST_IMAGES = 1_000_000_000  # in a shard
+MOST_LABELS = 1 << 18
+_LARGEST = 4 << 20  # bytes of a manifest
 AHEAD = 2  # micro-batches that are drawn before the one that is being written is
 
 
@@ -59,12 +65,16 @@ class Job(BaseModel):
     def _fits(self) -> Job:
         if self.shard_size < 1:
             raise ValueError(f"a shard holds at least 1 image, not {self.shard_size}")
+        if self.shard_size > MOST_IMAGES:
+            raise ValueError(f"a shard holds at most {MOST_IMAGES} images, not {self.shard_size}")
         if self.count < 1 or not 0 <= self.start <= INDICES - self.count:
             raise ValueError(f"there is no such range as {quantity(self.count, 'image')} from {self.start}")
-        if len(self.numbers) > shards.MOST:
+        if self.numbers.stop > shards.MOST:  # and no len(), which ends at 2^63
             raise ValueError(
-                f"{quantity(len(self.numbers), 'shard')} are more than {shards.MOST}; give a larger --shard-size"
+                f"{quantity(self.numbers.stop, 'shard')} are more than {shards.MOST}; give a larger --shard-size"
             )
+        if isinstance(self.labels, tuple) and len(self.labels) > MOST_LABELS:
+            raise ValueError(f"{quantity(len(self.labels), 'label')} are more than {MOST_LABELS}")
         if self.format != "npz":
             if self.output != "uint8":
                 raise ValueError(f"pictures hold bytes: --float is for --shards npz, not {self.format}")
@@ -119,8 +129,11 @@ def size(job: Job, number: int) -> int:
 
 
 def missing(job: Job, folder: Path) -> list[int]:
-    """The shards that are not there. Raises DataError for a file under a shard's name that is not whole."""
-    return [number for number in job.numbers if not _is_whole(job, number, folder)]
+    """The shards that are not there. Raises DataError for a file under a shard's name that is not whole.
+
+    The last shard of a folder that grows is missing until it has its images of the larger job.
+    """
+    return [number for number in job.numbers if not _is_there(job, number, folder)]
 
 
 def make(engine: Backend, job: Job, number: int, folder: Path) -> None:
@@ -129,7 +142,7 @@ def make(engine: Backend, job: Job, number: int, folder: Path) -> None:
     Any number of processes may do so in one folder: those that are at the same shard write the same bytes. Raises
     EngineError for an engine that would make others, OutputError, DataError.
     """
-    if not _is_whole(job, number, folder):
+    if not _is_there(job, number, folder):
         for _ in run(engine, job, folder, [number]):
             pass
 
@@ -174,15 +187,13 @@ def drawn(engine: Backend, job: Job, number: int) -> Iterator[Batch]:
 # The folder
 
 
-def kept(folder: Path) -> Job | None:
+def kept(folder: Path, name: str = MANIFEST) -> Job | None:
     """The job that a folder holds, if any. Raises DataError."""
-    where = folder / MANIFEST
-    try:
-        return Job.model_validate_json(where.read_bytes())
-    except FileNotFoundError:
+    where = folder / name
+    if not os.path.lexists(where):
         return None
-    except OSError as error:
-        raise data_error(where, f"cannot be read ({error.strerror or error})", "give another folder") from error
+    try:
+        return Job.model_validate_json(bounded.read_bytes(where, DataError, _LARGEST))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
@@ -193,20 +204,23 @@ def kept(folder: Path) -> Job | None:
 def opened(job: Job, folder: Path, *, force: bool = False) -> Iterator[list[int]]:
     """The job's folder, made if need be, for one process at a time; yields the shards that it lacks.
 
-    The block makes them, and when it ends well SHA256SUMS is written. force: shards of another job are removed. Raises
-    OutputError where another process has the folder, or it holds another job; DataError as `missing`.
+    The block makes them, and when it ends well SHA256SUMS is written. A folder whose job differs in a smaller count
+    alone grows: its full shards stay, and until the larger job is finished the smaller one can be gone on with.
+    force: shards of another job are removed. Raises OutputError where another process has the folder, or it holds
+    another job; DataError as `missing`.
     """
     with _writing(folder):
         folder.mkdir(exist_ok=True)
         files.check_writable(folder / MANIFEST)
-    with files.claimed(folder) as is_alone:
+    with files.claimed(folder):
         with _writing(folder):
+            sweep(folder)
             _settle(job, folder, force)
-            if is_alone:
-                files.remove_temporary(folder)
         todo = missing(job, folder)
         yield todo
         with _writing(folder):
+            if (folder / NEXT).exists():
+                os.replace(folder / NEXT, folder / MANIFEST)
             if todo or not (folder / SUMS).exists():
                 _write_sums(job, folder)
 
@@ -221,19 +235,51 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _settle(job: Job, folder: Path, force: bool) -> None:
-    """Leaves the folder with this job's manifest and no shard of another."""
-    old = kept(folder)
-    if old == job:
-        return
+    """Leaves the folder with this job's manifest, or one that it grows from, and no shard of another."""
+    old, later = kept(folder), kept(folder, NEXT)
     if old is None and any(folder.glob("shard-*")):
         raise OutputError(f"{folder} holds shards without their {MANIFEST}; give another folder")
-    if old is not None:
+    if old is None:
+        (folder / NEXT).unlink(missing_ok=True)
+        _write_manifest(job, folder / MANIFEST)
+    elif not _grows(old, job):
         if not force:
             raise OutputError(f"{folder} holds another job: {_apart(old, job)}; give another folder, or --force")
         (folder / SUMS).unlink(missing_ok=True)
-        for number in old.numbers:  # the manifest goes last, for as long as there are any that it describes
-            shards.remove(shards.path(folder, old.format, number))
-    with files.written(folder / MANIFEST) as temporary:
+        for each in (later, old):  # the manifest goes last, for as long as there are any that it describes
+            if each:
+                _remove_all(each, folder)
+        (folder / NEXT).unlink(missing_ok=True)
+        _write_manifest(job, folder / MANIFEST)
+    else:
+        if later and later != job:
+            _give_up(later, job, folder)
+        if old != job:
+            (folder / SUMS).unlink(missing_ok=True)
+            _write_manifest(job, folder / NEXT)
+        else:
+            (folder / NEXT).unlink(missing_ok=True)
+
+
+def _grows(old: Job, new: Job) -> bool:
+    """True if every image of ``old`` is the same in ``new``, and so is every full shard."""
+    return new.count >= old.count and old.model_copy(update={"count": new.count}) == new
+
+
+def _give_up(later: Job, job: Job, folder: Path) -> None:
+    """Removes what was drawn to grow the folder into ``later`` and is not of ``job``, another stage of the same."""
+    for number in later.numbers:
+        if number not in job.numbers or (size(later, number) != size(job, number) and _holds(later, number, folder)):
+            shards.remove(shards.path(folder, later.format, number))
+
+
+def _remove_all(job: Job, folder: Path) -> None:
+    for number in job.numbers:
+        shards.remove(shards.path(folder, job.format, number))
+
+
+def _write_manifest(job: Job, where: Path) -> None:
+    with files.written(where) as temporary:
         temporary.write_text(job.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
@@ -256,6 +302,25 @@ def _write_sums(job: Job, folder: Path) -> None:
         for number in job.numbers:
             for member in shards.members(shards.path(folder, job.format, number)):
                 file.write(f"{files.sha256(member)}  {member.relative_to(folder)}\n")
+
+
+def _is_there(job: Job, number: int, folder: Path) -> bool:
+    """As `_is_whole`, but a whole shard of the job that the folder grows from is not this job's, and no fault."""
+    try:
+        return _is_whole(job, number, folder)
+    except DataError:
+        old = kept(folder)
+        if old and _grows(old, job) and _holds(old, number, folder):
+            return False
+        raise
+
+
+def _holds(job: Job, number: int, folder: Path) -> bool:
+    """True if what is under the shard's name is the job's, and False for anything else."""
+    try:
+        return number in job.numbers and _is_whole(job, number, folder)
+    except DataError:
+        return False
 
 
 def _is_whole(job: Job, number: int, folder: Path) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cm_runtime import files, npz
+from cm_runtime import bounded, files, npz
 from cm_runtime.errors import DataError, data_error
 from cm_runtime.extras import require
 from cm_runtime.images import NpzWriter, encoded
@@ -71,10 +71,12 @@ def is_whole(where: Path, kind: Kind, contents: Contents) -> bool:
 
     Raises DataError for anything else under its name.
     """
+    if not bounded.exists(where):
+        return False
+    if kind != "png":
+        bounded.regular(where, DataError)
     try:
         fault = FORMATS[kind].fault(where, contents)
-    except FileNotFoundError:
-        return False
     except OSError as error:
         fault = f"cannot be read ({error.strerror or error})"
     if fault:
@@ -145,7 +147,8 @@ def _npz_fault(where: Path, contents: Contents) -> str | None:
 
 
 def _write_png(where: Path, contents: Contents, parts: Iterator[Batch]) -> None:
-    with files.folder_written(where) as folder:
+    is_other = where.is_dir() and _png_fault(where, contents) is not None  # a smaller job's, which grows
+    with files.folder_written(where, "replaced" if is_other else "kept") as folder:
         lines = ["file_name,label"]
         for part in parts:
             for index, png, label in _pictures(part):
@@ -187,7 +190,7 @@ def _wds_fault(where: Path, contents: Contents) -> str | None:
             end = file.seek(-len(END_OF_TAR), io.SEEK_END) + len(END_OF_TAR)
             if end % tarfile.RECORDSIZE or file.read() != END_OF_TAR:
                 return "has no end of a tar archive"
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:  # the latter: long names in a row
         return f"is no whole tar archive ({error})"
     return None if found == wanted else f"holds {quantity(found, 'file')}, not {wanted}"
 

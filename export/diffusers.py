@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,9 @@ from cm_runtime.checkpoint import Checkpoint
 from cm_runtime.errors import OutputError
 from cm_runtime.extras import require
 from cm_runtime.importers import unet2d_options, unet2d_tensors
+from cm_runtime.workspaces import sweep
 
+ENDING = ".diffusers"  # of the workspaces that it is written in
 GRID = 40  # diffusers' own default for num_train_timesteps, where the checkpoint does not know
 INDEX = {
     "_class_name": "ConsistencyModelPipeline",
@@ -31,6 +31,7 @@ def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bo
     OutputError when ``path`` cannot be written, exists without ``force``, or is no such folder that could be replaced.
     """
     require("safetensors", "the export to diffusers")
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = Path(path)
@@ -40,24 +41,22 @@ def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bo
     scheduler = unet2d_options.scheduler_of(config, N if isinstance(N, int) else GRID)
     unet = unet2d_options.unet2d_of(config.network)
     weights = {name.removeprefix("F."): tensor for name, tensor in checkpoint.ema[checkpoint.default_ema].items()}
-    temporary = target.with_name(f"{files.TEMPORARY}{secrets.token_hex(4)}")
-    try:
-        (temporary / "unet").mkdir(parents=True)
-        (temporary / "scheduler").mkdir()
-        _write(temporary / "model_index.json", INDEX)
-        _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
-        _write(temporary / "unet" / "config.json", unet)
-        file = temporary / "unet" / "diffusion_pytorch_model.safetensors"
-        save_file(unet2d_tensors.to_theirs(weights, config.network), file, metadata={"format": "pt"})
-        _replace(temporary, target)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with files.folder_written(target, "replaced" if force else "refused", ending=ENDING) as folder:
+        (folder / "unet").mkdir()
+        (folder / "scheduler").mkdir()
+        _write(folder / "model_index.json", INDEX)
+        _write(folder / "scheduler" / "scheduler_config.json", scheduler)
+        _write(folder / "unet" / "config.json", unet)
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        try:
+            save_file(unet2d_tensors.to_theirs(weights, config.network), file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, among others
+            raise OutputError(f"{target} cannot be written: {error}") from error
 
 
 def _check_replaceable(target: Path, force: bool) -> None:
     """Raises OutputError; a folder is replaced only where it holds such a pipeline, and ``force`` says so."""
+    sweep(target.parent, (ENDING,))  # which restores a folder that a kill left moved aside
     if not target.exists():
         files.check_writable(target)
         return
@@ -69,18 +68,3 @@ def _check_replaceable(target: Path, force: bool) -> None:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _replace(new: Path, target: Path) -> None:
-    """Moves ``new`` to ``target``; what is there already is moved aside first, and removed last."""
-    if not target.exists():
-        new.rename(target)
-        return
-    old = target.with_name(f"{files.TEMPORARY}{secrets.token_hex(4)}")
-    target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

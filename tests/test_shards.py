@@ -247,7 +247,7 @@ def test_a_folder_that_another_process_made_first_stays(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(OutputError, match="file cannot be written: Not a directory"),
-        files.folder_written(tmp_path / "file"),
+        files.folder_written(tmp_path / "file", "kept"),
     ):
         pass
 

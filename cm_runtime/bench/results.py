@@ -1,9 +1,9 @@
 """What a run writes: one JSON file, and every single sample in a file beside it.
 
 The JSON holds all that `compare` and `report` need, block medians included, and grows by one scenario at a time: a run
-that is killed leaves what it finished, marked incomplete. The samples' file is only ever appended to; the JSON says how
-many of its bytes belong to it, and their SHA-256. The format is versioned, and `schema.json` beside this file is its
-JSON Schema: later versions read it for good.
+that is killed leaves what it finished, marked incomplete, unless a finished result was there, which stays. The samples'
+file is only ever appended to; the JSON says which file that is, how many of its bytes belong to it, and their SHA-256.
+The format is versioned, and `schema.json` beside this file is its JSON Schema: later versions read it for good.
 """
 
 from __future__ import annotations

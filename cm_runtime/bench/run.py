@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from typing import Any
 from cm_runtime import __version__, files, schedule
 from cm_runtime.artifact import Manifest
 from cm_runtime.backends.ort import has_cuda
-from cm_runtime.bench import machine, outcome, peaks, results
+from cm_runtime.bench import machine, outcome, peaks
 from cm_runtime.bench.builds import Build, base_build, this_build
 from cm_runtime.bench.contest import Limits, Observer, contest
 from cm_runtime.bench.models import Model, Models
@@ -24,6 +23,7 @@ from cm_runtime.bench.watch import Watch
 from cm_runtime.errors import CmRuntimeError, OutputError, RequestError
 from cm_runtime.extras import NVIDIA_DRIVER
 from cm_runtime.process import cores
+from cm_runtime.workspaces import scratch
 
 Tell = Callable[[float, str], None]
 
@@ -55,14 +55,11 @@ def run(
 ) -> Result:
     """Measures ``scenarios`` into ``output``, which is replaced after each of them, and returns the whole.
 
-    The samples go to a file beside it. A scenario that fails is reported as failed, and the others are measured.
-    Raises RequestError, OutputError.
+    A finished result that is there stays until this one is finished. The samples go to a file beside it. A scenario
+    that fails is reported as failed, and the others are measured. Raises RequestError, OutputError.
     """
-    samples = output.with_suffix(".samples.jsonl")
-    for path in (output, samples):
-        files.check_writable(path)
-    with tempfile.TemporaryDirectory(prefix="cm-bench-") as folder, Samples(samples, output, force) as kept:
-        work = Path(folder)
+    files.check_writable(output)
+    with scratch("cm-bench") as work, Samples(output, force) as kept:
         base = None if against is None else base_build(against, work)
         shared = Shared(settings, work, Models(work), kept, Watch(), this_build(), base, tell)
         result = Result(
@@ -82,7 +79,7 @@ def run(
         for number, scenario in enumerate(scenarios):
             found = _measured(scenario, shared, result.peaks, number)
             result = _with(result, scenarios=(*result.scenarios, found), samples=kept.so_far())
-            results.write(result, output)
+            kept.keep(result)
         tell(len(scenarios), "measuring again what the machine can do")
         result = _with(
             result,
@@ -93,7 +90,7 @@ def run(
             conditions=shared.watch.stop(),
             complete=True,
         )
-        results.write(result, output)
+        kept.keep(result)
     return result
 
 

@@ -1,4 +1,8 @@
-"""Every sample of a run, in a file that only grows."""
+"""Every sample of a run, in a file that only grows, and the result that names it.
+
+A result never names the samples of another run. Their file has one of two names, and a run writes under the one that
+the result which is there does not name. A finished result stays, with its samples, until the new one is finished.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +11,49 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cm_runtime import files
 from cm_runtime.bench import results
-from cm_runtime.errors import OutputError
+from cm_runtime.errors import ArtifactError, OutputError
+
+NAMES = ".samples.jsonl", ".samples-2.jsonl"  # in place of the result's .json
 
 
 class Samples:
-    """The file of all samples, which only grows. One run at a time has it.
+    """The samples of a run that writes ``result``; one run at a time does.
 
-    Raises OutputError where another run is writing it, and where ``result``, the file beside it, exists without force.
+    Raises OutputError where another run is writing it, and where it exists without ``force``.
     """
 
-    def __init__(self, path: Path, result: Path, force: bool) -> None:
-        self._path = path
+    def __init__(self, result: Path, force: bool) -> None:
+        self._result = result
         self._digest = hashlib.sha256()
         self._bytes = 0
-        with _named(path):
-            self._file = path.open("ab", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if result.exists() and not force:
-                raise OutputError(f"{result} exists; replace it with --force")
-            self._file.truncate(0)
-        except BlockingIOError as error:
-            self._file.close()
-            raise OutputError(f"{path} is being written by another run; give another output with -o") from error
-        except OutputError:
-            self._file.close()
-            raise
+        self._is_named = False
+        paths = [result.with_suffix(name) for name in NAMES]
+        with _named(result), files.locked(result.parent):
+            for path in paths:
+                files.check_writable(path)
+                if _is_in_use(path):
+                    raise OutputError(f"{path} is being written by another run; give another output with -o")
+            files.check_output(result, force=force)
+            older, self._is_over_finished = _older(result)
+            if older == paths[0].name:
+                paths.reverse()
+            self._path, self._other = paths
+            self._path.unlink(missing_ok=True)  # a killed run's
+            self._file = self._path.open("xb", buffering=0)
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def __enter__(self) -> Samples:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._is_named:
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
     def write(self, line: str) -> None:
@@ -58,6 +70,45 @@ class Samples:
         with _named(self._path):
             os.fsync(self._file.fileno())
         return results.Samples(file=self._path.name, bytes=self._bytes, sha256=self._digest.hexdigest())
+
+    def keep(self, result: results.Result) -> None:
+        """Replace the result that is there by ``result``, which names these samples, and remove the older samples.
+
+        Args:
+            result: The run so far. A part of a run does not replace a finished one.
+
+        Raises:
+            OutputError: The result cannot be written.
+        """
+        if self._is_over_finished and not result.complete:
+            return
+        results.write(result, self._result)
+        self._is_named = True
+        self._other.unlink(missing_ok=True)
+
+
+def _older(result: Path) -> tuple[str, bool]:
+    """The name of the samples of the result that is there, if any, and True if it is finished or cannot be told."""
+    if not result.exists():
+        return "", False
+    try:
+        older = results.read(result)
+    except ArtifactError:
+        return result.with_suffix(NAMES[0]).name, True
+    return older.samples.file if older.samples else "", older.complete
+
+
+def _is_in_use(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # some network file systems have no locks
+            return False
+    return False
 
 
 @contextmanager

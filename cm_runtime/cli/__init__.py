@@ -18,6 +18,7 @@ from cm_runtime.cli.eval import evaluate
 from cm_runtime.cli.export import export
 from cm_runtime.cli.info import info
 from cm_runtime.cli.sample import sample
+from cm_runtime.cli.signals import ending
 from cm_runtime.cli.train import train
 from cm_runtime.cli.tune import tune
 from cm_runtime.errors import one_line
@@ -101,7 +102,7 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exit status: 0 done, 1 a one-line error, 2 usage, 130 interrupted."""
+    """Run the command line. Exit status: 0 done, 1 a one-line error, 2 usage, 130 interrupted, 143 terminated."""
     from cm_runtime import boundary
     from cm_runtime.cli import progress
 
@@ -116,4 +117,5 @@ def main(arguments: list[str] | None = None) -> None:
                 raise KeyboardInterrupt from None
             raise
 
-    boundary.guarded(run, "--debug" in words)
+    with ending():
+        boundary.guarded(run, "--debug" in words)

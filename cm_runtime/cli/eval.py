@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cm_runtime.cli import judged, values
-from cm_runtime.cli.options import BACKENDS, ExtractorFile, Grid, Labels, OutputName, Sigmas, Timesteps, Ts, ValueRange
+from cm_runtime.cli.options import (
+    BACKENDS,
+    ExtractorFile,
+    Force,
+    Grid,
+    Labels,
+    OutputName,
+    Sigmas,
+    Timesteps,
+    Ts,
+    ValueRange,
+)
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -61,6 +72,7 @@ def evaluate(
         Path | None, typer.Option(metavar="OUT.npz", help="Keep the images' statistics, for a later --reference.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The report, as JSON.")] = None,
+    force: Force = False,
 ) -> None:
     """Measure images against real ones: Frechet distance, precision and recall, class agreement.
 
@@ -76,7 +88,7 @@ def evaluate(
 
     for path in (save_statistics, output):
         if path is not None:
-            files.check_writable(path)
+            files.check_output(path, force=force)
     if manifold < 4:
         raise RequestError(f"--manifold must be at least 4, one more than the neighbours, not {manifold}")
     workers = values.threads(threads)
@@ -110,7 +122,7 @@ def evaluate(
     if save_statistics is not None:
         statistics.write_statistics(save_statistics, seen.statistics)
     if output is not None:
-        with files.written(output) as temporary:
+        with files.written(output, force=force) as temporary:
             temporary.write_text(report.model_dump_json(indent=2) + "\n")
     _print(report)
 

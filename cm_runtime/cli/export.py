@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cm_runtime.cli import progress
-from cm_runtime.cli.options import Sigmas
+from cm_runtime.cli.options import Force, Sigmas
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def export(
             "--compare/--no-compare", help="Time the .onnx against a plain torch.onnx.export, which is made for it."
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
+    force: Force = False,
 ) -> None:
     """Export a checkpoint for an engine, with the skip-scaling in the graph, proved equal to the torch model.
 
@@ -131,7 +131,7 @@ def export(
     ending = ".onnx" if form == "onnx" else ".engine"
     target = output or (checkpoint if checkpoint.name else name).with_suffix(ending)
     if exists(checkpoint):
-        files.check_writable(target, force=force)  # before minutes of reading
+        files.check_output(target, force=force)  # before minutes of reading
 
     def write(path: Path, *, force: bool) -> Exported:
         levels = values.numbers("--sigmas", sigmas) if sigmas else None
@@ -180,14 +180,13 @@ def _build_engine(
     write: Callable[..., Exported], target: Path, form: Format, batch: str | None, gpu: str | None, *, force: bool
 ) -> None:
     """The graph in a temporary folder, and the engine that TensorRT makes of it."""
-    import tempfile
-
     from cm_runtime.backends import engine_file
     from cm_runtime.export import tensorrt
+    from cm_runtime.workspaces import scratch
 
     profile = engine_file.profile(batch) if batch else None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "graph.onnx"
+    with scratch("cm-export") as folder:
+        path = folder / "graph.onnx"
         write(path, force=False)
         with progress.waiting("building the engine"):
             made = tensorrt.build(

@@ -7,6 +7,15 @@ from typing import Annotated
 
 import typer
 
+RULE = "Replace what is there; pictures, npz files and pages are replaced without it."
+
+
+def replacing(more: str) -> str:
+    """The help of a --force that does more than apply the rule: the rule, and ``more``."""
+    return f"{RULE} {more}"
+
+
+Force = Annotated[bool, typer.Option("--force", help=RULE)]
 ExtractorFile = Annotated[
     Path | None,
     typer.Option(metavar="X.onnx", help="The network whose features are compared.", show_default="the shipped one"),
@@ -82,6 +91,7 @@ Edited = Annotated[
         "-o",
         "--output",
         metavar="PATH",
-        help="A strip of before, given and answers (.png), the answers (.npz), or a folder for all (NAME/).",
+        help="A strip of before, given and answers (.png), the answers (.npz), or a folder for all (NAME/);"
+        " what is there is replaced.",
     ),
 ]

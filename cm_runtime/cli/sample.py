@@ -20,6 +20,7 @@ from cm_runtime.cli.options import (
     Threads,
     Timesteps,
     Ts,
+    replacing,
 )
 from cm_runtime.errors import RequestError
 
@@ -69,7 +70,7 @@ def sample(
         ),
     ] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images in each shard.", show_default="1000")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the shards of another job.")] = False,
+    force: Annotated[bool, typer.Option("--force", help=replacing("Of shards: those of another job."))] = False,
     runner: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +119,7 @@ def sample(
         opening = shards.Opening(model or backends.DEFAULT_MODEL, backend, device, threads, precision, micro_batch)
         shards.draw(wanted, opening, at_once if count is None else count, request)
         return
-    files.check_writable(name)
+    files.check_output(name)
     most = at_once if micro_batch == "auto" else min(at_once, int(micro_batch) if micro_batch.isdigit() else at_once)
     engine = backends.load(model, backend, device, values.threads(threads), precision, most)  # type: ignore[arg-type]
     chosen = request(engine, values.micro_batch(micro_batch, at_once, engine.micro_batch))

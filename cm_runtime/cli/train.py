@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from cm_runtime.cli import progress, values
+from cm_runtime.cli.options import replacing
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -31,7 +32,7 @@ def train(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; beside other work fewer are faster.", show_default="one per core")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Start over where the folder holds a run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help=replacing("A run: by one that starts over."))] = False,
 ) -> None:
     """Train a consistency model from images; writes ckpt.pt in the run folder.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cm_runtime.cli import judged, values
-from cm_runtime.cli.options import Backend, ExtractorFile, Labels, MicroBatch, OutputName, ValueRange
+from cm_runtime.cli.options import Backend, ExtractorFile, Labels, MicroBatch, OutputName, ValueRange, replacing
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A copy of the model that carries the levels.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing file; without -o, the model itself.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help=replacing("Without -o: the model itself."))] = False,
 ) -> None:
     """Search the middle noise levels of few-step samplers, and store them in the model.
 
@@ -77,7 +75,7 @@ def tune(
 
     source = model or backends.DEFAULT_MODEL
     target = output or source
-    files.check_writable(target, force=force)
+    files.check_output(target, force=force)
     if samples < 2:
         raise RequestError(f"--samples must be at least 2, not {samples}")
     workers = values.threads(threads)

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from cm_runtime import backends, files
+from cm_runtime import backends
 from cm_runtime.errors import EngineError, MissingExtraError, RequestError
 from cm_runtime.job import Job
 from cm_runtime.process import epitaph
+from cm_runtime.workspaces import sweep
 
 AT_ONCE = 5000  # shards that Ray is told of, which takes it a millisecond or two for each
 PATIENCE = 5.0  # seconds in which an address must answer
@@ -80,7 +81,7 @@ def run(model: Path | None, job: Job, folder: Path, numbers: Sequence[int], *, a
                 assert answer.made is not None
                 yield answer.made
     finally:
-        files.remove_temporary(folder)  # of workers that died
+        sweep(folder)  # what workers that died had half written
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from cm_runtime.checkpoint import Checkpoint, load_plain, save_checkpoint, save_
 from cm_runtime.errors import OutputError, TrainingError
 from cm_runtime.training.board import Board
 from cm_runtime.training.config import TrainConfig, parse_config
+from cm_runtime.workspaces import sweep
 
 STATE_FORMAT = "cm-runtime training state 2"
 STATE_KEYS = {"config", "inputs", "phase", "step", "images", "seconds", "model", "target", "optimizer", "ema"}
@@ -195,11 +196,9 @@ class RunFolder:
         return [*(self.path / name for name in names), *self.path.glob("phase-*.pt")]
 
     def _sweep(self) -> None:
-        """Removes what a killed run had half written: only of its own kinds, for others may write here meanwhile."""
-        for folder, suffixes in ((self.path, (".pt", ".toml", ".jsonl", ".json")), (self.path / "samples", (".png",))):
-            for left in folder.glob(f"{files.TEMPORARY}*"):
-                if left.suffix in suffixes:
-                    left.unlink(missing_ok=True)
+        """Removes what a killed run had half written, of its own kinds."""
+        sweep(self.path, (".pt", ".toml", ".jsonl", ".json"))
+        sweep(self.path / "samples", (".png",))
 
     def _clear(self) -> None:
         for path in self._own():

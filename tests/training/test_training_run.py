@@ -161,9 +161,10 @@ def test_what_a_killed_run_was_writing_is_swept_up(
             names.append(temporary)
             raise Killed
     for temporary in names:  # SIGKILL lets nothing be removed
+        temporary.parent.mkdir()
         temporary.write_bytes(b"half")
     opened(tmp_path, tiny_config(), **how)
-    assert not any(temporary.exists() for temporary in names)
+    assert not any(temporary.parent.exists() for temporary in names)
 
 
 def test_what_others_are_writing_is_left_alone(tmp_path: Path, tiny_config: Config, finished: Finished) -> None:
@@ -172,7 +173,7 @@ def test_what_others_are_writing_is_left_alone(tmp_path: Path, tiny_config: Conf
     (tmp_path / "below").mkdir()
     theirs = [tmp_path / name for name in ("below/.cm-01234567.pt", ".cm-01234567.onnx", ".cm-01234567.png")]
     for path in theirs:
-        path.write_bytes(b"half")
+        path.mkdir()
     opened(tmp_path, tiny_config(), force=True)
     assert all(path.exists() for path in theirs)
 
@@ -180,7 +181,7 @@ def test_what_others_are_writing_is_left_alone(tmp_path: Path, tiny_config: Conf
 def test_a_refused_run_sweeps_nothing(tmp_path: Path, tiny_config: Config, finished: Finished) -> None:
     finished(tmp_path)
     left = tmp_path / ".cm-01234567.pt"
-    left.write_bytes(b"half")
+    left.mkdir()
     with pytest.raises(OutputError):
         opened(tmp_path, tiny_config())
     assert left.exists()

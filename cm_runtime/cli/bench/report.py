@@ -18,7 +18,13 @@ def report(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="PAGE.html", help="The page.", show_default="RESULT.html, beside it"),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PAGE.html",
+            help="The page; what is there is replaced.",
+            show_default="RESULT.html, beside it",
+        ),
     ] = None,
     markdown: Annotated[
         bool,
@@ -44,7 +50,7 @@ def report(
     found = results.read(result)
     judged = [evals.read(path) for path in quality or ()]
     if page is not None:
-        files.check_writable(page)
+        files.check_output(page)
     written: dict[Path, bytes] = {}
     if page is not None or plots is not None:
         from cm_runtime.bench.report import canvas
@@ -58,7 +64,7 @@ def report(
         if page is not None:
             written[page] = pages.html(found, figures, judged).encode()
     for path in written:
-        files.check_writable(path)
+        files.check_output(path)
     for path, content in written.items():
         with files.written(path) as temporary:
             temporary.write_bytes(content)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cm_runtime.cli import progress, values
+from cm_runtime.cli.options import Force
 from cm_runtime.errors import RequestError, UnmeasuredError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="What the suite marks as quick, with small budgets.")] = False,
     seed: Annotated[int, typer.Option(help="Of noise and arrivals.")] = 0,
     output: Annotated[Path, typer.Option("-o", "--output", help="The result, as JSON.")] = Path("bench.json"),
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing result.")] = False,
+    force: Force = False,
 ) -> None:
     """Measure latency and throughput, check the images, and write a result for `bench compare` and `bench report`.
 

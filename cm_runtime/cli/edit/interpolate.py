@@ -36,7 +36,8 @@ def interpolate(
             "-o",
             "--output",
             metavar="PATH",
-            help="A strip (.png), an animation (.gif, .webp), arrays (.npz), or a folder (NAME/).",
+            help="A strip (.png), an animation (.gif, .webp), arrays (.npz), or a folder (NAME/);"
+            " what is there is replaced.",
         ),
     ] = "edited.png",
 ) -> None:
@@ -53,7 +54,7 @@ def interpolate(
 
     check_output(output, floats, ".gif", ".webp")
     if not is_folder(output):
-        files.check_writable(Path(output))
+        files.check_output(Path(output))
     engine = backends.load(
         model,
         backend,  # type: ignore[arg-type]

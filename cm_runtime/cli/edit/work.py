@@ -97,7 +97,7 @@ class Work:
             if path.suffix.lower() in MODELS and path.suffix:
                 raise RequestError(f"{path} is no picture; a model is named before them")
         if not is_folder(how.output):
-            files.check_writable(Path(how.output))
+            files.check_output(Path(how.output))
         self.engine: base.Backend = backends.load(
             paths[0] if is_model else None,
             how.backend,  # type: ignore[arg-type]
