@@ -4,6 +4,7 @@ import json
 import os
 import tracemalloc
 
+import kills
 import numpy as np
 import onnx
 import pytest
@@ -19,6 +20,7 @@ from cm_runtime.artifact import (
     parse_manifest,
     read_manifest,
     write_manifest,
+    written,
 )
 from cm_runtime.errors import ArtifactError, CmRuntimeError, OutputError
 
@@ -587,3 +589,32 @@ def test_no_file_but_a_data_file_of_ours_is_removed_whatever_a_manifest_says(tmp
         target.write_bytes(model({"cm_runtime": json.dumps({**PLAIN, "data_file": name})}).SerializeToString())
         write_manifest(tmp_path / "small.onnx", target, tuned(tmp_path / "small.onnx"), force=True)
         assert set(contents(tmp_path)) == {"m.onnx", "small.onnx", "thesis.txt"}
+
+
+def test_a_kill_at_any_moment_leaves_an_export_whole_and_the_next_sweeps_its_data_files(tmp_path):
+    """An export over another, whose weights were others."""
+
+    def export(folder, word, digits):
+        said = {**PLAIN, "data_file": f"m-{digits}.data", "source_sha256": word}
+        with written(folder / "m.onnx", force=True) as (temporary, data):
+            temporary.write_bytes(model({"cm_runtime": json.dumps(said)}).SerializeToString())
+            data.write_text(word)
+
+    before = tmp_path / "before"
+    before.mkdir()
+    (before / "m-notes.data").touch()
+    (before / "n-000000000000.data").touch()
+    others = {"m-notes.data", "n-000000000000.data"}
+    export(before, "old", "0123456789ab")
+    for folder in kills.folders(before, lambda folder: export(folder, "new", "ba9876543210"), tmp_path):
+        manifest = read_manifest(folder / "m.onnx")
+        assert (folder / manifest.data_file).read_text() == manifest.source_sha256
+        assert kills.runs(lambda folder: export(folder, "third", "001122334455"), folder)
+        assert {path.name for path in folder.iterdir()} == {"m.onnx", "m-001122334455.data", *others}
+
+
+def test_a_pipe_called_as_an_export_does_not_keep_one_waiting(tmp_path, apart, content):
+    os.mkfifo(apart.with_name("pipe.onnx"))
+    (tmp_path / "small.onnx").write_bytes(content)
+    write_manifest(tmp_path / "small.onnx", apart, tuned(tmp_path / "small.onnx"), force=True)
+    assert not (apart.parent / DATA).exists()

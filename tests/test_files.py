@@ -1,5 +1,6 @@
 """cm_runtime/files.py: files appear whole or not at all, whatever goes wrong and whoever else is writing."""
 
+import ctypes
 import hashlib
 import multiprocessing
 import os
@@ -7,10 +8,11 @@ import resource
 import stat
 import threading
 
+import kills
 import pytest
 
 from cm_runtime.errors import OutputError
-from cm_runtime.files import check_writable, sha256, written
+from cm_runtime.files import check_output, check_writable, folder_written, sha256, written
 
 as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere, so permissions refuse nothing")
 
@@ -148,6 +150,86 @@ def test_a_killed_writer_leaves_the_final_name_alone(tmp_path):
     with written(target) as temporary:
         temporary.write_bytes(b"new")
     assert target.read_bytes() == b"new"
+
+
+def _write_folder(target, word, existing="replaced"):
+    with folder_written(target, existing) as folder:
+        (folder / "inside").mkdir()
+        for name in ("a", "inside/b"):
+            (folder / name).write_text(word)
+
+
+@pytest.mark.parametrize("is_exchanged", [True, False])
+def test_a_folder_is_replaced_by_a_whole_one_at_every_moment_or_comes_back(tmp_path, monkeypatch, is_exchanged):
+    """Where the file system cannot swap two folders, there may be none for a moment; the next run restores it."""
+    if not is_exchanged:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: None)
+    before = tmp_path / "before"
+    before.mkdir()
+    _write_folder(before / "m", "old")
+    states = {word: {"m/a": word, "m/inside/b": word} for word in (b"old", b"new")}
+    gone = 0
+    for folder in kills.folders(before, lambda folder: _write_folder(folder / "m", "new"), tmp_path):
+        seen = {name: content for name, content in kills.contents(folder).items() if name.startswith("m/")}
+        gone += not seen
+        assert seen in states.values() or (not seen and not is_exchanged)
+        assert kills.runs(lambda folder: _write_folder(folder / "m", "other", "kept"), folder)
+        assert kills.contents(folder) in states.values()  # the one there was, restored if need be, is kept
+        assert os.listdir(folder) == ["m"]
+    assert gone == (0 if is_exchanged else 1)
+
+
+def test_a_folder_whose_successor_cannot_take_its_place_comes_back_at_once(tmp_path, monkeypatch):
+    _write_folder(tmp_path / "m", "old")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: None)
+    rename = type(tmp_path).rename
+
+    def fail(self, target):
+        if self.name == "draft":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", fail)
+    with pytest.raises(OutputError, match="m cannot be written: No space left on device"):
+        _write_folder(tmp_path / "m", "new")
+    assert kills.contents(tmp_path) == {"m/a": b"old", "m/inside/b": b"old"}
+
+
+def test_a_folder_that_must_not_be_replaced_is_not(tmp_path):
+    _write_folder(tmp_path / "m", "old")
+    with pytest.raises(OutputError, match="m cannot be written: Directory not empty"):
+        _write_folder(tmp_path / "m", "new", "refused")
+    assert kills.contents(tmp_path) == {"m/a": b"old", "m/inside/b": b"old"}
+
+
+def test_a_kill_at_any_moment_leaves_a_file_whole_and_its_litter_to_the_next(tmp_path, name="x.npz"):
+    def write(folder, word=b"new"):
+        with written(folder / name) as temporary:
+            temporary.write_bytes(word)
+
+    before = tmp_path / "before"
+    before.mkdir()
+    write(before, b"old")
+    for folder in kills.folders(before, write, tmp_path):
+        assert (folder / name).read_bytes() in (b"old", b"new")
+        assert kills.runs(write, folder)
+        assert kills.contents(folder) == {name: b"new"} and os.listdir(folder) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "needs_force"),
+    [(f"x.{ending}", False) for ending in ("png", "npz", "gif", "webp", "html")]
+    + [(f"x.{ending}", True) for ending in ("onnx", "engine", "json", "pt", "data")],
+)
+def test_the_one_rule_of_what_is_replaced_without_force(tmp_path, name, needs_force):
+    check_output(tmp_path / name)
+    (tmp_path / name).touch()
+    check_output(tmp_path / name, force=True)
+    if needs_force:
+        with pytest.raises(OutputError, match="exists; replace it with --force"):
+            check_output(tmp_path / name)
+    else:
+        check_output(tmp_path / name)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import exported
+import kills
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -283,6 +284,51 @@ def test_a_folder_of_somebody_elses_is_left_alone(
     assert contents(tmp_path) == {name: text.encode()}
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"count": 1 << 63, "shard_size": 1}, "9223372036854775808 shards are more than 1000000"),
+        ({"count": 1 << 64, "shard_size": 1}, "18446744073709551616 shards are more than"),
+        ({"count": 10**400}, "there are no 1000"),
+        ({"start": 1 << 64}, "there are no 20 images from 18446744073709551616"),
+        ({"shard_size": 10**300}, "a shard holds at most"),
+        ({"labels": [0] * 300_000}, "300000 labels are more than"),
+    ],
+)
+def test_a_manifest_of_any_numbers_is_one_line(
+    make_job: Make, tmp_path: Path, change: dict[str, Any], line: str
+) -> None:
+    text = json.dumps(json.loads(make_job().model_dump_json()) | change)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=f"manifest.json: is no job of this version of cm-runtime .*{line}") as caught:
+        jobs.kept(tmp_path)
+    assert len(str(caught.value)) <= 1007
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.next.json"])
+@pytest.mark.parametrize("is_what", ["/dev/zero", "a pipe", "too large", "deep", "a loop", "a folder"])
+def test_a_manifest_that_is_no_file_of_moderate_size_is_refused_before_it_is_read(
+    engine: OrtBackend, make_job: Make, tmp_path: Path, is_what: str, name: str
+) -> None:
+    where = tmp_path / name
+    if is_what == "/dev/zero":
+        where.symlink_to("/dev/zero")
+    elif is_what == "a pipe":
+        os.mkfifo(where)
+    elif is_what == "too large":
+        where.write_bytes(bytes(10_000_000))
+    elif is_what == "deep":
+        where.write_text("[" * 1_000_000)
+    elif is_what == "a loop":
+        where.symlink_to(where)
+    else:
+        where.mkdir()
+    with pytest.raises((DataError, OutputError), match=f"{name}[: ]") as caught:
+        finished(engine, make_job(), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_second_run_into_a_folder_is_refused_at_once(engine: OrtBackend, make_job: Make, tmp_path: Path) -> None:
     job = make_job()
     with jobs.opened(job, tmp_path) as todo:
@@ -305,6 +351,50 @@ def test_the_manifest_is_the_job_and_nothing_of_the_run(engine: OrtBackend, make
     assert jobs.kept(tmp_path) == job
 
 
+# Growth
+
+
+@pytest.mark.parametrize("kind", ["npz", "png", "wds", "parquet"])
+@pytest.mark.parametrize(("counts", "drawn"), [((10, 12), [2]), ((8, 12), [2]), ((5, 6, 10), [1, 2])])
+def test_a_folder_grows_to_the_bytes_of_one_that_had_the_size_from_the_start(
+    engine: OrtBackend, make_job: Make, tmp_path: Path, kind: str, counts: tuple[int, ...], drawn: list[int]
+) -> None:
+    """Full shards stay as they are, and a last one that was not full is drawn again."""
+    for count in counts[:-1]:
+        finished(engine, make_job(count, 4, kind), tmp_path / "grown")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "grown").glob("shard-*")}
+    job = make_job(counts[-1], 4, kind)
+    assert finished(engine, job, tmp_path / "grown")[-len(drawn) :] == drawn
+    full = [path for path in times if int(path.stem[-6:]) < counts[-2] // 4]
+    assert all(path.stat().st_mtime_ns == times[path] for path in full)
+    finished(engine, job, tmp_path / "fresh")
+    assert contents(tmp_path / "grown") == contents(tmp_path / "fresh")
+    with pytest.raises(OutputError, match=f"its count is {counts[-1]}, not {counts[0]}"):
+        finished(engine, make_job(counts[0], 4, kind), tmp_path / "grown")
+
+
+@pytest.mark.parametrize("kind", ["npz", "png"])
+def test_a_kill_during_growth_leaves_a_folder_that_either_command_completes(
+    engine: OrtBackend, make_job: Make, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = small, _, large = [make_job(count, 2, kind, micro_batch=2) for count in (3, 4, 6)]
+    parts = {(job.count, number): list(jobs.drawn(engine, job, number)) for job in every for number in job.numbers}
+    monkeypatch.setattr(jobs, "drawn", lambda _, job, number: iter(parts[job.count, number]))  # no engine in forks
+    whole = {}
+    for job in every:
+        finished(engine, job, tmp_path / f"{job.count}")
+        whole[job.count] = contents(tmp_path / f"{job.count}")
+    killed = kills.folders(tmp_path / "3", lambda each: finished(engine, large, each), tmp_path)
+    for number, folder in enumerate(killed):
+        for path in folder.glob("shard-*"):  # whole, as one of the two
+            inside = {name: content for name, content in contents(folder).items() if name.startswith(path.name)}
+            assert any(inside.items() <= whole[count].items() for count in (3, 6))
+        then = every[number % 3] if jobs.kept(folder) == small else large
+        assert kills.runs(lambda each, then=then: finished(engine, then, each), folder)  # type: ignore[misc]
+        assert contents(folder) == whole[then.count]
+        assert not list(folder.glob(".cm-*"))
+
+
 # What cannot be a job
 
 
@@ -313,6 +403,10 @@ def test_what_no_shards_can_hold_is_refused(make_job: Make) -> None:
         ({"kind": "wds", "output": "float32"}, "pictures hold bytes: --float is for --shards npz, not wds"),
         ({"count": 10**18}, "shards are more than 1000000; give a larger --shard-size"),
         ({"shard_size": 0}, "a shard holds at least 1 image, not 0"),
+        ({"shard_size": 1 << 64}, "a shard holds at most 1000000000 images, not 18446744073709551616"),
+        ({"count": (1 << 64) - 1, "shard_size": 1}, "18446744073709551615 shards are more than 1000000"),
+        ({"count": 1 << 63, "start": 1 << 63, "shard_size": 1}, "9223372036854775808 shards are more than 1000000"),
+        ({"labels": [0] * 300_000}, "300000 labels are more than 262144"),
     ):
         with pytest.raises(RequestError, match=line):
             make_job(**options)

@@ -259,3 +259,31 @@ def test_other_programs_list_the_archive(tmp_path: Path) -> None:
         listed = subprocess.run(["tar", "-tf", where], capture_output=True, text=True, check=True).stdout.split()
         assert listed[:2] == ["000000004.png", "000000004.cls"]
         assert len(listed) == 6
+
+
+@pytest.mark.parametrize("kind", shards.FORMATS)
+@pytest.mark.parametrize("is_what", ["pipe", "device", "loop"])
+def test_what_is_no_file_under_a_shards_name_is_refused_and_not_waited_for(
+    tmp_path: Path, kind: shards.Kind, is_what: str
+) -> None:
+    where = shards.path(tmp_path, kind, 0)
+    if is_what == "pipe":
+        os.mkfifo(where)
+    else:
+        where.symlink_to("/dev/zero" if is_what == "device" else where)
+    if is_what == "loop":
+        assert not shards.is_whole(where, kind, contents(3))
+        return
+    with pytest.raises(DataError, match=r"not a regular file|is not the whole shard of that name"):
+        shards.is_whole(where, kind, contents(3))
+
+
+def test_a_tar_of_long_names_in_a_row_is_no_whole_shard(tmp_path: Path) -> None:
+    """The standard library follows them by calling itself."""
+    head = tarfile.TarInfo("././@LongLink")
+    head.type, head.size = tarfile.GNUTYPE_LONGNAME, 1
+    block = head.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")
+    where = shards.path(tmp_path, "wds", 0)
+    where.write_bytes(block * 5000 + bytes(10240))
+    with pytest.raises(DataError, match="is not the whole shard of that name"):
+        shards.is_whole(where, "wds", contents(3))

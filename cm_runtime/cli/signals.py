@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import typer
+
 ENDING = signal.SIGTERM, signal.SIGHUP
+WORDS: dict[object, str] = {128 + signal.SIGTERM: "terminated", 128 + signal.SIGHUP: "the terminal has gone"}
 
 
 @contextmanager
@@ -32,6 +35,10 @@ def ending() -> Iterator[None]:
         pass
     try:
         yield
+    except SystemExit as leaving:
+        if leaving.code in WORDS:
+            typer.echo(WORDS[leaving.code], err=True)
+        raise
     finally:
         for number in changed:
             signal.signal(number, signal.SIG_DFL)

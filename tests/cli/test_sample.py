@@ -390,6 +390,53 @@ def test_an_interrupted_run_keeps_its_shards(boundary: exported.Files, tmp_path:
     assert list(tmp_path.glob("out/.cm-*")) == []
 
 
+def test_a_finished_folder_grows(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+    """The options are those of the first run, or left out; the count alone is another."""
+    how = ("--shard-size", 100, "--micro-batch", 50, "--steps", 1, "--backend", "ort", "--threads", 1)
+    shards(cli, boundary.onnx, "--count", 250, *how, "-o", "grown/")
+    said = shards(cli, boundary.onnx, "--count", 300, "--shard-size", 100, "--steps", 1, "-o", "grown/")
+    assert "300 images in 3 shards (2 were there)" in said
+    shards(cli, boundary.onnx, "--count", 300, *how, "-o", "fresh/")
+    assert sums(tmp_path / "grown") == sums(tmp_path / "fresh")
+    assert sorted(os.listdir("grown")) == sorted(os.listdir("fresh"))
+    for name in ("manifest.json", "SHA256SUMS"):
+        assert Path("grown", name).read_bytes() == Path("fresh", name).read_bytes()
+    outcome = cli("sample", boundary.onnx, "--count", 250, "--shard-size", 100, "--steps", 1, "-o", "grown/")
+    assert outcome.err == "error: grown holds another job: its count is 300, not 250; give another folder, or --force\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--count", 2**64, "--start", 2**63),
+        ("--count", 2**64, "--shard-size", 1),
+        ("--count", 2**63, "--start", 2**63, "--shard-size", 1),
+        ("--count", 2**64 - 1, "--shard-size", 2**64),
+        ("--count", 10**300),
+        ("--shard-size", 10**300),
+    ],
+    ids=str,
+)
+def test_counts_that_no_range_can_hold_are_one_line(cli: Cli, boundary: exported.Files, options: Any) -> None:
+    outcome = cli("sample", boundary.onnx, "--steps", 1, "--backend", "ort", *options, "-o", "out/")
+    assert outcome.code == 1 and outcome.err.count("\n") == 1 and outcome.err.startswith("error: "), outcome.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "the terminal has gone")])
+def test_a_signal_that_ends_a_drawing_leaves_no_litter(
+    cli: Cli, boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, word: str
+) -> None:
+    from cm_runtime.images import NpzWriter
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(NpzWriter, "write", lambda *_: os.kill(os.getpid(), number))
+    outcome = cli("sample", boundary.onnx, "--steps", 1, "--backend", "ort", "-o", "x.npz")
+    assert (outcome.code, outcome.err) == (128 + number, f"{word}\n")
+    assert signal.getsignal(number) == before
+    assert [path for path in tmp_path.iterdir() if path.name.startswith((".cm-", "x"))] == []
+
+
 # As a process
 
 

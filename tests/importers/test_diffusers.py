@@ -21,7 +21,7 @@ import cm_runtime as cm
 from cm_runtime.artifact import Manifest
 from cm_runtime.backends.torch import TorchBackend
 from cm_runtime.cli import main
-from cm_runtime.errors import CheckpointError, CmRuntimeError, RequestError
+from cm_runtime.errors import CheckpointError, CmRuntimeError, OutputError, RequestError
 from cm_runtime.export import parity
 from cm_runtime.schedule import sigmas_of_timesteps
 
@@ -553,3 +553,34 @@ def test_a_full_disk_leaves_no_half_folder(imagenet: Path, tmp_path: Path, monke
             cm.export.diffusers(checkpoint, tmp_path / name, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert (tmp_path / "kept" / "unet" / f"{WEIGHTS}.safetensors").read_bytes() == before
+
+
+def test_a_disk_that_is_full_for_safetensors_is_one_line(imagenet: Path, tmp_path: Path) -> None:
+    """Its own error, which is no OSError; a limit on the size of files stands in for the disk."""
+    checkpoint = cm.load_checkpoint(imagenet)
+    cm.export.diffusers(checkpoint, tmp_path / "m")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, hard))
+    try:
+        with pytest.raises(OutputError, match=r"m cannot be written: .*File too large") as caught:
+            cm.export.diffusers(checkpoint, tmp_path / "m", force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_a_kill_left_moved_aside_is_there_again_at_the_next_export(
+    imagenet: Path, tmp_path: Path
+) -> None:
+    """As on a file system that cannot swap two folders."""
+    checkpoint = cm.load_checkpoint(imagenet)
+    cm.export.diffusers(checkpoint, tmp_path / "m")
+    aside = tmp_path / ".cm-01234567.diffusers" / "replaced"
+    aside.mkdir(parents=True)
+    (tmp_path / "m").rename(aside / "m")
+    with pytest.raises(OutputError, match="m exists; replace it with --force"):
+        cm.export.diffusers(checkpoint, tmp_path / "m")
+    assert same(cm.load_checkpoint(tmp_path / "m"), checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
