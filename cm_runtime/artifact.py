@@ -49,7 +49,11 @@ _DATA_FILE = re.compile(r"[\w .+-]+-[0-9a-f]{12}\.data")  # only such files are 
 Size = Annotated[int, Field(gt=0, le=4096)]
 GraphKind = Literal["denoiser", "sampler", "network"]
 Precision = Literal["fp32", "fp16", "bf16"]
-OUTPUTS: dict[GraphKind, str] = {"denoiser": "denoised", "sampler": "images", "network": "F"}
+OUTPUTS: dict[GraphKind, tuple[str, ...]] = {
+    "denoiser": ("denoised",),
+    "sampler": ("images", "finite"),
+    "network": ("F",),
+}
 
 
 class _Frozen(BaseModel):

@@ -19,12 +19,13 @@ from cm_runtime.export.weights import Network
 
 OPSET = 20  # what every engine reads; convolutions of bfloat16 are in 22
 IR_VERSION = 10
-FLOAT, HALF, BFLOAT, INT64, UINT8 = (
+FLOAT, HALF, BFLOAT, INT64, UINT8, BOOL = (
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
     TensorProto.BFLOAT16,
     TensorProto.INT64,
     TensorProto.UINT8,
+    TensorProto.BOOL,
 )
 
 

@@ -11,12 +11,13 @@ from cm_runtime.artifact import OUTPUTS, Precision
 from cm_runtime.export import skip_scale
 from cm_runtime.export.embedding import ByClass, Constant, Embedding, embedded
 from cm_runtime.export.expression import Expression
-from cm_runtime.export.graph import BFLOAT, FLOAT, HALF, INT64, UINT8, Graph
+from cm_runtime.export.graph import BFLOAT, BOOL, FLOAT, HALF, INT64, UINT8, Graph
 from cm_runtime.export.network import NetworkWriter
 from cm_runtime.model import ConsistencyModel
 from cm_runtime.precond import Precond
 
 KINDS: dict[Precision, int] = {"fp32": FLOAT, "fp16": HALF, "bf16": BFLOAT}
+LARGEST_SUM = 2.0**126  # of the values of an image; far above any, and finite in bfloat16, which engines may compute in
 
 
 def denoiser(model: ConsistencyModel, precision: Precision = "fp32") -> Graph:
@@ -38,7 +39,7 @@ def denoiser(model: ConsistencyModel, precision: Precision = "fp32") -> Graph:
         y = (form.c_skip(s) * Expression(g, x) + form.c_out(s) * Expression(g, F)).name
     else:
         y = skip_scale.node(g, x, F, sigma, form)
-    g.output(y, OUTPUTS["denoiser"], FLOAT, shape)
+    g.output(y, OUTPUTS["denoiser"][0], FLOAT, shape)
     return g
 
 
@@ -51,7 +52,7 @@ def network(model: ConsistencyModel, precision: Precision = "fp32") -> Graph:
     label = _label(g, model)
     writer = NetworkWriter(g, model.F, kind)
     F = writer.evaluate(x, embedded(g, model.F, writer.weights, c_noise, label))
-    g.output(F, OUTPUTS["network"], FLOAT, shape)
+    g.output(F, OUTPUTS["network"][0], FLOAT, shape)
     return g
 
 
@@ -60,7 +61,8 @@ def sampler(
 ) -> Graph:
     """Multistep consistency sampling (arXiv 2303.01469, algorithm 1) at fixed ``sigmas``, every one of them folded in.
 
-    noise (K,N,C,H,W) float32 standard normals, label (N,) int64 with classes -> images (N,H,W,C) uint8. inline: the
+    noise (K,N,C,H,W) float32 standard normals, label (N,) int64 with classes -> images (N,H,W,C) uint8, and finite (N,)
+    bool: false for an image some x0 of which was not finite, before the clamp that would hide it. inline: the
     skip-scaling as products with constants, in place of cm::SkipScale.
     """
     g = _graph(precision)
@@ -68,7 +70,7 @@ def sampler(
     noise = g.input("noise", FLOAT, [len(sigmas), "N", c, h, w])
     label = _label(g, model)
     writer, form = NetworkWriter(g, model.F, KINDS[precision]), model.precond
-    x0 = ""
+    x0 = total = ""
     for k, sigma in enumerate(sigmas):
         with g.scope(f"step{k}"):
             z = g.op("Gather", noise, g.constant(k, INT64), axis=0)
@@ -78,10 +80,15 @@ def sampler(
                 x = g.op("Add", x0, x)
             embedding = _embedding(writer, float(form.c_noise(np.float32(sigma))), label, len(sigmas))
             F = writer.evaluate(x, embedding, float(form.c_in(np.float32(sigma))))
-            x0 = g.op("Clip", _skip_scaled(g, form, x, F, sigma, inline=inline), *_bounds(g))
+            x0 = _skip_scaled(g, form, x, F, sigma, inline=inline)
+            added = g.op("ReduceSum", x0, g.constant([1, 2, 3], INT64), keepdims=0)
+            total = g.op("Add", total, added) if k else added
+            x0 = g.op("Clip", x0, *_bounds(g))
     grey = g.op("Mul", g.op("Add", x0, g.constant(np.float32(1))), g.constant(np.float32(127.5)))
     grey = g.op("Transpose", g.op("Round", grey), perm=[0, 2, 3, 1])
-    g.output(g.op("Cast", grey, to=UINT8), OUTPUTS["sampler"], UINT8, ["N", h, w, c])
+    images, finite = OUTPUTS["sampler"]
+    g.output(g.op("Cast", grey, to=UINT8), images, UINT8, ["N", h, w, c])
+    g.output(g.op("LessOrEqual", g.op("Abs", total), g.constant(np.float32(LARGEST_SUM))), finite, BOOL, ["N"])
     return g
 
 
