@@ -19,6 +19,11 @@ Array = NDArray[np.float32]
 NOT_FINITE = "the model's output is not finite; its weights or its precision cannot serve"
 
 
+def not_finite(finite: NDArray[np.bool_]) -> EngineError:
+    """The error of images (N,) some of which are not finite."""
+    return EngineError(f"{NOT_FINITE} ({np.count_nonzero(~finite)} of {finite.size} images)")
+
+
 @dataclass(frozen=True)
 class HostSteps:
     """First noise, clamp, projection and renoise for one micro-batch.
@@ -48,8 +53,9 @@ class HostSteps:
 
     def finish(self, x0: Array) -> Array:
         """project(clamp(x0)), in place. Raises EngineError where x0 is not finite."""
-        if not np.isfinite(x0).all():
-            raise EngineError(NOT_FINITE)
+        finite = np.isfinite(x0)
+        if not finite.all():
+            raise not_finite(np.array([each.all() for each in finite]))
         if self.clip:
             np.clip(x0, -1, 1, out=x0)
         return x0 if self.edit is None or self.edit.project is None else self.edit.project(x0)

@@ -32,7 +32,13 @@ from cm_runtime.kernels.launches import Launch
 
 VERSION = "1.7.1.116"
 ALIGNED = 256  # as cudaMalloc's addresses are
-NUMPY = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(uint8)": "uint8"}
+NUMPY = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
 
 
 class CudaError(Exception):
@@ -311,7 +317,7 @@ class Engine:
         return self.trt.TensorIOMode.INPUT if name in self.inputs else self.trt.TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
-        kinds = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "uint8": "UINT8"}
+        kinds = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "uint8": "UINT8", "bool": "BOOL"}
         return getattr(self.trt.DataType, kinds[NUMPY[{**self.inputs, **self.outputs}[name].type]])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -368,6 +374,7 @@ class Context:
             feed[name] = self._array(addresses[name], shapes[name], np.dtype(NUMPY[tensor.type])).copy()
         for name, made in zip(self.engine.outputs, self.engine.session.run(None, feed), strict=True):
             changed = made + np.float32(self.trt.error) if made.dtype.kind == "f" else made ^ np.uint8(self.trt.error)
+            changed = made if made.dtype == np.bool_ else changed
             self._array(addresses[name], made.shape, made.dtype)[...] = changed
         self.trt.gpu.log.append(f"run {len(changed)}")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from cm_runtime.artifact import OUTPUTS, Manifest, Precision
 from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.precond import precond
-from cm_runtime.steps import Array
+from cm_runtime.steps import Array, not_finite
 from cm_runtime.wording import quantity
 
+LOG = logging.getLogger("cm_runtime")
 MAX_THREADS = 1024
+_UNFLAGGED: set[str] = set()  # sampler files without the output `finite` that a warning has named
 NETWORK_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -23,7 +26,7 @@ class Backend(ABC):
     """A model on an engine: `sampling.Denoiser` for a graph of f, `sampling.Drawer` for a sampler graph.
 
     name: as --backend has it; device: cpu or cuda:N; precision: what it computes in; version: the engine's package and
-    version.
+    version; outputs: those of the graph's that are read, the images' first.
     """
 
     name: str
@@ -31,12 +34,13 @@ class Backend(ABC):
     device: str
     precision: Precision
     version: str
+    outputs: tuple[str, ...]
 
     @abstractmethod
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """One run of the graph on checked inputs, by their names; what is measured as the network.
 
-        Raises EngineError.
+        Raises EngineError, also where a sampler graph says that images were not finite.
         """
 
     @property
@@ -86,11 +90,35 @@ class Backend(ABC):
         return made  # type: ignore[no-any-return]
 
 
+def read_outputs(manifest: Manifest, names: Collection[str], where: object) -> tuple[str, ...]:
+    """The outputs of a graph that an engine reads, out of all its ``names``.
+
+    A sampler file of an older export has no ``finite``; a warning says so, once in a process.
+    """
+    images, *others = OUTPUTS[manifest.graph]
+    outputs = (images, *(name for name in others if name in names))
+    if outputs != OUTPUTS[manifest.graph] and str(where) not in _UNFLAGGED:
+        _UNFLAGGED.add(str(where))
+        LOG.warning("%s cannot tell images whose numbers are not finite from others; export it again", where)
+    return outputs
+
+
+def finite_images(made: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """The first of a graph's outputs. Raises EngineError where the second, ``finite`` (N,) bool, is not all true."""
+    images, *flags = made
+    for finite in flags:
+        if finite.dtype != np.bool_ or finite.shape != images.shape[:1]:
+            raise EngineError(f"the graph made {finite.dtype} {finite.shape} of `finite`, not a bool for each image")
+        if not finite.all():
+            raise not_finite(finite)
+    return images
+
+
 class Interface(NamedTuple):
-    """NumPy type and shape of each of a graph's inputs, and of its output."""
+    """NumPy type and shape of each of a graph's inputs and outputs, the images' first."""
 
     inputs: dict[str, tuple[str, tuple[int, ...]]]
-    output: tuple[str, tuple[str, tuple[int, ...]]]
+    outputs: dict[str, tuple[str, tuple[int, ...]]]
 
     def batch(self, feed: Mapping[str, NDArray[Any]]) -> int:
         """How many images ``feed`` asks for."""
@@ -98,8 +126,8 @@ class Interface(NamedTuple):
         return int(feed[first].shape[1 if first == "noise" else 0])
 
 
-def interface(manifest: Manifest, n: int) -> Interface:
-    """The tensors of a graph at a batch of ``n``."""
+def interface(manifest: Manifest, n: int, outputs: Collection[str] | None = None) -> Interface:
+    """The tensors of a graph at a batch of ``n``; outputs: those that are read, by default all."""
     c, h, w = manifest.image_shape
     made: tuple[str, tuple[int, ...]]
     inputs: dict[str, tuple[str, tuple[int, ...]]]
@@ -114,7 +142,8 @@ def interface(manifest: Manifest, n: int) -> Interface:
         made = "float32", (n, c, h, w)
     if manifest.num_classes:
         inputs["label"] = "int64", (n,)
-    return Interface(inputs, (OUTPUTS[manifest.graph], made))
+    kinds = dict(zip(OUTPUTS[manifest.graph], (made, ("bool", (n,))), strict=False))
+    return Interface(inputs, {name: kinds[name] for name in (kinds if outputs is None else outputs)})
 
 
 def checked_inputs(

@@ -25,12 +25,12 @@ from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Images, Placed
 from cm_runtime.precond import precond
 from cm_runtime.projections import Edit, Projection, map_arrays
 from cm_runtime.sampling import Batch, Request, labels_of, run
-from cm_runtime.steps import NOT_FINITE, Array
+from cm_runtime.steps import NOT_FINITE, Array, not_finite
 
 LOG = logging.getLogger("cm_runtime")
 MOST_PREPARED = 4  # numbers of images and steps whose memory is kept
 APART = 256  # bytes, that arrays begin at multiples of
-FLAG = 16  # bytes in front of the images that say whether they are finite
+FLAG = 16  # bytes in front of the images that say whether they are finite; a sampler graph's, a byte an image
 
 # Puts one evaluation in the device's stream: addresses of the graph's inputs and output, by their names.
 Evaluate = Callable[[Mapping[str, int]], None]
@@ -45,10 +45,14 @@ class Captured(Protocol):
 class Engine(Protocol):
     """What a backend does on a GPU.
 
-    graph: what one evaluation computes, f (denoiser), F (network) or the whole loop (sampler).
+    graph: what one evaluation computes, f (denoiser), F (network) or the whole loop (sampler). outputs: those of the
+    graph's that are read.
     """
 
     manifest: Manifest
+
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
 
     @property
     def graph(self) -> GraphKind: ...
@@ -142,7 +146,7 @@ def _kind(edit: Edit | None) -> Any:
 
 
 def _collected(prepared: Prepared, slot: int, index: NDArray[np.uint64], labels: NDArray[np.int64] | None) -> Batch:
-    return Batch(index, labels, prepared.wait(slot)[: len(index)])
+    return Batch(index, labels, prepared.wait(slot, len(index)))
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,8 @@ class Prepared:
         given = _arrays(chosen.edit, images) if chosen.edit else {}
         project = chosen.edit.project if chosen.edit else None
         self._project = _padded_projection(project, n) if project else None
+        self._flags = images.n if "finite" in engine.outputs else 0
+        self._front = -(-self._flags // APART) * APART or FLAG  # bytes before the images
         self._parameters = Block.of(
             request=REQUEST.itemsize,
             levels=(self._steps + 1) * LEVEL.itemsize,
@@ -194,7 +200,7 @@ class Prepared:
             x=0 if graph == "sampler" else elements * 4,
             x_in=elements * SIZES[images.type] if graph == "network" else 0,
             F=0 if graph == "sampler" else elements * SIZES[images.F_type],
-            result=FLAG + elements * self._result_type.itemsize,
+            result=self._front + elements * self._result_type.itemsize,
         )
         self._memory = device.take(self._block.size)
         self._at = self._block.at(int(self._memory))
@@ -251,7 +257,7 @@ class Prepared:
         """Puts evaluation ``k`` alone in the stream, of whatever is in memory."""
         at = self._at
         if self._engine.graph == "sampler":
-            names = {"noise": at["noise"], "images": at["result"] + FLAG}
+            names = {"noise": at["noise"], "images": at["result"] + self._front, "finite": at["result"]}
         elif self._engine.graph == "network":
             names = {"x_in": at["x_in"], "c_noise": self._told(k), "F": at["F"]}
         else:
@@ -261,15 +267,19 @@ class Prepared:
     def _told(self, k: int) -> int:
         return self._at["told"] + k * self._images.n * 4
 
-    def wait(self, slot: int) -> NDArray[Any]:
-        """The images of a batch, (N,H,W,C), the caller's. Raises EngineError where they are not finite."""
+    def wait(self, slot: int, count: int | None = None) -> NDArray[Any]:
+        """The first ``count`` images of a batch, (N,H,W,C), the caller's. Raises EngineError for what is not finite."""
         made = self._leaving[slot].wait()
         self._free.append(slot)
         self._given[slot] = {}
-        if made[:4].view(np.int32)[0]:
-            raise EngineError(NOT_FINITE)
         n, c, h, w = self._images[:4]
-        return np.array(made[FLAG:].view(self._result_type).reshape(n, h, w, c))
+        if self._flags:
+            finite = made[: n if count is None else count] != 0
+            if not finite.all():
+                raise not_finite(finite)
+        elif made[:4].view(np.int32)[0]:
+            raise EngineError(NOT_FINITE)
+        return np.array(made[self._front :].view(self._result_type).reshape(n, h, w, c)[:count])
 
     def _write(self, pinned: NDArray[np.uint8], chosen: Request, first: int, labels: NDArray[np.int64] | None) -> None:
         """The parameters of a batch as the kernels and the network read them."""
@@ -294,11 +304,11 @@ class Prepared:
     def _body(self) -> None:
         """Everything from noise to images, in the stream's order."""
         at = self._at
-        self._device.clear(at["result"], FLAG)
+        self._device.clear(at["result"], self._front)
         if self._engine.graph == "sampler":
             self._draw()
             return
-        made = at["result"] + FLAG
+        made = at["result"] + self._front
         is_uint8 = self._result_type == np.uint8
         places = Places(
             request=at["request"],

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cm_runtime import onnx_graph
 from cm_runtime.artifact import OUTPUTS, Manifest, data_path, read_manifest
-from cm_runtime.backends.base import Backend, checked_threads
+from cm_runtime.backends.base import Backend, checked_threads, finite_images, read_outputs
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
 from cm_runtime.extras import require
 from cm_runtime.onnx_graph import Verdict
@@ -78,6 +78,7 @@ class OpenVinoBackend(Backend):
                 ) from error
             raise ArtifactError(f"{where}: OpenVINO cannot load it: {_reason(error)}") from error
         _check_ports(graph, self.manifest, where)
+        self.outputs = read_outputs(self.manifest, set().union(*(port.names for port in graph.outputs)), where)
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
         if number := engine_threads(checked_threads(threads)):
             options["INFERENCE_NUM_THREADS"] = str(number)
@@ -103,9 +104,10 @@ class OpenVinoBackend(Backend):
                     made = self._before({each.any_name: given[each.any_name] for each in self._before.inputs})
                     given |= {name: made[i] for i, name in enumerate(self._apart)}
                 answer = self._request.infer({name: given[name] for name in self._names}, share_inputs=True)
-                return np.array(answer[OUTPUTS[self.manifest.graph]])
+                results = [np.array(answer[name]) for name in self.outputs]
         except Exception as error:
             raise EngineError(f"OpenVINO: {_reason(error)}") from error
+        return finite_images(results)
 
 
 def package() -> ModuleType:
@@ -162,7 +164,7 @@ def _check_ports(graph: Any, manifest: Manifest, where: Path) -> None:
     """
     takes, makes = (set().union(*(port.names for port in ports)) for ports in (graph.inputs, graph.outputs))
     known = INPUTS[manifest.graph] | ({"label"} if manifest.num_classes else set())
-    if not takes <= known or OUTPUTS[manifest.graph] not in makes:
+    if not takes <= known or OUTPUTS[manifest.graph][0] not in makes:
         raise ArtifactError(f"{where}: its graph's inputs and outputs are not those of its manifest")
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "Gather":

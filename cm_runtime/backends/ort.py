@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime import cuda, onnx_graph
-from cm_runtime.artifact import OUTPUTS, GraphKind, Manifest, data_path, read_manifest
-from cm_runtime.backends.base import Backend, checked_threads, interface
+from cm_runtime.artifact import GraphKind, Manifest, data_path, read_manifest
+from cm_runtime.backends.base import Backend, Interface, checked_threads, finite_images, interface, read_outputs
 from cm_runtime.backends.on_device import Evaluate, OnDevice, can_stay
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
 from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
@@ -78,18 +78,18 @@ class OrtBackend(Backend):
                     f"{where}: its weights in {data} are damaged or cut short; export it again"
                 ) from error
             raise
+        self.outputs = read_outputs(self.manifest, {each.name for each in self._session.get_outputs()}, where)
 
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """One run of the graph on checked inputs; see `Backend`."""
-        output = OUTPUTS[self.manifest.graph]
         try:
             if self.device == "cpu":
-                (made,) = self._session.run([output], dict(feed))
+                made = self._session.run(list(self.outputs), dict(feed))
             else:
-                made = self._binding(feed, output).run(feed)
+                made = self._binding(feed).run(feed)
         except Exception as error:
             raise _failure(error) from error
-        return made  # type: ignore[no-any-return]
+        return finite_images(made)
 
     # On the GPU, as on_device.Engine has it
 
@@ -114,7 +114,8 @@ class OrtBackend(Backend):
 
     def bind(self, device: cuda.Device, count: int) -> Evaluate:
         """Evaluations bound to addresses; those of each step are a binding, and a CUDA graph, of their own."""
-        return Addressed(self._session, self.manifest, self.device, count, self._next_graph).evaluate
+        tensors = interface(self.manifest, count, self.outputs)
+        return Addressed(self._session, tensors, self.device, self._next_graph).evaluate
 
     def capture(self, device: cuda.Device, body: Callable[[], Any]) -> None:
         """None: ONNX Runtime captures its own runs, each as a graph, and cannot be captured from outside."""
@@ -124,65 +125,69 @@ class OrtBackend(Backend):
         self._graphs += 1
         return self._graphs
 
-    def _binding(self, feed: Mapping[str, NDArray[Any]], output: str) -> Bound:
+    def _binding(self, feed: Mapping[str, NDArray[Any]]) -> Bound:
         """The memory for inputs of these shapes; that of the shape longest unused is let go beyond a few."""
         key = tuple(array.shape for array in feed.values())
         if key not in self._bound:
             if len(self._bound) == MOST_BOUND:
                 self._bound.popitem(last=False)
-            self._bound[key] = Bound(self._session, feed, output, self.device, self._next_graph())
+            self._bound[key] = Bound(self._session, feed, self.outputs, self.device, self._next_graph())
         self._bound.move_to_end(key)
         return self._bound[key]
 
 
 class Bound:
-    """A session's inputs and output in memory of ``device`` whose addresses stay, as a CUDA graph needs them.
+    """A session's inputs and outputs in memory of ``device`` whose addresses stay, as a CUDA graph needs them.
 
-    The first run makes the output's memory, the engine knowing its shape best. number: of the graph that ONNX Runtime
-    captures for these addresses, where the session captures any.
+    The first run makes the outputs' memory, the engine knowing their shapes best. number: of the graph that ONNX
+    Runtime captures for these addresses, where the session captures any.
     """
 
-    def __init__(self, session: Any, feed: Mapping[str, NDArray[Any]], output: str, device: str, number: int) -> None:
+    def __init__(
+        self, session: Any, feed: Mapping[str, NDArray[Any]], outputs: Sequence[str], device: str, number: int
+    ) -> None:
         ort = require("onnxruntime", "the ONNX Runtime backend")
         kind, _, index = device.partition(":")
-        self._session, self._output = session, output
+        self._session = session
         self._inputs = {  # of copies: on the CPU a value is the array's own memory
             name: ort.OrtValue.ortvalue_from_numpy(array.copy(), kind, int(index or 0)) for name, array in feed.items()
         }
         binding = session.io_binding()
         for name, value in self._inputs.items():
             binding.bind_ortvalue_input(name, value)
-        binding.bind_output(output, kind, int(index or 0))
+        for name in outputs:
+            binding.bind_output(name, kind, int(index or 0))
         options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", "-1")  # this once without a graph: its output's address is new
+        options.add_run_config_entry("gpu_graph_id", "-1")  # this once without a graph: its outputs' addresses are new
         session.run_with_iobinding(binding, options)
-        (self._made,) = binding.get_outputs()
+        self._made = binding.get_outputs()
         binding.clear_binding_outputs()
-        binding.bind_ortvalue_output(output, self._made)
+        for name, value in zip(outputs, self._made, strict=True):
+            binding.bind_ortvalue_output(name, value)
         self._binding, self._options = binding, ort.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(number))
 
-    def run(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """One run of inputs of the same shapes; the answer is in memory of its own."""
+    def run(self, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """One run of inputs of the same shapes; the answers are in memory of their own."""
         for name, array in feed.items():
             self._inputs[name].update_inplace(array)
         self._session.run_with_iobinding(self._binding, self._options)
-        return np.array(self._made.numpy())
+        return [np.array(value.numpy()) for value in self._made]
 
 
 class Addressed:
     """A session's runs from and to addresses of ``device``, put in the session's stream and not waited for."""
 
-    def __init__(self, session: Any, manifest: Manifest, device: str, count: int, number: Callable[[], int]) -> None:
+    def __init__(self, session: Any, tensors: Interface, device: str, number: Callable[[], int]) -> None:
         self._session, self._number = session, number
         self._kind, _, index = device.partition(":")
         self._index = int(index or 0)
-        self._interface = interface(manifest, count)
+        self._interface = tensors
         self._bindings: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
     def evaluate(self, addresses: Mapping[str, int]) -> None:
         """See `on_device.Evaluate`."""
-        names = (*self._interface.inputs, self._interface.output[0])
+        names = (*self._interface.inputs, *self._interface.outputs)
         key = tuple(addresses[name] for name in names)
         if key not in self._bindings:
             self._bindings[key] = self._bind(addresses)
@@ -195,8 +200,8 @@ class Addressed:
         binding = self._session.io_binding()
         for name, (dtype, shape) in self._interface.inputs.items():
             binding.bind_input(name, self._kind, self._index, np.dtype(dtype), shape, addresses[name])
-        name, (dtype, shape) = self._interface.output
-        binding.bind_output(name, self._kind, self._index, np.dtype(dtype), shape, addresses[name])
+        for name, (dtype, shape) in self._interface.outputs.items():
+            binding.bind_output(name, self._kind, self._index, np.dtype(dtype), shape, addresses[name])
         options = require("onnxruntime", "the ONNX Runtime backend").RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(self._number()))
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")

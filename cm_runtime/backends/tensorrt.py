@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cm_runtime import cuda
 from cm_runtime.artifact import GraphKind
 from cm_runtime.backends import engine_file
-from cm_runtime.backends.base import Backend, images_at_once, interface
+from cm_runtime.backends.base import Backend, finite_images, images_at_once, interface, read_outputs
 from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
 from cm_runtime.backends.on_device import Evaluate, OnDevice
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, OutOfMemoryError, RequestError
@@ -27,7 +27,7 @@ from cm_runtime.steps import Array
 DEVICES = ("auto", "cuda", "cuda:0")
 KEPT_LINES = 10_000
 # NumPy's names, with bfloat16, which it has not, and trt.DataType's
-_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "uint8": "UINT8"}
+_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "uint8": "UINT8", "bool": "BOOL"}
 
 
 class TensorRtBackend(Backend):
@@ -93,7 +93,7 @@ class TensorRtBackend(Backend):
         asked = interface(self.manifest, 0).batch(feed)
         if asked > profile.max:
             raise RequestError(_beyond(profile, asked))
-        run = interface(self.manifest, max(asked, profile.min))
+        run = interface(self.manifest, max(asked, profile.min), self.outputs)
         context = self._context
         sent = []  # a host array must outlive its copy
         for name, (dtype, shape) in run.inputs.items():
@@ -101,14 +101,15 @@ class TensorRtBackend(Backend):
             sent.append(array)
             self._must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
             self._must(context.set_tensor_address(name, self._device.send(name, array)), f"the address of {name}")
-        (name, (dtype, shape)) = run.output
-        if tuple(context.get_tensor_shape(name)) != shape:
-            raise EngineError(f"the engine makes {name} {tuple(context.get_tensor_shape(name))}, not {shape}")
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self._must(context.set_tensor_address(name, self._device.address(name, size)), f"the address of {name}")
+        for name, (dtype, shape) in run.outputs.items():
+            if tuple(context.get_tensor_shape(name)) != shape:
+                raise EngineError(f"the engine makes {name} {tuple(context.get_tensor_shape(name))}, not {shape}")
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            self._must(context.set_tensor_address(name, self._device.address(name, size)), f"the address of {name}")
         self._must(context.execute_async_v3(self._device.stream), "to run")
-        made = self._device.fetch(name, shape, np.dtype(dtype))
-        return made if len(made) == asked else made[:asked].copy()
+        made = [self._device.fetch(name, shape, np.dtype(dtype)) for name, (dtype, shape) in run.outputs.items()]
+        images = finite_images([each[:asked] for each in made])
+        return images if len(made[0]) == asked else images.copy()
 
     # On the GPU, as on_device.Engine has it
 
@@ -137,12 +138,12 @@ class TensorRtBackend(Backend):
     def bind(self, device: cuda.Device, count: int) -> Evaluate:
         """A context of its own for each batch size, as a captured graph needs it."""
         context = self._new_context(f"a batch of {count}")
-        run = interface(self.manifest, count)
+        run = interface(self.manifest, count, self.outputs)
         for name, (_, shape) in run.inputs.items():
             self._must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
 
         def evaluate(addresses: Mapping[str, int]) -> None:
-            for name in (*run.inputs, run.output[0]):
+            for name in (*run.inputs, *run.outputs):
                 self._must(context.set_tensor_address(name, addresses[name]), f"the address of {name}")
             self._must(context.execute_async_v3(device.stream), "to run")
 
@@ -175,10 +176,10 @@ class TensorRtBackend(Backend):
             is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             shape = tuple(engine.get_tensor_shape(name)) if is_input else ()  # an output's is checked when it is made
             found[name] = is_input, engine.get_tensor_dtype(name).name, shape
-        wanted = interface(self.manifest, -1)
+        self.outputs = read_outputs(self.manifest, found, where)
+        wanted = interface(self.manifest, -1, self.outputs)
         expected = {name: (True, _TYPES[dtype], shape) for name, (dtype, shape) in wanted.inputs.items()}
-        name, (dtype, _) = wanted.output
-        expected[name] = False, _TYPES[dtype], ()
+        expected |= {name: (False, _TYPES[dtype], ()) for name, (dtype, _) in wanted.outputs.items()}
         if found != expected:
             raise ArtifactError(f"{where}: its inputs and outputs {found} are not those of its manifest, {expected}")
 

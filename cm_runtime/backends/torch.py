@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cm_runtime import cuda
-from cm_runtime.artifact import GraphKind, Manifest, Precision
+from cm_runtime.artifact import OUTPUTS, GraphKind, Manifest, Precision
 from cm_runtime.backends.base import Backend
 from cm_runtime.backends.on_device import Captured, Evaluate, OnDevice, can_stay
 from cm_runtime.errors import EngineError, OutOfMemoryError
@@ -54,6 +54,7 @@ class TorchBackend(Backend):
         self.device = device
         self.precision = precision
         self.version = f"torch {torch.__version__}"
+        self.outputs = OUTPUTS[manifest.graph]
         self._type = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self._is_compiled = is_compiled
         if self._type is not None:

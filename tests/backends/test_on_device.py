@@ -87,6 +87,10 @@ class InStream:
     def graph(self) -> Any:
         return self.engine.graph
 
+    @property
+    def outputs(self) -> Any:
+        return self.engine.outputs
+
     def images(self, count: int) -> Any:
         return self.engine.images(count)
 

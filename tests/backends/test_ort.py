@@ -246,11 +246,11 @@ def test_bound_inputs_and_outputs_compute_the_same(backend: OrtBackend) -> None:
     for n in (1, 3, 7):
         x, sigma, label = (np.random.default_rng(n).standard_normal((n, 3, 8, 8)), np.full(n, 2.0), np.arange(n) % 5)
         feed = {"x": x.astype(np.float32), "sigma": sigma.astype(np.float32), "label": label}
-        bound = Bound(backend._session, feed, "denoised", "cpu", 1)
-        first = bound.run(feed)
+        bound = Bound(backend._session, feed, ["denoised"], "cpu", 1)
+        (first,) = bound.run(feed)
         assert np.array_equal(first, backend.evaluate(feed))
         other = feed | {"x": feed["x"] * np.float32(0.5)}
-        second = bound.run(other)
+        (second,) = bound.run(other)
         assert np.array_equal(second, backend.evaluate(other))
         assert np.array_equal(first, backend.evaluate(feed))  # the first answer is the caller's
 
@@ -267,7 +267,7 @@ def test_memory_is_kept_for_a_few_batch_sizes_and_graphs_are_numbered_apart(
 
     monkeypatch.setattr(ort_module, "Bound", Recorded)
     for n in (1, 2, 1, 3, 4, 1, 5, 2, 1):
-        backend._binding({"x": np.zeros((n, 3, 8, 8), np.float32)}, "denoised")
+        backend._binding({"x": np.zeros((n, 3, 8, 8), np.float32)})
     assert made == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (2, 6)]  # 2 was the longest unused when 5 came
 
 
