@@ -100,6 +100,17 @@ class Files:
         return self._made("apart.onnx", lambda path: _export(self.checkpoint, path, inside=0))
 
     @property
+    def sampler(self) -> Path:
+        """In two steps."""
+        return self._made("sampler.onnx", lambda path: _export(self.checkpoint, path, graph="sampler", steps=2))
+
+    @property
+    def half_sampler(self) -> Path:
+        """In two steps, in fp16."""
+        how = {"graph": "sampler", "steps": 2, "precision": "fp16"}
+        return self._made("half-sampler.onnx", lambda path: _export(self.checkpoint, path, **how))
+
+    @property
     def half_apart(self) -> Path:
         return self._made("half-apart.onnx", lambda path: _export(self.half_checkpoint, path, inside=0))
 
@@ -123,10 +134,10 @@ class Files:
         return path
 
 
-def _export(source: Path, target: Path, inline: bool = False, inside: int = onnx_file.LARGEST_INSIDE) -> None:
+def _export(source: Path, target: Path, inside: int = onnx_file.LARGEST_INSIDE, **how: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "LARGEST_INSIDE", inside)
-        export.onnx(read_checkpoint(source), target, inline=inline)
+        export.onnx(read_checkpoint(source), target, **how)
 
 
 def environment() -> dict[str, str]:
@@ -160,6 +171,35 @@ def with_metadata(source: Path, target: Path, manifest: str) -> Path:
     graph = onnx.load(source)
     onnx.helper.set_model_props(graph, {"cm_runtime": manifest})
     onnx.save(graph, target)
+    return target
+
+
+LAST, FIRST = "F.out.2.weight", "F.input_blocks.0.0.weight"  # convolutions
+
+
+def with_weight(source: Path, target: Path, name: str, value: float, count: int | None = None) -> Path:
+    """A copy of an exported file, the first ``count`` numbers of one of whose weights, or all of them, are another."""
+    model = onnx.load(source)
+    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array.reshape(-1)[:count] = value
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, name))
+    onnx.save(model, target)
+    return target
+
+
+def without_finite(source: Path, target: Path) -> Path:
+    """A sampler file as exports of before wrote it."""
+    model = onnx.load(source)
+    nodes = list(model.graph.node)
+    del model.graph.output[1], model.graph.node[:]
+    wanted, kept = {"images"}, []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            kept.append(node)
+    model.graph.node.extend(reversed(kept))
+    onnx.save(model, target)
     return target
 
 

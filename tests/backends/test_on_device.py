@@ -150,6 +150,23 @@ def test_it_draws_what_the_host_draws(
         gpu.log.clear()
 
 
+@pytest.mark.parametrize("engine", ["tensorrt", "ort"])
+def test_a_sampler_whose_numbers_are_not_finite_is_an_error(
+    gpu: stand_in_gpu.Gpu, edm: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """By the flags that leave with the images; a file without them draws what one with them does."""
+    good = cm.sample(opened(engine, gpu, edm, edm.sampler, monkeypatch), 7, batch=3)
+    old = exported.without_finite(edm.sampler, tmp_path / "old.onnx")
+    assert np.array_equal(cm.sample(opened(engine, gpu, edm, old, monkeypatch), 7, batch=3), good)
+    path = exported.with_weight(edm.sampler, tmp_path / "m.onnx", exported.LAST, np.nan, 1)
+    model = opened(engine, gpu, edm, path, monkeypatch)
+    with pytest.raises(EngineError, match=r"not finite; .* \(3 of 3 images\)$"):
+        cm.sample(model, 7, batch=3)
+    if engine == "tensorrt":  # and where its images go through the host
+        with pytest.raises(EngineError, match=r"not finite; .* \(5 of 5 images\)$"):
+            model.draw(noise.normals(0, np.arange(5, dtype=np.uint64), 2, (1, 8, 8)))
+
+
 def test_torch_does_so_too(gpu: stand_in_gpu.Gpu, each: exported.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """F by the module, everything else by the kernels."""
     model = opened("torch", gpu, each, each.onnx, monkeypatch)

@@ -19,8 +19,8 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from cm_runtime.cli import main
-from cm_runtime.errors import ArtifactError
+from cm_runtime.cli import judged, main
+from cm_runtime.errors import ArtifactError, EngineError
 from cm_runtime.files import claimed
 
 Cli = Callable[..., Any]
@@ -334,6 +334,22 @@ def test_weights_that_make_nonsense_write_no_picture(cli: Cli, place: Path) -> N
         assert "not finite" in outcome.err
         assert outcome.err.count("\n") == 1
     assert contents(place) == before
+
+
+@pytest.mark.parametrize("engine", ["ort", "openvino", "auto"])
+def test_a_sampler_that_makes_nonsense_writes_nothing(
+    cli: Cli, boundary: exported.Files, tmp_path: Path, engine: str
+) -> None:
+    exported.with_weight(boundary.sampler, tmp_path / "nan.onnx", exported.LAST, np.nan, 1)
+    before = contents(tmp_path)
+    for words in (("-o", "x.png"), ("-o", "x.npz"), ("-o", "shards/", "--shards", "npz")):
+        outcome = cli("sample", "nan.onnx", "--count", 3, "--backend", engine, *words)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert outcome.err.splitlines()[-1].startswith("error: the model's output is not finite")
+        assert not [name for name in contents(tmp_path) if name.endswith((".png", ".npz"))]
+    assert contents(tmp_path).keys() - before.keys() <= {"shards/manifest.json"}  # of a job that may be resumed
+    with pytest.raises(EngineError, match="not finite"):  # what eval measures
+        list(judged.drawn(tmp_path / "nan.onnx", judged.Drawing(count=8, backend=engine), "cpu", 1).batches)
 
 
 # Outputs that cannot be written

@@ -14,6 +14,11 @@ def boundary(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
     return exported.Files("boundary", tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def edm(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
+    return exported.Files("edm", tmp_path_factory)
+
+
 @pytest.fixture(scope="session", params=exported.KINDS)
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
     return exported.Files(request.param, tmp_path_factory)

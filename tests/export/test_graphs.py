@@ -19,7 +19,7 @@ from cm_runtime.artifact import Manifest, read_manifest
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.checkpoint import Checkpoint, read_checkpoint
-from cm_runtime.errors import ParityError, RequestError
+from cm_runtime.errors import EngineError, ParityError, RequestError
 from cm_runtime.export import graphs, weights
 from cm_runtime.export import parity as parity_module
 from cm_runtime.export.graph import Graph
@@ -178,6 +178,69 @@ def test_levels_that_make_no_sampler_are_refused(
     with pytest.raises(RequestError, match=message):
         made(boundary, tmp_path, **how)
     assert not list(tmp_path.iterdir())
+
+
+# Numbers that are not finite
+
+PRECISIONS = {
+    "ort": OrtBackend,
+    "openvino": OpenVinoBackend,
+    "openvino bf16": lambda path: OpenVinoBackend(path, precision="bf16"),
+}
+ON_ENGINES = [pytest.param(name, marks=exported.needs_bf16 if "bf16" in name else ()) for name in PRECISIONS]
+
+
+@pytest.mark.parametrize("engine", ON_ENGINES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_weight_that_is_not_finite_is_an_error_and_no_image(
+    boundary: exported.Files, tmp_path: Path, engine: str, value: float
+) -> None:
+    """The clamp would turn infinity into white, and NaN into black or anything."""
+    path = exported.with_weight(boundary.sampler, tmp_path / "m.onnx", exported.LAST, value, 1)
+    with pytest.raises(EngineError, match=r"not finite; its weights .* serve \(3 of 3 images\)$"):
+        cm.sample(PRECISIONS[engine](path), 3)
+
+
+@pytest.mark.parametrize("engine", ON_ENGINES)
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_image_is_not_finite_by_itself_at_any_step(edm: exported.Files, engine: str, step: int) -> None:
+    """Noise that overflows float32 at its level, in one image of three."""
+    sampler = PRECISIONS[engine](edm.sampler)
+    z = noise.normals(0, np.arange(3, dtype=np.uint64), 2, sampler.manifest.image_shape)
+    sampler.draw(z)
+    z[step, 1] = np.finfo(np.float32).max
+    with pytest.raises(EngineError, match=r"\(1 of 3 images\)$"):
+        sampler.draw(z)
+
+
+def test_what_overflows_float16_inside_is_an_error_and_no_image(boundary: exported.Files, tmp_path: Path) -> None:
+    """Where the engine computes in float16; OpenVINO does not, and its images of the same file are sound."""
+    path = exported.with_weight(boundary.half_sampler, tmp_path / "m.onnx", exported.FIRST, 6e4)
+    with pytest.raises(EngineError, match="not finite"):
+        cm.sample(OrtBackend(path), 2)
+    assert cm.sample(OpenVinoBackend(path), 2).std() > 10
+
+
+def test_an_export_whose_images_are_not_finite_is_not_written(boundary: exported.Files, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="not finite"):
+        export.onnx(loud(boundary, 1e5), tmp_path / "m.onnx", graph="sampler", steps=2, precision="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_sampler_of_before_draws_the_same_bytes_and_says_once_what_it_cannot(
+    each: exported.Files, tmp_path: Path, engine: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = exported.without_finite(each.sampler, tmp_path / f"{engine}.onnx")
+    made = [cm.sample(ENGINES[engine](old), 5) for _ in range(2)]
+    assert [line.message for line in caplog.records] == [
+        f"{old} cannot tell images whose numbers are not finite from others; export it again"
+    ]
+    caplog.clear()
+    wanted = cm.sample(ENGINES[engine](each.sampler), 5)
+    assert not caplog.records
+    assert wanted.std() > 10
+    assert all(np.array_equal(images, wanted) for images in made)
 
 
 # The network alone

@@ -67,6 +67,8 @@ def graph(path: Path, kind: str = "Mul", **changes: Any) -> Path:
 def sampler(path: Path) -> Path:
     """A graph with the interface of a sampler's: the first noise as grey levels, clipped."""
     nodes = [
+        helper.make_node("Constant", [], ["pixels"], value_ints=[1, 2, 3]),
+        helper.make_node("Constant", [], ["largest"], value_float=2.0**126),
         helper.make_node("Constant", [], ["zero"], value_int=0),
         helper.make_node("Gather", ["noise", "zero"], ["first"], axis=0),
         helper.make_node("Constant", [], ["low"], value_float=-1.0),
@@ -78,10 +80,16 @@ def sampler(path: Path) -> Path:
         helper.make_node("Round", ["grey"], ["whole"]),
         helper.make_node("Transpose", ["whole"], ["last"], perm=[0, 2, 3, 1]),
         helper.make_node("Cast", ["last"], ["images"], to=TensorProto.UINT8),
+        helper.make_node("ReduceSum", ["first", "pixels"], ["total"], keepdims=0),
+        helper.make_node("Abs", ["total"], ["size"]),
+        helper.make_node("LessOrEqual", ["size", "largest"], ["finite"]),
     ]
     noise = helper.make_tensor_value_info("noise", TensorProto.FLOAT, [2, "N", 3, 4, 4])
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 4, 4, 3])
-    return saved(path, helper.make_graph(nodes, "s", [noise], [images]), graph="sampler", sigmas={2: (80.0, 2.5)})
+    finite = helper.make_tensor_value_info("finite", TensorProto.BOOL, ["N"])
+    return saved(
+        path, helper.make_graph(nodes, "s", [noise], [images, finite]), graph="sampler", sigmas={2: (80.0, 2.5)}
+    )
 
 
 def saved(path: Path, inside: onnx.GraphProto, **changes: Any) -> Path:
