@@ -304,9 +304,12 @@ def _labels(label: int | Sequence[int] | None, count: int, manifest: Manifest) -
     if label is None:
         return None
     try:
-        given = np.atleast_1d(np.asarray(label, np.int64))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RequestError(f"labels are numbers, not {label!r}") from error
+        given = np.atleast_1d(np.asarray(label))
+    except ValueError as error:  # ragged
+        raise RequestError(f"labels are whole numbers, not {label!r}") from error
+    if given.dtype.kind not in "iu" or given.max(initial=0) > np.iinfo(np.int64).max:
+        raise RequestError(f"labels are whole numbers, not {label!r}")
+    given = given.astype(np.int64)
     if given.shape not in ((1,), (count,)):
         raise RequestError(f"give one label, or one for each of {quantity(count, 'image')}, not {given.size}")
     return np.broadcast_to(given, count)

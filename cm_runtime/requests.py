@@ -6,9 +6,9 @@ micro-batches may be of any size and come in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +20,25 @@ from cm_runtime.projections import Edit
 from cm_runtime.schedule import checked_sigmas, karras_sigmas, level_text, same_levels, sampler_sigmas
 from cm_runtime.wording import quantity
 
-Labels = int | Sequence[int] | Literal["all", "random"] | None
+Labels = int | Sequence[int] | NDArray[np.integer] | Mapping[int, int] | Literal["all", "random"] | None
+Checked = tuple[int, ...] | Literal["all", "random"] | None
 Output = Literal["uint8", "float32"]
 MICRO_BATCH_LIMIT = 1 << 16
+MOST_COUNTED = 1 << 20  # images that a mapping of classes to counts asks for
 
 
 @dataclass(frozen=True)
 class Request:
-    """Images ``start`` to ``start + count - 1`` of a seed, checked against a model by `request`; edited, or drawn."""
+    """Images ``start`` to ``start + count - 1`` of a seed, checked against a model by `request`; edited, or drawn.
+
+    labels: "all", "random", or a list in turn: image i has entry i mod its length.
+    """
 
     count: int
     sigmas: tuple[float, ...]
     seed: int
     start: int
-    labels: Labels
+    labels: Checked
     micro_batch: int
     output: Output
     clip: bool
@@ -55,7 +60,8 @@ def request(
 ) -> Request:
     """A request that the model can serve, or a RequestError that says why not.
 
-    steps (default 2) and sigmas exclude each other; labels left out: all classes in turn where there are classes.
+    steps (default 2) and sigmas exclude each other. labels: all classes in turn where there are classes, "random", one
+    label, a list in turn, or a mapping of classes to counts, which add up to ``count``: in its order, from ``start``.
     """
     if manifest.is_teacher:
         raise RequestError("this model is an EDM teacher, which a few steps cannot sample; make it consistent first")
@@ -141,7 +147,7 @@ def edit_request(
         raise RequestError(f"there must be at least 1 answer to each image, not {answers}")
     if m.num_classes and edit.label is None:
         raise no_label(m.num_classes)
-    _checked_labels(None if edit.label is None else edit.label.tolist(), m.num_classes)
+    _checked_labels(edit.label, m.num_classes)
     if edit.label is not None and edit.label.shape != (inputs,):
         raise RequestError(f"{quantity(inputs, 'image')} to edit need one label each, not {edit.label.size}")
     first = float(sigmas[0]) if len(sigmas) else m.sigma_max
@@ -173,6 +179,11 @@ def _request(
     if output not in ("uint8", "float32"):
         raise RequestError(f"output must be uint8 or float32, not {output!r}")
     checked = _checked_labels(labels, manifest.num_classes)
+    if isinstance(labels, Mapping):
+        total = counted(labels, None, 0)
+        if total != count:
+            raise RequestError(f"the labels are for {total} images, but {count} are asked for")
+        checked = _in_turn(labels, start)
     return Request(count, levels, seed, start, checked, micro_batch, output, clip)
 
 
@@ -212,7 +223,34 @@ def labels_of(chosen: Request, index: NDArray[np.uint64], num_classes: int) -> N
     return picked
 
 
-def _checked_labels(labels: Labels, num_classes: int) -> Labels:
+def counted(labels: Labels, count: int | None, default: int) -> int:
+    """The number of images: ``count``; or else the sum of a mapping of classes to counts; or ``default``.
+
+    Raises RequestError for a mapping that counts no images, or too many.
+    """
+    if count is not None or not isinstance(labels, Mapping):
+        return default if count is None else count
+    for each in labels.values():
+        if not _is_whole(each) or each < 1:
+            raise RequestError(f"labels of a mapping are for 1 image or more each, not {each!r}")
+    total = sum(map(int, labels.values()))
+    if not 1 <= total <= MOST_COUNTED:
+        raise RequestError(f"a mapping of labels is for 1 to {MOST_COUNTED} images, not {total}")
+    return total
+
+
+def _in_turn(counts: Mapping[int, int], start: int) -> tuple[int, ...]:
+    """The list that gives images from ``start`` on the classes of ``counts``, as often as it says, in its order."""
+    listed = np.repeat([int(label) for label in counts], [int(each) for each in counts.values()])
+    turned: list[int] = np.roll(listed, start % listed.size).tolist()
+    return tuple(turned) if len(counts) > 1 else (turned[0],)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _checked_labels(labels: Labels, num_classes: int) -> Checked:
     if not num_classes:
         if labels is not None:
             raise RequestError("this model has no classes; leave the labels out")
@@ -223,10 +261,18 @@ def _checked_labels(labels: Labels, num_classes: int) -> Labels:
         if labels not in ("all", "random"):
             raise RequestError(f"labels must be all, random or numbers from 0 to {num_classes - 1}, not {labels!r}")
         return labels
-    listed = [labels] if isinstance(labels, int | np.integer) else list(labels)
+    given: Any = np.atleast_1d(labels).tolist() if isinstance(labels, np.ndarray) else labels
+    listed = [given] if _is_whole(given) else given
+    if not isinstance(listed, Sequence | Mapping) or isinstance(listed, bytes):
+        raise RequestError(
+            f"labels must be all, random, a number from 0 to {num_classes - 1}, a list of such, or a mapping of such to"
+            f" counts, not {labels!r}"
+        )
     if not listed:
         raise RequestError("the list of labels is empty")
     for label in listed:
-        if not isinstance(label, int | np.integer) or not 0 <= label < num_classes:
+        if not _is_whole(label):
+            raise RequestError(f"labels must be whole numbers from 0 to {num_classes - 1}, not {label!r}")
+        if not 0 <= label < num_classes:
             raise RequestError(f"labels must be from 0 to {num_classes - 1}, not {label}")
     return tuple(int(label) for label in listed)

@@ -18,6 +18,7 @@ from cm_runtime.projections import Edit
 from cm_runtime.requests import Labels as Labels
 from cm_runtime.requests import Output as Output
 from cm_runtime.requests import Request as Request
+from cm_runtime.requests import counted as counted
 from cm_runtime.requests import edit_request as edit_request
 from cm_runtime.requests import even as even
 from cm_runtime.requests import labels_of as labels_of
@@ -97,6 +98,12 @@ class Batch:
     labels: NDArray[np.int64] | None
     images: NDArray[Any]
 
+    def __repr__(self) -> str:
+        """Shapes, and the first and the last index."""
+        first, last = (self.index[0], self.index[-1]) if self.index.size else (0, -1)
+        labels = "no labels" if self.labels is None else f"labels {self.labels.shape}"
+        return f"Batch(index {first} to {last}, {labels}, images {self.images.shape} {self.images.dtype})"
+
 
 def batches(model: Denoiser | Drawer, chosen: Request, noise: Array | None = None) -> Iterator[Batch]:
     """The request's images, one micro-batch at a time, in order of index. Memory does not grow with the count.
@@ -162,13 +169,11 @@ def sample(
     output: Output = "uint8",
     clip: bool = True,
 ) -> NDArray[Any]:
-    """Draws images: (count,H,W,C) uint8, or float32 before quantisation with output="float32".
+    """Draws images of a loaded model, (count,H,W,C); the arguments are those of `streaming.sample`.
 
-    count: default 256; steps: default 2; sigmas: noise levels in place of steps, descending from sigma_max;
-    labels: "all" (i mod classes, the default), "random", one label or a list used in turn; batch: images the engine
-    sees at once (default: the engine's choice); noise: the caller's own (K,N,C,H,W) standard normals in place of
-    seed, start and count; clip: clamp every x0 to [-1, 1]. Raises RequestError.
+    Raises RequestError and EngineError.
     """
+    check_model(model)
     z = None if noise is None else np.asarray(noise, np.float32)
     if z is not None:
         if z.ndim != 5 or z.shape[2:] != model.manifest.image_shape or z.shape[1] == 0:
@@ -182,7 +187,7 @@ def sample(
         count = z.shape[1]
         if steps is None and sigmas is None:
             steps = z.shape[0]
-    count = 256 if count is None else count
+    count = counted(labels, count, 256)
     chosen = request(
         model.manifest,
         count,
@@ -198,6 +203,15 @@ def sample(
     if z is not None and len(z) != len(chosen.sigmas):
         raise RequestError(f"noise is for {quantity(len(z), 'step')}, but {len(chosen.sigmas)} were asked for")
     return np.concatenate([part.images for part in batches(model, chosen, z)])
+
+
+def check_model(model: object) -> None:
+    """Raises RequestError for what is no loaded model."""
+    if not isinstance(getattr(model, "manifest", None), Manifest):
+        kind = type(model).__name__
+        raise RequestError(
+            f"model must be what cm.load returns, the path of one, or None for the bundled one, not {kind}"
+        )
 
 
 def heun(denoiser: Denoiser, x: Array, label: NDArray[np.int64] | None, steps: int = 18) -> Array:

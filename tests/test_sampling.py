@@ -249,6 +249,31 @@ def test_labels_may_be_any_integers(classes, labels):
     assert classes.labels == [4, 4, 4]
 
 
+@pytest.mark.parametrize("start", [0, 4, (1 << 64) - 8])
+def test_a_mapping_of_labels_is_how_many_images_of_each(classes, start):
+    """In its order from the first image on, wherever that is and however the images are shared out."""
+    for batch, count in ((6, None), (2, 6)):
+        classes.labels.clear()
+        images = sample(classes, count, 1, start=start, labels={3: 3, np.int64(0): 1, 6: np.int32(2)}, batch=batch)
+        assert len(images) == 6
+        assert classes.labels == [3, 3, 3, 0, 6, 6]
+    classes.labels.clear()
+    sample(classes, steps=1, labels={5: 2}, start=start)
+    assert classes.labels == [5, 5]
+    stored = request(classes.manifest, 6, 1, start=start, labels={3: 4, 0: 2}, micro_batch=6).labels
+    again = request(classes.manifest, 8, 1, start=start - start % 2, labels=stored, micro_batch=6).labels
+    assert again == stored  # a plain list, from which a job or a picture draws them again
+
+
+def test_what_is_no_model_is_refused(gaussian):
+    for model in (3, "model.onnx", None):
+        with pytest.raises(
+            RequestError, match=r"^model must be what cm\.load returns, the path of one, or None"
+        ) as caught:
+            sample(model, 1)
+        assert "\n" not in str(caught.value)
+
+
 def test_without_classes_no_labels_are_asked_for(gaussian):
     (part,) = batches(gaussian, request(gaussian.manifest, 3, micro_batch=3))
     assert part.labels is None and gaussian.labels == []
@@ -322,6 +347,25 @@ def test_splitting_a_request_covers_the_same_images(gaussian, count, batch):
         ({"labels": "some"}, "labels must be all, random or numbers"),
         ({"labels": [1.5]}, "labels must be"),
         ({"labels": [float("nan")]}, "labels must be"),
+        ({"labels": {3: 100, 6: 50}}, "the labels are for 150 images, but 3 are asked for"),
+        ({"labels": {7: 3}}, "labels must be from 0 to 6, not 7"),
+        ({"labels": {0: 3, 1: 0}}, "are for 1 image or more each, not 0"),
+        ({"labels": {0: True, 1: 2}}, "are for 1 image or more each, not True"),
+        ({"labels": {0: 1.0, 1: 2}}, "are for 1 image or more each, not 1.0"),
+        ({"labels": {"0": 3}}, "labels must be whole numbers from 0 to 6, not '0'"),
+        ({"labels": {}}, "list of labels is empty"),
+        ({"labels": {0: 1 << 60}}, "for 1 to 1048576 images, not 1152921504606846976"),
+        ({"labels": {0, 1}}, "labels must be all, random, a number from 0 to 6, a list of such, or a mapping"),
+        ({"labels": 1.0}, "labels must be all, random, a number"),
+        ({"labels": b"01"}, "labels must be all, random, a number"),
+        ({"labels": object}, "labels must be all, random, a number"),
+        ({"labels": True}, "labels must be all, random, a number"),
+        ({"labels": [True, False]}, "labels must be whole numbers from 0 to 6, not True"),
+        ({"labels": [np.True_]}, "labels must be whole numbers from 0 to 6, not"),
+        ({"labels": np.array([True])}, "labels must be whole numbers from 0 to 6, not True"),
+        ({"labels": np.array([1.0])}, "labels must be whole numbers from 0 to 6, not 1.0"),
+        ({"labels": [[0, 1], [2, 3]]}, r"labels must be whole numbers from 0 to 6, not \[0, 1\]"),
+        ({"labels": np.zeros((2, 2), int)}, r"labels must be whole numbers from 0 to 6, not \[0, 0\]"),
     ],
     ids=str,
 )

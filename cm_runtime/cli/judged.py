@@ -62,10 +62,11 @@ def drawn(model: Path | None, drawing: Drawing, device: str, threads: int) -> Im
 
     engine = backends.load(model, drawing.backend or "auto", device, threads)  # type: ignore[arg-type]
     manifest = engine.manifest
-    count = 10_000 if drawing.count is None else drawing.count
+    labels = values.labels(drawing.labels)
+    count = sampling.counted(labels, drawing.count, 10_000)
     given: dict[str, Any] = {
         "seed": drawing.seed or 0,
-        "labels": values.labels(drawing.labels),
+        "labels": labels,
         "micro_batch": values.micro_batch(drawing.micro_batch, min(count, 256), engine.micro_batch),
     }
     if manifest.is_teacher:

@@ -30,7 +30,9 @@ OutputName = Annotated[
 Labels = Annotated[
     str | None,
     typer.Option(
-        metavar="all|random|3|0,1,2", help="Classes: all in turn, random, or a list in turn.", show_default="all"
+        metavar="all|random|3|0,1,2|3:100,7:50",
+        help="Classes: all in turn, random, a list in turn, or so many of each.",
+        show_default="all",
     ),
 ]
 MicroBatch = Annotated[

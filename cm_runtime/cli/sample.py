@@ -102,22 +102,25 @@ def sample(
         raise RequestError(f"--batch must be at least 1, not {batch}")
     from cm_runtime import backends, files, sampling
 
+    classes = values.labels(labels)
+    total = sampling.counted(classes, count, at_once)
+
     def request(engine: base.Backend, size: int) -> Request:
         return sampling.request(
             engine.manifest,
-            at_once if count is None else count,
+            total,
             steps,
             sigmas=values.levels(engine.manifest, steps, sigmas, ts, timesteps, grid),
             seed=seed,
             start=start,
-            labels=values.labels(labels),
+            labels=classes,
             micro_batch=size,
             output="float32" if floats else "uint8",
         )
 
     if wanted is not None:
         opening = shards.Opening(model or backends.DEFAULT_MODEL, backend, device, threads, precision, micro_batch)
-        shards.draw(wanted, opening, at_once if count is None else count, request)
+        shards.draw(wanted, opening, total, request)
         return
     files.check_output(name)
     most = at_once if micro_batch == "auto" else min(at_once, int(micro_batch) if micro_batch.isdigit() else at_once)

@@ -14,13 +14,25 @@ if TYPE_CHECKING:
 
 
 def labels(text: str | None) -> Labels:
-    """all, random, or classes separated by commas. Raises RequestError."""
+    """all, random, classes separated by commas, or CLASS:COUNT so separated. Raises RequestError."""
     if text is None or text == "all" or text == "random":
         return text  # type: ignore[return-value]
     try:
-        return [int(part) for part in text.split(",")]
+        if ":" not in text:
+            return [int(part) for part in text.split(",")]
+        counts: dict[int, int] = {}
+        for part in text.split(","):
+            label, count = map(int, part.split(":"))
+            if label in counts:
+                raise RequestError(f"--labels counts class {label} twice")
+            counts[label] = count
+        return counts
+    except RequestError:
+        raise
     except ValueError as error:
-        raise RequestError(f"--labels takes all, random or classes separated by commas, not {text!r}") from error
+        raise RequestError(
+            f"--labels takes all, random, classes separated by commas, or CLASS:COUNT so separated, not {text!r}"
+        ) from error
 
 
 def numbers(option: str, text: str) -> list[float]:

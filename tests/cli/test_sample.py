@@ -68,6 +68,31 @@ def test_the_images_are_those_of_algorithm_1_written_out(cli: Cli, boundary: exp
     assert np.abs(whole.astype(int) - (x0.transpose(0, 2, 3, 1) + 1) * 127.5).max() < 0.51
 
 
+def test_labels_may_be_so_many_of_each(cli: Cli, boundary: exported.Files) -> None:
+    for options in ((), ("--batch", 2), ("--count", 5), ("--start", 4)):
+        assert drawn(cli, boundary.onnx, "--backend", "ort", "--labels", "4:2,0:3", *options)["arr_1"].tolist() == [
+            4,
+            4,
+            0,
+            0,
+            0,
+        ]
+    how = ("--backend", "ort", "--shards", "npz", "-o", "shards/")
+    assert cli("sample", boundary.onnx, "--labels", "4:2,0:3", *how).code == 0
+    assert json.loads(Path("shards/manifest.json").read_text())["labels"] == [4, 4, 0, 0, 0]
+    for labels, message in {
+        "4:2,4:3": "--labels counts class 4 twice",
+        "4:2,3": "CLASS:COUNT",
+        "4:2:1": "CLASS:COUNT",
+        "4:0": "1 image or more",
+        "5:2": "labels must be from 0 to 4, not 5",
+    }.items():
+        outcome = cli("sample", boundary.onnx, "--backend", "ort", "--labels", labels)
+        assert (outcome.code, outcome.err.count("\n")) == (1, 1) and message in outcome.err
+    outcome = cli("sample", boundary.onnx, "--backend", "ort", "--labels", "4:2,0:3", "--count", 4)
+    assert outcome.err == "error: the labels are for 5 images, but 4 are asked for\n"
+
+
 @pytest.mark.parametrize(
     "options",
     [
