@@ -6,7 +6,8 @@
     images = cm.sample(model, count=256, steps=2)      # uint8 (256, H, W, C)
     for batch in cm.stream(model): ...                 # endless; batch.images, batch.labels, batch.index
 
-Names are imported when they are first used: importing the package costs nothing, and sampling needs no torch.
+Names are imported when they are first used: importing the package costs nothing, and sampling needs no torch. What
+needs it, `export` and `load_checkpoint`, says so when it is called.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cm_runtime import editing as editing
     from cm_runtime import errors as errors
     from cm_runtime import export as export
     from cm_runtime import noise as noise
     from cm_runtime.backends import load as load
     from cm_runtime.importers import load_checkpoint as load_checkpoint
-    from cm_runtime.sampling import sample as sample
+    from cm_runtime.streaming import sample as sample
     from cm_runtime.streaming import stream as stream
 
 __version__ = "0.1.0"
@@ -28,20 +30,15 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "cm_runtime.backends",
     "load_checkpoint": "cm_runtime.importers",
-    "sample": "cm_runtime.sampling",
+    "sample": "cm_runtime.streaming",
     "stream": "cm_runtime.streaming",
 }
-_MODULES = ("errors", "export", "noise")
-_NEED_TORCH = ("export", "load_checkpoint")
+_MODULES = ("editing", "errors", "export", "noise")
 
-__all__ = ["errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
+__all__ = ["editing", "errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEED_TORCH:
-        from cm_runtime.extras import require
-
-        require("torch", f"cm_runtime.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in _MODULES:
@@ -50,4 +47,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -102,7 +102,7 @@ class TrainingSummary(_Frozen):
     steps: int | None = Field(None, ge=0)
     images: int | None = Field(None, ge=0, description="seen in training, repeats counted")
     seconds: float | None = Field(None, ge=0)
-    config: dict[str, Any] = Field(default_factory=dict, description="the run's whole configuration")
+    config: dict[str, Any] = Field(default_factory=dict, description="the run's whole configuration", repr=False)
 
     @field_validator("config", mode="before")
     @classmethod
@@ -169,6 +169,19 @@ class Manifest(_Frozen):
         if self.graph == "sampler" and len(self.sigmas) != 1:
             raise ValueError("a sampler graph has the noise levels of one number of steps")
         return self
+
+    def __repr__(self) -> str:
+        """The graph and its images, on one line; `model_dump` has everything."""
+        training = f", {self.training.method} of {self.training.data}" if self.training else ""
+        return f"<Manifest of a {self.graph}: {self.images}, {self.precond} form, {self.precision}{training}>"
+
+    __str__ = __repr__
+
+    @property
+    def images(self) -> str:
+        """The images' shape and classes, in words."""
+        shape = "x".join(map(str, self.image_shape))
+        return f"{shape}, {self.num_classes} classes" if self.num_classes else shape
 
     @property
     def steps(self) -> int:

@@ -49,6 +49,12 @@ class Checkpoint:
     sha256: str = ""
     sigmas: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """The images and the number of weights, without them."""
+        weights = sum(tensor.numel() for tensor in self.ema.get(self.default_ema, {}).values())
+        rates = ", ".join(self.ema)
+        return f"<Checkpoint: {self.manifest().images}, {weights:,} weights, EMA {rates}, {self.training.method}>"
+
     def model(self, ema: str | None = None) -> ConsistencyModel:
         """f in float32, in evaluation mode, with the weights of that EMA rate (default: default_ema).
 

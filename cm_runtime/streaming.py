@@ -1,4 +1,7 @@
-"""Images for training on, drawn while others are used: an endless sequence, in which each has its index."""
+"""Images that a model draws, whichever way it is named: an array of them, or a sequence to train on.
+
+A sequence may be endless; its images are drawn while others are used.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from cm_runtime import backends, sampling
 from cm_runtime.ahead import ahead
 from cm_runtime.artifact import Manifest, read_manifest
@@ -17,6 +22,7 @@ from cm_runtime.errors import RequestError
 from cm_runtime.extras import require
 from cm_runtime.process import cores
 from cm_runtime.sampling import Batch, Denoiser, Drawer, Labels, Output, Request
+from cm_runtime.steps import Array
 
 INDICES = 1 << 64
 
@@ -70,7 +76,7 @@ class Stream:
         """For all the images. Raises RequestError."""
         return sampling.request(
             manifest,
-            INDICES - self.start if self.count is None else self.count,
+            sampling.counted(self.labels, self.count, INDICES - self.start),
             self.steps,
             sigmas=self.sigmas,
             seed=self.seed,
@@ -84,6 +90,69 @@ class Stream:
     def _ahead(self, parts: Iterator[Batch]) -> Iterator[Batch]:
         with closing(ahead(parts, self.prefetch)) as drawn:
             yield from drawn
+
+
+def sample(
+    model: Denoiser | Drawer | str | os.PathLike[str] | None = None,
+    count: int | None = None,
+    steps: int | None = None,
+    *,
+    seed: int = 0,
+    start: int = 0,
+    labels: Labels = None,
+    batch: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    noise: Array | None = None,
+    output: Output = "uint8",
+    clip: bool = True,
+) -> NDArray[Any]:
+    """Draws images: (count,H,W,C) uint8, or float32 before quantisation with output="float32".
+
+    Example: ``cm.sample("model.onnx", 256, steps=2, labels=[0, 3])``
+
+    Args:
+        model: a loaded one, or the path of one, which is opened for this call; None is the bundled one.
+        count: default 256, or the sum of what ``labels`` counts.
+        steps: network evaluations of an image, default 2.
+        seed: image i of a seed is always the same.
+        start: index of the first image.
+        labels: "all" (i mod classes, the default), "random", one label, a list used in turn (image i has entry i mod
+            its length), or a mapping of classes to counts: {3: 100, 7: 50} is 100 images of class 3 and then 50 of 7,
+            from ``start`` on; ``count`` must be their sum, or left out.
+        batch: images that the engine sees at once; by default its own choice.
+        sigmas: noise levels in place of steps, descending from sigma_max.
+        noise: the caller's own (K,N,C,H,W) standard normals in place of seed, start and count.
+        clip: clamp every x0 to [-1, 1].
+
+    Raises:
+        RequestError: for what no model could draw.
+        EngineError: where the model's output is not finite, or the engine fails; and what `load` raises for a path.
+    """
+    where = _model(model)
+    engine = backends.load(where) if isinstance(where, Path) else where
+    return sampling.sample(
+        engine,
+        count,
+        steps,
+        seed=seed,
+        start=start,
+        labels=labels,
+        batch=batch,
+        sigmas=sigmas,
+        noise=noise,
+        output=output,
+        clip=clip,
+    )
+
+
+def _model(model: Denoiser | Drawer | str | os.PathLike[str] | None) -> Denoiser | Drawer | Path:
+    """A loaded model, or the path of one. Raises RequestError."""
+    if model is None:
+        return backends.DEFAULT_MODEL
+    if isinstance(model, str | os.PathLike):
+        return Path(model)
+    sampling.check_model(model)
+    return model
 
 
 def stream(
@@ -103,11 +172,12 @@ def stream(
     """Images ``start``, ``start + 1``, ... of a seed, as an iterable of `sampling.Batch`; with None as count, endless.
 
     model: a loaded one; or the path of one, by default the bundled one, which is opened whenever iteration begins.
-    batch: images in each, by default what suits the engine; prefetch: batches that a thread draws before they are
-    asked for. The rest is as in `sampling.sample`. A batch has index (n,) uint64, labels (n,) int64 or None, images
-    (n,H,W,C). Raises RequestError; what drawing raises comes where the batch would.
+    count: None is endless, or the sum of what ``labels`` counts; batch: images in each, by default what suits the
+    engine; prefetch: batches that a thread draws before they are asked for. The rest is as in `sample`. A batch has
+    index (n,) uint64, labels (n,) int64 or None, images (n,H,W,C). Raises RequestError; what drawing raises comes where
+    the batch would.
     """
-    where = backends.DEFAULT_MODEL if model is None else Path(model) if isinstance(model, str | os.PathLike) else model
+    where = _model(model)
     if prefetch < 1:
         raise RequestError(f"prefetch must be at least 1, not {prefetch}")
     made = Stream(where, count, seed, start, steps, sigmas, labels, batch, output, clip, prefetch)

@@ -49,17 +49,7 @@ def onnx(
     inline: bool = False,
     force: bool = False,
 ) -> Exported:
-    """Exports ``checkpoint`` to ``path``; the manifest inside has the parity measured.
-
-    graph: denoiser, sampler (with steps, default 2, or sigmas: those levels and no others) or network. precision: of
-    weights and feature maps; normalisations, the last convolution, coefficients and images stay float32. inline:
-    cm::SkipScale as standard ops in the graph itself, for engines without local functions. Weights that the checkpoint
-    stores in float16 are stored so, and computed in float32. Weights above 1 GiB are stored in one data file beside
-    ``path``, which the manifest names. Takes less than three times the memory of the float32 weights, one of which is
-    the checkpoint's own if the caller keeps it. Raises ParityError when the file's outputs miss the float32 torch
-    model's (see `parity`), MissingExtraError when no engine is there to check them, RequestError for levels that the
-    model has not, OutputError when ``path`` cannot be written or exists without ``force``; nothing is left behind.
-    """
+    """Exports ``checkpoint`` to ``path``; arguments and errors are those of `export.onnx`."""
     target = Path(path)
     if target.suffix != ".onnx":
         raise RequestError(f"{target}: an ONNX file's name ends in .onnx")

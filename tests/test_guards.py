@@ -49,7 +49,7 @@ BASE = {"numpy", "PIL", "pydantic", "rich", "typer"}
 WITH_TORCH = BASE | {"torch", "onnx"}
 COMMAND_LINE = {"typer"}
 
-PUBLIC = ["errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
+PUBLIC = ["editing", "errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
 
 
 # The import order
@@ -294,7 +294,7 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
 def test_public_names() -> None:
     """What ``import cm_runtime as cm`` offers: the list above, at run time and to type checkers."""
     assert cm.__all__ == PUBLIC
-    assert set(PUBLIC) < set(dir(cm))
+    assert [name for name in dir(cm) if not name.startswith("__")] == PUBLIC
     assert all(getattr(cm, name).__name__.split(".")[-1] == name for name in PUBLIC)
     typed = imports(ast.parse((PACKAGE / "__init__.py").read_text()), ["cm_runtime"])
     assert sorted(found.name.split(".")[-1] for found in typed if found.when == "types") == PUBLIC
@@ -371,3 +371,32 @@ def test_counts_agree_with_their_nouns() -> None:
     assert told == []
     source = 'f"{n} steps, {MOST} images, {rate:.1f} images/s, {len(x)} labels"'
     assert [text for _, text in counts(ast.parse(source))] == ["n steps", "len(x) labels"]
+
+
+FACE_WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+import inspect, pydoc
+import cm_runtime as cm
+scope = {}
+exec("from cm_runtime import *", scope)
+print(sorted(name for name in scope if not name.startswith("__")) == cm.__all__)
+print({name for name, _ in inspect.getmembers(cm)} >= {*cm.__all__}, all(hasattr(cm, name) for name in cm.__all__))
+text = pydoc.plain(pydoc.render_doc(cm))
+print(all(name in text for name in cm.__all__), "consistency model" in text)
+text = pydoc.plain(pydoc.render_doc(cm.export))
+print("precision" in text, "precond" in pydoc.plain(pydoc.render_doc(cm.load_checkpoint)))
+for use in (cm.load_checkpoint, lambda path: cm.export.onnx(None, path), lambda path: cm.export.diffusers(None, path)):
+    try:
+        use("m.onnx")
+    except cm.errors.MissingExtraError as error:
+        print(error)
+"""
+
+
+def test_the_face_is_whole_without_torch() -> None:
+    """help, star import and the tools that walk modules work; what needs torch says so when it is called."""
+    lines = python("-c", FACE_WITHOUT_TORCH).stdout.splitlines()
+    assert lines[:4] == ["True", "True True", "True True", "True True"]
+    wanted = "needs torch: pip install 'cm-runtime[train]'"
+    assert lines[4:] == [f"cm_runtime.{name} {wanted}" for name in ("load_checkpoint", "export", "export")]

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import cm_runtime as cm
+from cm_runtime import backends
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.errors import CmRuntimeError, MissingExtraError, RequestError
 
@@ -51,6 +52,33 @@ def test_batches_are_what_sample_draws(engine: OrtBackend) -> None:
     images = np.concatenate([batch.images for batch in batches])
     wanted = cm.sample(engine, 20, 1, seed=3, start=5, batch=8, labels=[4, 0, 1])
     assert images.dtype == np.uint8 and np.array_equal(images, wanted)
+
+
+def test_a_mapping_of_labels_ends_a_stream(engine: OrtBackend) -> None:
+    batches = list(cm.stream(engine, start=3, batch=4, steps=1, labels={4: 3, 1: 2}))
+    assert [int(label) for batch in batches for label in batch.labels] == [4, 4, 4, 1, 1]  # type: ignore[union-attr]
+    with pytest.raises(RequestError, match="labels are for 5 images, but 6 are asked for"):
+        cm.stream(engine, 6, labels={4: 3, 1: 2})
+
+
+def test_sample_opens_a_path_and_by_default_the_bundled_model(
+    path: Path, engine: OrtBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "load", lambda where: OrtBackend(where, threads=1))
+    wanted = cm.sample(engine, 2, 1)
+    for model in (path, str(path)):
+        assert np.array_equal(cm.sample(model, 2, 1), wanted)
+    assert cm.sample(count=1, steps=1).shape == (1, 28, 28, 1)
+
+
+def test_what_is_no_model_is_refused_in_a_line() -> None:
+    for model in (3, object(), torch.nn.Identity(), [1], b"m.onnx"):
+        for use in (cm.sample, cm.stream, cm.load):
+            with pytest.raises(
+                RequestError, match=r"the path of (one|a model), or None for the bundled one, not"
+            ) as caught:
+                use(model)  # type: ignore[operator]
+            assert "\n" not in str(caught.value)
 
 
 def test_every_option_arrives(engine: OrtBackend) -> None:

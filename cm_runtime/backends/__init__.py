@@ -48,6 +48,8 @@ def load(
     ArtifactError, CheckpointError, EngineError, MissingExtraError, and RequestError for a backend or precision that
     such a file does not run in.
     """
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise RequestError(f"load takes the path of a model, or None for the bundled one, not {type(path).__name__}")
     where = DEFAULT_MODEL if path is None else Path(path)
     if backend not in get_args(BackendName):
         raise RequestError(f"backend must be one of {', '.join(get_args(BackendName))}, not {backend!r}")
@@ -145,10 +147,12 @@ def _torch(path: Path, device: str, threads: int, precision: ComputePrecision, *
 
     set_threads(threads)
     checkpoint = load_checkpoint(path)
-    return TorchBackend(
+    opened = TorchBackend(
         checkpoint.model(),
         checkpoint.manifest(),
         str(chosen_device(device)),
         precision="fp32" if precision == "auto" else precision,
         is_compiled=is_compiled,
     )
+    opened.source = path.name
+    return opened

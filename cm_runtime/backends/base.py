@@ -26,7 +26,7 @@ class Backend(ABC):
     """A model on an engine: `sampling.Denoiser` for a graph of f, `sampling.Drawer` for a sampler graph.
 
     name: as --backend has it; device: cpu or cuda:N; precision: what it computes in; version: the engine's package and
-    version; outputs: those of the graph's that are read, the images' first.
+    version; outputs: those of the graph's that are read, the images' first; source: the name of the file.
     """
 
     name: str
@@ -35,6 +35,11 @@ class Backend(ABC):
     precision: Precision
     version: str
     outputs: tuple[str, ...]
+    source: str = "model"
+
+    def __repr__(self) -> str:
+        """The file, the engine, and the images: <m.onnx on ort, cpu: 1x28x28, 10 classes>."""
+        return f"<{self.source} on {self.name}, {self.device}: {self.manifest.images}>"
 
     @abstractmethod
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:

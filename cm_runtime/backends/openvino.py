@@ -57,6 +57,7 @@ class OpenVinoBackend(Backend):
         if device not in ("cpu", "auto"):
             raise RequestError(f"OpenVINO runs on the CPU here, not on {device}")
         where = Path(model)
+        self.source = where.name
         self.manifest = manifest or read_manifest(where)
         self.device = "cpu"
         self.precision = precision

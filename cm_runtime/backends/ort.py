@@ -60,6 +60,7 @@ class OrtBackend(Backend):
     ) -> None:
         ort = require("onnxruntime", "the ONNX Runtime backend")
         where = "the exported graph" if isinstance(model, bytes) else str(Path(model))
+        self.source = Path(where).name
         self.manifest = manifest or read_manifest(where)
         self.device = device
         self.precision = self.manifest.precision

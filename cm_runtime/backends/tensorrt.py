@@ -46,6 +46,7 @@ class TensorRtBackend(Backend):
         device: str = "auto",
     ) -> None:
         where = "the built engine" if isinstance(engine, bytes) else str(Path(engine))
+        self.source = Path(where).name
         self.file = manifest or engine_file.read_engine_manifest(where)
         if device not in DEVICES:
             raise EngineError(

@@ -146,7 +146,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _diffusers(checkpoint: Checkpoint, folder: Path, device: str) -> Drawer:
-    from cm_runtime.export.diffusers import diffusers
+    from cm_runtime.export.diffusers_folder import diffusers
 
     try:
         diffusers(checkpoint, folder / "pipeline")

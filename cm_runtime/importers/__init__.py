@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cm_runtime import checkpoint as ours
-from cm_runtime.checkpoint import Checkpoint
 from cm_runtime.errors import CheckpointError, RequestError
-from cm_runtime.importers import diffusers, openai, published
+from cm_runtime.extras import require
 from cm_runtime.precond import Form
+
+if TYPE_CHECKING:
+    from cm_runtime.checkpoint import Checkpoint
 
 
 def load_checkpoint(
@@ -27,8 +29,13 @@ def load_checkpoint(
     it; head_channels: of an attention head, 64 in all published networks; image_size: in pixels, by default what makes
     the innermost feature map 8x8, as in all published networks; model_name: the published model that this is, as
     cd_imagenet64_l2, by default the one whose name the file has (a folder: after diffusers-).
-    Raises CheckpointError naming what does not fit, RequestError for an option that the file has no use for.
+    Raises CheckpointError naming what does not fit, RequestError for an option that the file has no use for, and
+    MissingExtraError without torch.
     """
+    require("torch", "cm_runtime.load_checkpoint")
+    from cm_runtime import checkpoint as ours
+    from cm_runtime.importers import diffusers, openai, published
+
     where = Path(path)
     known = published.find(where) if model_name is None else published.named(model_name)
     is_folder = os.path.isdir(where)  # False for names that no file can have

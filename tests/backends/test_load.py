@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 
 import cm_runtime as cm
 from cm_runtime import editing
+from cm_runtime.artifact import read_manifest
 from cm_runtime.backends import DEFAULT_MODEL
 from cm_runtime.checkpoint import save_checkpoint
 from cm_runtime.errors import ArtifactError, CheckpointError, CmRuntimeError, EngineError, RequestError
@@ -26,6 +27,25 @@ def one_line(error: BaseException) -> str:
     message = str(error)
     assert len(message.splitlines()) == 1
     return message
+
+
+def test_reprs_are_a_line(boundary: exported.Files, edm: exported.Files) -> None:
+    """Without weights, numbers and configurations."""
+    model = cm.load(boundary.onnx, backend="ort", device="cpu")
+    assert repr(model) == "<model.onnx on ort, cpu: 3x8x8, 5 classes>"
+    assert repr(cm.load(edm.onnx, backend="openvino")) == "<model.onnx on openvino, cpu: 1x8x8>"
+    assert repr(cm.load(edm.checkpoint)) == "<ckpt.pt on torch, cpu: 1x8x8>"
+    manifest = (
+        f"<Manifest of a denoiser: 3x8x8, 5 classes, boundary form, fp32, {model.manifest.training.method} of none>"
+    )
+    assert repr(model.manifest) == str(model.manifest) == manifest
+    assert "config" not in repr(read_manifest(DEFAULT_MODEL).training)
+    stream = cm.stream(model, 3, batch=2)
+    assert str(model) in repr(stream) and len(repr(stream)) < 300
+    assert repr(next(iter(stream))) == "Batch(index 0 to 1, labels (2,), images (2, 8, 8, 3) uint8)"
+    checkpoint = cm.load_checkpoint(boundary.checkpoint)
+    weights = sum(tensor.numel() for tensor in checkpoint.ema["0.999"].values())
+    assert repr(checkpoint) == f"<Checkpoint: 3x8x8, 5 classes, {weights:,} weights, EMA 0.999, ect>"
 
 
 # The choice

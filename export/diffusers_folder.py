@@ -25,11 +25,7 @@ INDEX = {
 
 
 def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Writes the folder ``path``, whole or not at all, the weights as the checkpoint stores them.
-
-    Raises CheckpointError with the reason where diffusers has no such model (patch 2, another form than boundary), and
-    OutputError when ``path`` cannot be written, exists without ``force``, or is no such folder that could be replaced.
-    """
+    """Writes the folder ``path``; arguments and errors are those of `export.diffusers`."""
     require("safetensors", "the export to diffusers")
     from safetensors import SafetensorError
     from safetensors.torch import save_file
