@@ -14,13 +14,15 @@ A suite is a TOML file of groups; a group is a model and lists of choices, every
 from __future__ import annotations
 
 import itertools
+import math
 import re
-import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cm_runtime import bounded, toml
 from cm_runtime.errors import ConfigError
 
 Kind = Literal["single-stream", "offline", "server"]
@@ -28,6 +30,7 @@ Backend = Literal["auto", "ort", "openvino", "torch", "torch.compile"]
 Peer = Literal["diffusers", "torch", "torch.compile", "onnx", "openvino"]
 PEERS: tuple[Peer, ...] = ("diffusers", "torch", "torch.compile", "onnx", "openvino")
 SUITES = Path(__file__).parent / "suites"
+MOST_SCENARIOS = 1000  # of a suite, and of a result
 BUNDLED = "default"  # the bundled model, where a model is asked for
 _NAME = re.compile(
     r"(?s)(?P<model>.*) (?P<kind>single-stream|offline|server) (?P<steps>\d+)x(?P<batch>\d+)(?P<rest>.*)"
@@ -73,7 +76,7 @@ class Scenario(Frozen):
     device: str = "auto"
     threads: int = Field(0, ge=0, le=1024, description="0: one per core")
     rate: float | None = Field(None, gt=0, le=1e6, description="requests a second, server only")
-    bound_ms: float | None = Field(None, gt=0, description="of the 99th percentile of latency, server only")
+    bound_ms: float | None = Field(None, gt=0, le=1e9, description="of the 99th percentile of latency, server only")
     peers: tuple[Peer, ...] = ()
 
     @model_validator(mode="after")
@@ -124,25 +127,35 @@ class Group(Frozen):
 
     @model_validator(mode="after")
     def _makes_scenarios(self) -> Group:
-        try:
-            found = self.scenarios(), self.scenarios(quick=True)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from error
-        if not found[0] or (self.quick is not None and not found[1]):
-            raise ValueError("a list is empty")
+        for quick in (False, True) if self.quick else (False,):
+            choices = self._choices(quick)
+            if not all(choices):
+                raise ValueError("a list is empty")
+            if any(len(set(each)) < len(each) for each in choices):
+                raise ValueError("a list names a choice twice")
+            if (count := math.prod(map(len, choices))) > MOST_SCENARIOS:
+                raise ValueError(f"its lists make {count} scenarios, and a suite has at most {MOST_SCENARIOS}")
+            try:
+                self.scenarios(quick)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from error
         return self
+
+    def _choices(self, quick: bool) -> tuple[tuple[Any, ...], ...]:
+        """(kinds, backends, devices, threads, steps, batches)."""
+        lists = dict(self)
+        if quick and self.quick is not None:
+            lists |= {name: value for name, value in self.quick if value is not None}
+        return (lists["kinds"], self.backends, self.devices, self.threads, lists["steps"], lists["batches"])
 
     def scenarios(self, quick: bool = False) -> list[Scenario]:
         """Every combination, in the order in which they are written."""
         if quick and self.quick is None:
             return []
-        chosen = dict(self)
-        if quick and self.quick is not None:
-            chosen |= {name: value for name, value in self.quick if value is not None}
-        combinations = itertools.product(
-            chosen["kinds"], self.backends, self.devices, self.threads, chosen["steps"], chosen["batches"]
-        )
+        peers = self.peers
+        if quick and self.quick is not None and self.quick.peers is not None:
+            peers = self.quick.peers
         return [
             Scenario(
                 model=self.model,
@@ -154,9 +167,9 @@ class Group(Frozen):
                 threads=threads,
                 rate=self.rate if kind == "server" else None,
                 bound_ms=self.bound_ms if kind == "server" else None,
-                peers=() if kind == "server" else chosen["peers"],
+                peers=() if kind == "server" else peers,
             )
-            for kind, backend, device, threads, steps, batch in combinations
+            for kind, backend, device, threads, steps, batch in itertools.product(*self._choices(quick))
         ]
 
 
@@ -164,13 +177,17 @@ class Suite(Frozen):
     """A suite file."""
 
     description: str = ""
-    group: tuple[Group, ...] = Field(min_length=1)
+    group: tuple[Group, ...] = Field(min_length=1, max_length=MOST_SCENARIOS)
 
     def scenarios(self, quick: bool = False) -> list[Scenario]:
-        """All scenarios, or those of the quick setting. Raises ConfigError where two have one name."""
-        found = [scenario for group in self.group for scenario in group.scenarios(quick)]
-        names = [scenario.name for scenario in found]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        """All scenarios, or those of the quick setting. Raises ConfigError where two have one name, or are too many."""
+        found: list[Scenario] = []
+        for group in self.group:
+            found += group.scenarios(quick)
+            if len(found) > MOST_SCENARIOS:
+                raise ConfigError(f"the suite has over {MOST_SCENARIOS} scenarios; split it")
+        names = Counter(scenario.name for scenario in found)
+        if twice := sorted(name for name, count in names.items() if count > 1):
             raise ConfigError(f"the suite has two scenarios called {twice[0]!r}")
         return found
 
@@ -183,17 +200,11 @@ def named_suites() -> list[str]:
 def read_suite(name: str) -> Suite:
     """The suite called ``name``, or in the TOML file of that path. Raises ConfigError."""
     path = SUITES / f"{name}.toml" if name in named_suites() else Path(name)
-    try:
-        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not bounded.exists(path):
         known = ", ".join(named_suites())
-        raise ConfigError(f"there is no suite {name}: give a .toml file, or one of {known}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+        raise ConfigError(f"there is no suite {name}: give a .toml file, or one of {known}")
     try:
-        return Suite.model_validate(raw)
+        return Suite.model_validate(toml.read(path))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -10,18 +10,22 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cm_runtime import bounded, toml
 from cm_runtime.errors import ConfigError
 from cm_runtime.precond import Form
+from cm_runtime.schedule import GRID_LIMIT
 from cm_runtime.unet import NetworkShape
 
 PRESETS = Path(__file__).parent / "presets"
+MOST_STEPS = 10**9
+MOST_IMAGES = 1 << 16  # a step
+MOST_PIXELS = 4096  # a side
 
 
 class _Strict(BaseModel):
@@ -32,29 +36,33 @@ class DataConfig(_Strict):
     """Which images, and how they are shown to the network."""
 
     source: str = Field(description="a data set's name, or a path; see training.data.open_data")
-    image_size: int | None = Field(None, gt=0, description="resize a folder of pictures to this; None: as they are")
+    image_size: int | None = Field(
+        None, gt=0, le=MOST_PIXELS, description="resize a folder of pictures to this; None: as they are"
+    )
     classes: bool = Field(True, description="condition on the labels where there are labels")
     flip: bool = Field(False, description="mirror half of the images")
 
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
+LogMean = Annotated[float, Field(ge=-20, le=20)]
+LogDeviation = Annotated[float, Field(gt=0, le=20)]
 
 
 class _Phase(_Strict):
     """What every method needs. Rates are per step."""
 
-    steps: int = Field(gt=0)
-    batch: int = Field(gt=0, description="images a step, of all workers together")
+    steps: int = Field(gt=0, le=MOST_STEPS)
+    batch: int = Field(gt=0, le=MOST_IMAGES, description="images a step, of all workers together")
     micro_batch: int | None = Field(
-        None, gt=0, description="images the network sees at once; the rest of a batch is accumulated"
+        None, gt=0, le=MOST_IMAGES, description="images the network sees at once; the rest of a batch is accumulated"
     )
     optimizer: Literal["radam", "adam"] = "radam"
     betas: tuple[Rate, Rate] = (0.9, 0.999)
-    learning_rate: float = Field(gt=0)
-    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
+    learning_rate: float = Field(gt=0, le=1000)
+    warmup: int = Field(0, ge=0, le=MOST_STEPS, description="steps over which the learning rate rises from 0")
     decay: float = Field(0.0, ge=0, le=1, description="share of the steps, at the end, over which it falls to 0")
-    clip: float | None = Field(None, gt=0, description="largest gradient norm; None: any")
-    ema: tuple[Rate, ...] = Field((0.999,), min_length=1, description="first: default")
+    clip: float | None = Field(None, gt=0, le=1e30, description="largest gradient norm; None: any")
+    ema: tuple[Rate, ...] = Field((0.999,), min_length=1, max_length=32, description="first: default")
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32", description="of the network; bf16: under autocast, weights in fp32; fp64: everything, to verify"
     )
@@ -70,8 +78,8 @@ class EdmPhase(_Phase):
     """Denoising score matching (arXiv 2206.00364, table 1): makes a teacher, or the start of ECT."""
 
     method: Literal["edm"]
-    P_mean: float = -1.2
-    P_std: float = Field(1.2, gt=0)
+    P_mean: LogMean = -1.2
+    P_std: LogDeviation = 1.2
 
 
 class _ConsistencyPhase(_Phase):
@@ -79,9 +87,9 @@ class _ConsistencyPhase(_Phase):
 
     distance: Literal["l1", "l2", "huber", "lpips"] = "l2"
     huber_c: float | None = Field(
-        None, gt=0, description="pseudo-Huber constant; None: 0.00054 sqrt(C H W) (arXiv 2310.14189)"
+        None, gt=0, le=1e6, description="pseudo-Huber constant; None: 0.00054 sqrt(C H W) (arXiv 2310.14189)"
     )
-    lpips: tuple[str, ...] = Field((), description="files of LPIPS weights; see training.lpips")
+    lpips: tuple[str, ...] = Field((), max_length=16, description="files of LPIPS weights; see training.lpips")
     weighting: Literal["one", "gap"] = Field("one", description="lambda: 1, or 1/(t - r)")
 
     @model_validator(mode="after")
@@ -97,7 +105,7 @@ class CdPhase(_ConsistencyPhase):
     """Consistency distillation (arXiv 2303.01469, algorithm 2): the second point is the teacher's ODE step."""
 
     method: Literal["cd"]
-    N: int = Field(18, ge=2, description="points of the Karras grid")
+    N: int = Field(18, ge=2, le=GRID_LIMIT, description="points of the Karras grid")
     solver: Literal["euler", "heun"] = "heun"
     teacher: Literal["before", "gaussian"] = Field(
         "before", description="the model before this phase; or the exact denoiser of a Gaussian fitted to the data"
@@ -109,8 +117,8 @@ class CtPhase(_ConsistencyPhase):
     """Consistency training (arXiv 2303.01469, algorithm 3): the second point is the data with less of the noise."""
 
     method: Literal["ct"]
-    s0: int = Field(2, ge=2, description="N at the start")
-    s1: int = Field(150, ge=2, description="N - 1 at the end")
+    s0: int = Field(2, ge=2, le=GRID_LIMIT, description="N at the start")
+    s1: int = Field(150, ge=2, le=GRID_LIMIT, description="N - 1 at the end")
     mu0: Rate = Field(0.9, description="decay of the EMA target at the start; 0: the student itself")
 
     @model_validator(mode="after")
@@ -126,10 +134,10 @@ class IctPhase(_ConsistencyPhase):
     method: Literal["ict"]
     distance: Literal["l1", "l2", "huber", "lpips"] = "huber"
     weighting: Literal["one", "gap"] = "gap"
-    s0: int = Field(10, ge=1, description="N - 1 at the start")
-    s1: int = Field(1280, ge=1, description="N - 1 at the end")
-    P_mean: float = -1.1
-    P_std: float = Field(2.0, gt=0)
+    s0: int = Field(10, ge=1, le=GRID_LIMIT, description="N - 1 at the start")
+    s1: int = Field(1280, ge=1, le=GRID_LIMIT, description="N - 1 at the end")
+    P_mean: LogMean = -1.1
+    P_std: LogDeviation = 2.0
 
     @model_validator(mode="after")
     def _N_grows(self) -> IctPhase:
@@ -144,13 +152,13 @@ class EctPhase(_ConsistencyPhase):
     method: Literal["ect"]
     distance: Literal["l1", "l2", "huber", "lpips"] = "huber"
     weighting: Literal["one", "gap"] = "gap"
-    P_mean: float = -1.1
-    P_std: float = Field(2.0, gt=0)
-    q: float = Field(2.0, gt=1, description="how fast r approaches t from stage to stage")
-    k: float = 8.0
-    b: float = 1.0
-    first_stage: int = Field(0, ge=0, description="above 0 to go on from a model that is consistent already")
-    stages: int = Field(8, gt=0, description="equal parts of the phase")
+    P_mean: LogMean = -1.1
+    P_std: LogDeviation = 2.0
+    q: float = Field(2.0, gt=1, le=1 << 22, description="how fast r approaches t from stage to stage")
+    k: float = Field(8.0, ge=-1e6, le=1e6)
+    b: float = Field(1.0, ge=-1e6, le=1e6)
+    first_stage: int = Field(0, ge=0, le=10_000, description="above 0 to go on from a model that is consistent already")
+    stages: int = Field(8, gt=0, le=10_000, description="equal parts of the phase")
 
     @model_validator(mode="after")
     def _r_stays_below_t(self) -> EctPhase:
@@ -168,21 +176,25 @@ class TrainConfig(_Strict):
 
     data: DataConfig
     network: NetworkShape | None = Field(None, description="None: that of init")
-    phase: tuple[Annotated[Phase, Field(discriminator="method")], ...] = Field(min_length=1)
+    phase: tuple[Annotated[Phase, Field(discriminator="method")], ...] = Field(min_length=1, max_length=100)
     init: str | None = Field(
         None, description="a checkpoint to start from, ours, OpenAI's or a diffusers folder; None: fresh weights"
     )
     init_precond: Form | None = Field(None, description="the form of an init that does not say its own")
-    init_head_channels: int | None = Field(None, gt=0, description="of an OpenAI init's attention; None: 64")
-    init_image_size: int | None = Field(None, gt=0, description="of an OpenAI init; None: innermost feature map 8x8")
+    init_head_channels: int | None = Field(
+        None, gt=0, le=1 << 18, description="of an OpenAI init's attention; None: 64"
+    )
+    init_image_size: int | None = Field(
+        None, gt=0, le=MOST_PIXELS, description="of an OpenAI init; None: innermost feature map 8x8"
+    )
     precond: Form = Field("edm", description="of the consistency function; an edm phase always trains the edm form")
-    sigma_data: float = Field(0.5, gt=0)
+    sigma_data: float = Field(0.5, ge=1e-6, le=1e6)
     seed: int = Field(0, ge=0, lt=1 << 63)
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; under torchrun each worker has its own cuda:N")
     channels_last: bool = Field(False, description="lay images and weights out so; mostly faster on GPUs")
     compile: bool = Field(False, description="torch.compile the network: minutes at the start, then faster steps")
-    save_every: int = Field(200, gt=0, description="steps between checkpoints")
-    sample_every: int = Field(400, gt=0, description="steps between sample grids")
+    save_every: int = Field(200, gt=0, le=MOST_STEPS, description="steps between checkpoints")
+    sample_every: int = Field(400, gt=0, le=MOST_STEPS, description="steps between sample grids")
     tensorboard: bool = Field(True, description="write curves and sample grids for TensorBoard")
     weights: Literal["float32", "float16"] = Field("float32", description="how the checkpoint stores them")
 
@@ -214,16 +226,11 @@ def load_config(preset_or_path: str | os.PathLike[str], settings: Sequence[str] 
     """
     name = str(preset_or_path)
     path = PRESETS / f"{name}.toml" if name in preset_names() else Path(name)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"no preset or file {name}; the presets are {', '.join(preset_names())}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} cannot be read: {error}") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{name} is not valid TOML: {error}") from error
+    if not bounded.exists(path):
+        raise ConfigError(f"no preset or file {name}; the presets are {', '.join(preset_names())}")
+    tree = toml.read(path)
     for setting in settings:
-        _lay_over(tree, setting)
+        _lay_over(tree, setting, name)
     return parse_config(tree, name)
 
 
@@ -270,16 +277,15 @@ def _models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
     return found
 
 
-def _lay_over(tree: dict[str, Any], setting: str) -> None:
+def _lay_over(tree: dict[str, Any], setting: str, where: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set takes key=value, not {setting!r}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        value = text
-    node: Any = tree
     *folders, last = key.split(".")
+    if len(folders) >= toml.MOST_PARTS:
+        raise ConfigError(f"--set {key[:40]}...: a key has at most {toml.MOST_PARTS} parts")
+    value = toml.parse_value(text, f"{where}: {key}")
+    node: Any = tree
     try:
         for folder in folders:
             node = node[int(folder)] if isinstance(node, list) else node.setdefault(folder, {})

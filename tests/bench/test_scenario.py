@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from cm_runtime.bench.scenario import PEERS, Group, Scenario, named_suites, read_suite, title
+from cm_runtime.bench.scenario import PEERS, Group, Scenario, Suite, named_suites, read_suite, title
 from cm_runtime.errors import ConfigError
 
 STANDING = Path(__file__).parents[2] / "benchmarks" / "standing.toml"
@@ -105,7 +106,7 @@ def test_impossible_scenarios(options: dict[str, Any], wrong: str) -> None:
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("[[group", "not TOML"),
+        ("[[group", "not valid TOML"),
         ("", "group"),
         ("[[group]]\nmode = 3", "mode"),
         ("[[group]]\nsteps = [0]", "steps"),
@@ -114,7 +115,13 @@ def test_impossible_scenarios(options: dict[str, Any], wrong: str) -> None:
         ("[[group]]\n[[group]]", "two scenarios called 'default single-stream 2x1'"),
         ("[[group]]\nkinds = ['server']", "rate"),
         ("group = 3", "group"),
-        ("a = " + "[" * 10000, "not TOML"),
+        ("a = " + "[" * 10000, "not valid TOML"),
+        (f"[[group]]\nsteps = {list(range(1, 101))}\nbatches = {list(range(1, 12))}", "lists make 1100 scenarios"),
+        ("".join(f"[[group]]\nmodel = '{n}'\nsteps = [1, 2, 3]\n" for n in range(334)), "over 1000 scenarios"),
+        ("[[group]]\n" * 1001, "at most 1000 items"),
+        ("[[group]]\nsteps = [2, 2]", "names a choice twice"),
+        ("[[group]]\nrate = 1" + "0" * 5000, "rate: must be a number of fewer digits"),
+        ("[[group]]\nsteps = [2, 1" + "0" * 400 + "]", "group.0.steps.1: must be a whole number of at most 64 bits"),
     ],
 )
 def test_bad_suites(tmp_path: Path, text: str, wrong: str) -> None:
@@ -129,7 +136,21 @@ def test_missing_suites(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no suite nothing: .* quick"):
         read_suite("nothing")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="not text in UTF-8"):
         read_suite(str(tmp_path / "bytes.toml"))
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is a folder, not a regular file"):
         read_suite(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "x" * 300, "a\0b"])
+def test_names_of_no_file(tmp_path: Path, name: str) -> None:
+    """A pipe would be waited for, and a device read without end."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="not a regular file|no suite") as caught:
+        read_suite(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_large_suite_is_counted_in_linear_time() -> None:
+    found = Suite(group=tuple(Group(model=str(n)) for n in range(1000))).scenarios()
+    assert len(found) == 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -605,6 +606,12 @@ def test_later_settings_win_and_tables_can_be_made(base: Path) -> None:
         ("data.source.deep=1", "data.source.deep"),
         ("data.source.deep.er=1", "data.source.deep.er"),
         ("seed.0=1", "seed"),
+        ("x=1" + "0" * 5000, "base.toml: x: "),
+        (
+            "phase.1.first_stage=1" + "0" * 400,
+            "base.toml: phase.1.first_stage: must be a whole number of at most 64 bits",
+        ),
+        (".".join(["a"] * 20_000) + "=1", "at most 16 parts"),
         ("phase=3", "phase"),
         ("phase..steps=1", "phase..steps"),
         (".=1", "unknown key"),
@@ -614,6 +621,44 @@ def test_later_settings_win_and_tables_can_be_made(base: Path) -> None:
 )
 def test_settings_that_lead_nowhere_are_refused_by_name(base: Path, setting: str, named: str) -> None:
     assert named in refused(base, setting)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("edm", "data.image_size", "4097"),
+        ("edm", "sigma_data", "1e300"),
+        ("edm", "sigma_data", "1e-300"),
+        ("edm", "save_every", "2_000_000_000"),
+        ("edm", "phase.1.steps", "2_000_000_000"),
+        ("edm", "phase.1.batch", "1_000_000_000"),
+        ("edm", "phase.1.micro_batch", "1_000_000_000"),
+        ("edm", "phase.1.learning_rate", "1e300"),
+        ("edm", "phase.1.warmup", "9_000_000_000"),
+        ("edm", "phase.1.P_mean", "-1e300"),
+        ("edm", "phase.1.P_std", "1e300"),
+        ("edm", "phase.1.ema", str([n / 64 for n in range(33)])),
+        ("cd", "phase.1.N", "1_000_000_000"),
+        ("ct", "phase.1.s1", "1_000_000_000"),
+        ("ict", "phase.1.s1", "1_000_000_000"),
+        ("ict", "phase.1.s0", "1_000_000_000"),
+        ("ect", "phase.1.stages", "1_000_000_000"),
+        ("ect", "phase.1.first_stage", "1_000_000_000"),
+        ("ect", "phase.1.k", "1e300"),
+        ("ect", "phase.1.huber_c", "1e300"),
+    ],
+)
+def test_sizes_that_no_run_has_are_refused_by_name(base: Path, method: str, key: str, value: str) -> None:
+    settings = [f"phase.1.method={method}", "phase.1.distance=huber"][: 1 + (key == "phase.1.huber_c")]
+    assert f"{base}: {key}: Input should be " in refused(base, *settings, f"{key}={value}") or key == "phase.1.ema"
+
+
+def test_whole_numbers_beyond_float_are_refused_where_no_toml_was(base: Path) -> None:
+    """A state's configuration is no TOML, and its numbers may have any size."""
+    tree = tomllib.loads(base.read_text())
+    tree["phase"][1]["stages"] = 10**400
+    with pytest.raises(ConfigError, match=r"phase\.1\.stages"):
+        parse_config(tree, "state.pt")
 
 
 # files and presets
@@ -636,6 +681,12 @@ def test_a_folder_and_an_empty_file_are_refused(tmp_path: Path) -> None:
     assert str(tmp_path) in refused(tmp_path)
     (tmp_path / "empty.toml").touch()
     assert "empty.toml: data: " in refused(tmp_path / "empty.toml")
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "x" * 300, "a\0b"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert name.replace("\0", " ")[:99] in refused(tmp_path / name)
 
 
 def test_a_file_of_endless_nesting_is_refused(tmp_path: Path) -> None:

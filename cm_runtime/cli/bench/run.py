@@ -117,7 +117,8 @@ def run(
         is_part = quick and suite is not None
         scenarios = listed.scenarios(quick=is_part)
         if is_part:
-            left_out = [each.name for each in listed.scenarios() if each.name not in {one.name for one in scenarios}]
+            measured = {each.name for each in scenarios}
+            left_out = [name for each in listed.scenarios() if (name := each.name) not in measured]
     scenarios = _fitting(scenarios, scenario)
     settings = Settings(
         budget_s=(2.0 if quick else 20.0) if budget is None else budget,
