@@ -24,7 +24,7 @@ from cm_runtime.bench import results
 from cm_runtime.bench.report.environment import day, machine_line, versions_line
 from cm_runtime.bench.report.markdown import escaped
 from cm_runtime.bench.report.numbers import DASH, bounds, digits, interval, share, times
-from cm_runtime.bench.report.setups import rivals, setup_name, subject
+from cm_runtime.bench.report.setups import SetupNames, rivals, subject
 from cm_runtime.bench.results import Contender, Result, ScenarioResult
 from cm_runtime.bench.scenario import Kind
 from cm_runtime.errors import CmRuntimeError, DataError
@@ -51,9 +51,11 @@ def replaced(text: str, table: str, where: Path) -> str:
 
 def _table(members: Sequence[Result]) -> str:
     pairs = [(result, scenario) for result in members for scenario in result.scenarios if subject(scenario)]
-    models = [setup_name(*pair) for pair in pairs]
+    models = [SetupNames(result).of(each) for result, each in pairs]
     kinds = get_args(Kind)
-    pairs.sort(key=lambda at: (models.index(setup_name(*at)), kinds.index(at[1].kind), at[1].steps, at[1].batch))
+    pairs.sort(
+        key=lambda at: (models.index(SetupNames(at[0]).of(at[1])), kinds.index(at[1].kind), at[1].steps, at[1].batch)
+    )
     peers = list(dict.fromkeys(side.name for _, each in pairs for side in rivals(each) if side.time_ratio))
     columns = ["model", "steps", "batch", "p50, ms", "images/s", *(f"{name} takes" for name in peers)]
     columns.append("GFLOP/s (of the peak)")
@@ -77,7 +79,7 @@ def _row(result: Result, scenario: ScenarioResult, peers: Sequence[str]) -> list
         batch += ", offline"
     gflops = digits(side.gflop_per_s) + (f" ({share(side.peak_fraction)})" if side.peak_fraction is not None else "")
     return [
-        setup_name(result, scenario),
+        SetupNames(result).of(scenario),
         str(scenario.steps),
         batch,
         interval(side.latency.p50 if side.latency else None),

@@ -113,6 +113,11 @@ def _of_pair(scenario: ScenarioResult, new: Contender | None, base: Contender | 
         return Verdict(name, "REGRESSION", reason=f"this build could not be measured: {reason}")
     if base is None or base.status != "measured":
         return Verdict(name, "INCONCLUSIVE", reason=f"no base: {base.reason if base else 'it was not measured'}")
+    if len(new.block_ms) != len(base.block_ms):
+        counts = f"{len(new.block_ms)} blocks of this build and {len(base.block_ms)} of the base"
+        return Verdict(name, "INCONCLUSIVE", reason=f"{counts}: the two did not take turns")
+    if not new.block_ms:
+        return Verdict(name, "INCONCLUSIVE", reason="the result holds no block of either build")
     ratio = stats.ratio(new.block_ms, base.block_ms)
     differs = base.agreement.text if base.agreement and base.agreement.is_allowed else ""
     reasons = [reason for reason in (_too_few(len(new.block_ms)), differs) if reason]
@@ -138,9 +143,11 @@ def _between(base: ScenarioResult, new: ScenarioResult | None, old: Result, late
             return Verdict(base.name, "INCONCLUSIVE", reason=f"not the same work: {what} {one} and {other}")
     if base.facts and new.facts and base.facts.image_shape != new.facts.image_shape:
         return Verdict(base.name, "INCONCLUSIVE", reason="not the same work: the images are of different sizes")
+    fewest = min(len(after.block_ms), len(before.block_ms))
+    if not fewest:
+        return Verdict(base.name, "INCONCLUSIVE", reason="a result holds no block of it")
     drift = _drift(_peaks(base, old), _peaks(new, late))
     ratio = stats.unpaired_ratio(after.block_ms, before.block_ms, drift)
-    fewest = min(len(after.block_ms), len(before.block_ms))
     return Verdict(
         base.name, judged(ratio, gate), ratio, _too_few(fewest) or f"the machine's own speed: {drift:.1%} apart"
     )

@@ -18,7 +18,7 @@ import numpy as np
 
 from cm_runtime.bench import nvidia, stats
 from cm_runtime.bench.process import Process, WorkerError
-from cm_runtime.bench.results import Agreement, Estimate
+from cm_runtime.bench.results import MOST_BLOCKS, Agreement, Estimate
 from cm_runtime.bench.scenario import Scenario
 from cm_runtime.bench.sides import Side
 from cm_runtime.steps import to_uint8
@@ -153,7 +153,7 @@ def _rounds(
         plans[side.name] = _warm(side, limits)
     budget = limits.budget_s * len(sides)
     began = time.perf_counter()
-    for number in range(1 << 20):
+    for number in range(MOST_BLOCKS):
         spent = time.perf_counter() - began
         if number >= FEWEST_ROUNDS and (spent >= budget or _is_narrow(sides, limits)):
             return
@@ -233,7 +233,7 @@ def _serve(
         side.found["warmup"] = WINDOW
     budget = max(limits.budget_s, P99_REQUESTS / scenario.rate) * len(sides)
     began = time.perf_counter()
-    for number in range(1 << 20):
+    for number in range(MOST_BLOCKS):
         spent = time.perf_counter() - began
         is_known = all(stats.latency(side.blocks).p99 for side in sides if not side.out and spent >= budget)
         if number >= stats.FEWEST_BLOCKS and spent >= budget and (is_known or spent >= LONGEST * budget):

@@ -10,35 +10,45 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import FailFast, Field, ValidationError, model_validator
 
-from cm_runtime import files
-from cm_runtime.bench.scenario import Backend, Frozen, Kind
+from cm_runtime import bounded, files
+from cm_runtime.bench.scenario import MOST_SCENARIOS, Backend, Frozen, Kind
 from cm_runtime.errors import ArtifactError
 
 FORMAT_VERSION = 1
-_LARGEST = 64 << 20
+MOST_BYTES = 16 << 20  # a hundred times what forty scenarios with their peers take
+MOST_BLOCKS = 10_000  # of a contender, which measures for at most as many rounds
+MOST_CONTENDERS = 32
 SUBJECT = "cm-runtime"
 BASE = "base"
 SCHEMA = Path(__file__).parent / "schema.json"
 
 
+Item = TypeVar("Item")
+Many = Annotated[tuple[Item, ...], FailFast()]  # names its first fault only, however many there are
+Whole = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Quantity = Annotated[float, Field(ge=0, le=1e100)]
+Milliseconds = Annotated[float, Field(ge=1e-6, le=1e9)]  # a nanosecond to eleven days
+
+
 class Estimate(Frozen):
     """A value and its 95% interval; no interval where there were too few samples for one."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
+    value: Quantity
+    low: Quantity | None = None
+    high: Quantity | None = None
 
 
 class Latency(Frozen):
     """Milliseconds a request; a percentile is null where there were too few samples to bound it from above."""
 
-    samples: int = Field(ge=1)
-    blocks: int = Field(ge=1)
+    samples: Whole = Field(ge=1)
+    blocks: Whole = Field(ge=1)
     p50: Estimate
     p90: Estimate | None = None
     p95: Estimate | None = None
@@ -50,7 +60,7 @@ class Agreement(Frozen):
 
     against: str
     max_abs: float = Field(ge=0)
-    grey_levels: int = Field(ge=0, description="largest difference after quantisation to 8 bits")
+    grey_levels: Whole = Field(ge=0, description="largest difference after quantisation to 8 bits")
     is_allowed: bool = Field(False, description="whether it is more than rounding, and was allowed: another model's")
 
     @property
@@ -87,18 +97,22 @@ class Contender(Frozen):
     device_latency: Latency | None = Field(None, description="the same between two events on the device's stream")
     images_per_s: Estimate | None = None
     time_ratio: Estimate | None = Field(None, description="its time over cm-runtime's, by round; above 1: slower")
-    cold_start_s: tuple[float, ...] = Field((), description="from starting Python to the first images, each launch")
+    cold_start_s: Many[float] = Field(
+        (), max_length=1000, description="from starting Python to the first images, each launch"
+    )
     load_s: float | None = Field(None, description="from the file to an engine that is ready, its import included")
     first_s: float | None = Field(None, description="the first request; engines that compile late do so there")
-    peak_host_bytes: int | None = Field(None, ge=0, description="resident pages, mapped files included")
-    peak_device_bytes: int | None = Field(None, ge=0)
+    peak_host_bytes: Whole | None = Field(None, ge=0, description="resident pages, mapped files included")
+    peak_device_bytes: Whole | None = Field(None, ge=0)
     outside_network: float | None = Field(None, description="share of the time not spent in network evaluations")
     gflop_per_s: float | None = None
     peak_fraction: float | None = Field(None, description="of the matrix product measured in the same run")
-    warmup: int = Field(0, description="requests before the first that counts")
+    warmup: Whole = Field(0, description="requests before the first that counts")
     stable: bool = Field(True, description="whether two blocks in a row agreed when the warm-up ended")
-    micro_batch: int | None = None
-    block_ms: tuple[float, ...] = Field((), description="median of each block, in the order of the rounds")
+    micro_batch: Whole | None = None
+    block_ms: Many[Milliseconds] = Field(
+        (), max_length=MOST_BLOCKS, description="median of each block, in the order of the rounds"
+    )
     served: Served | None = None
 
 
@@ -108,12 +122,12 @@ class ModelFacts(Frozen):
     path: str = Field(description="as it was asked for: a path, default, or the name of a standing network")
     sha256: str
     source_sha256: str = ""
-    image_shape: tuple[int, int, int]
-    num_classes: int = Field(ge=0)
+    image_shape: tuple[Whole, Whole, Whole]
+    num_classes: Whole = Field(ge=0)
     precision: str
     export_parity: float | None = Field(None, description="largest difference from torch that its export recorded")
     export_s: float | None = Field(None, description="making it from its checkpoint, where this run did")
-    bytes: int = Field(ge=0)
+    bytes: Whole = Field(ge=0)
     gflop: float | None = Field(
         None, gt=0, description="of one evaluation of one image; a product and a sum count as two"
     )
@@ -125,19 +139,19 @@ class ScenarioResult(Frozen):
     name: str
     model: str
     kind: Kind
-    steps: int = Field(ge=1)
-    sigmas: tuple[float, ...]
-    batch: int = Field(ge=1)
+    steps: Whole = Field(ge=1)
+    sigmas: Many[float] = Field(max_length=1000)
+    batch: Whole = Field(ge=1)
     rate: float | None = Field(None, description="requests a second, of a server scenario")
     bound_ms: float | None = Field(None, description="of p99, of a server scenario")
     backend: Backend = Field(description="as asked for")
     engine: str = Field("", description="what that was: onnxruntime 1.32.0")
     device: str
-    threads: int = Field(ge=1, description="given to the engine")
+    threads: Whole = Field(ge=1, description="given to the engine")
     status: Literal["measured", "failed"]
     reason: str = ""
     facts: ModelFacts | None = None
-    contenders: tuple[Contender, ...] = ()
+    contenders: Many[Contender] = Field((), max_length=MOST_CONTENDERS)
 
     def contender(self, name: str) -> Contender | None:
         """The one called ``name``."""
@@ -148,13 +162,15 @@ class Processor(Frozen):
     """The CPU."""
 
     model: str
-    cores: int = Field(description="that this process may run on")
-    sockets: int | None = None
-    flags: tuple[str, ...] = Field((), description="of those that matter here: avx2, avx512f, amx_bf16, asimd, ...")
+    cores: Whole = Field(description="that this process may run on")
+    sockets: Whole | None = None
+    flags: Many[str] = Field(
+        (), max_length=1000, description="of those that matter here: avx2, avx512f, amx_bf16, asimd, ..."
+    )
     governor: str | None = None
     asked_mhz: float | None = Field(None, description="the clock's upper limit as set, where the kernel tells")
     limit_cores: float | None = Field(None, description="a container's limit")
-    memory_bytes: int
+    memory_bytes: Whole
 
 
 class Gpu(Frozen):
@@ -163,7 +179,7 @@ class Gpu(Frozen):
     name: str
     uuid: str = ""
     driver: str
-    memory_bytes: int
+    memory_bytes: Whole
     power_limit_w: float | None = None
     asked_mhz: float | None = Field(None, description="application clock of the processors")
     max_mhz: float | None = None
@@ -173,7 +189,7 @@ class Machine(Frozen):
     """What two results must share to be compared."""
 
     processor: Processor
-    gpus: tuple[Gpu, ...] = ()
+    gpus: Many[Gpu] = Field((), max_length=1024)
     kernel: str
     architecture: str
     libc: str
@@ -187,30 +203,38 @@ class Conditions(Frozen):
 
     seconds: float
     mhz: tuple[float, float] | None = Field(None, description="lowest and highest clock seen on any core")
-    throttled: int | None = Field(None, description="thermal throttling events")
+    throttled: Whole | None = Field(None, description="thermal throttling events")
     stolen: float | None = Field(None, description="share of processor time that the hypervisor gave to others")
     others: float | None = Field(None, description="share of processor time that other processes used")
     gpu_mhz: tuple[float, float] | None = None
     gpu_celsius: tuple[float, float] | None = None
-    gpu_throttled: tuple[str, ...] = Field((), description="reasons that nvidia-smi gave")
+    gpu_throttled: Many[str] = Field((), max_length=1000, description="reasons that nvidia-smi gave")
 
 
 class Peaks(Frozen):
     """What the machine can do, measured before the first scenario and after the last."""
 
-    threads: int
+    threads: Whole
     device: str
     matrix_gflop_per_s: Estimate = Field(description="float32 product of two square matrices")
     copy_gb_per_s: Estimate = Field(description="bytes read and written, of arrays beyond the caches")
     library: str
-    drift: float | None = Field(None, description="of the matrix product over the run: largest change, as a share")
+    drift: float | None = Field(
+        None, ge=-1, le=1e12, description="of the matrix product over the run: largest change, as a share"
+    )
+
+    @model_validator(mode="after")
+    def _multiplies(self) -> Peaks:
+        if not 1e-6 <= self.matrix_gflop_per_s.value <= 1e12:
+            raise ValueError(f"no machine multiplies matrices at {self.matrix_gflop_per_s.value:g} GFLOP/s")
+        return self
 
 
 class Samples(Frozen):
     """Where every sample is."""
 
     file: str
-    bytes: int
+    bytes: Whole
     sha256: str
 
 
@@ -220,7 +244,7 @@ class Settings(Frozen):
     budget_s: float = Field(description="for each contender of a scenario")
     interval: float = Field(description="half the width of a median's interval, as a share, at which it stops")
     quick: bool
-    seed: int
+    seed: Whole
     allow_different_images: bool = Field(False, description="whether a base that draws other images is timed too")
 
 
@@ -236,11 +260,20 @@ class Result(Frozen):
     settings: Settings
     machine: Machine
     conditions: Conditions | None = None
-    peaks: tuple[Peaks, ...] = ()
+    peaks: Many[Peaks] = Field((), max_length=MOST_SCENARIOS)
     samples: Samples | None = None
-    planned: int = Field(0, ge=0, description="scenarios, finished or not")
-    left_out: tuple[str, ...] = Field((), description="scenarios of the suite that the quick setting leaves out")
-    scenarios: tuple[ScenarioResult, ...] = ()
+    planned: Whole = Field(0, ge=0, description="scenarios, finished or not")
+    left_out: Many[str] = Field(
+        (), max_length=MOST_SCENARIOS, description="scenarios of the suite that the quick setting leaves out"
+    )
+    scenarios: Many[ScenarioResult] = Field((), max_length=MOST_SCENARIOS)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Result:
+        names = Counter(each.name for each in self.scenarios)
+        if twice := next((name for name, count in names.items() if count > 1), None):
+            raise ValueError(f"two scenarios are called {twice!r}")
+        return self
 
     def scenario(self, name: str) -> ScenarioResult | None:
         """The one called ``name``."""
@@ -260,24 +293,23 @@ def write(result: Result, path: str | os.PathLike[str]) -> None:
 
 def read(path: str | os.PathLike[str]) -> Result:
     """A result file of this version or an older one. Raises ArtifactError."""
-    where = Path(path)
+    content = bounded.read_bytes(path, ArtifactError, MOST_BYTES)
     try:
-        if where.stat().st_size > _LARGEST:
-            raise ArtifactError(f"{where} is too large for a benchmark result")
-        raw: Any = json.loads(where.read_bytes())
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{where}: no such file") from error
-    except OSError as error:
-        raise ArtifactError(f"{where} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{where} is not JSON, or is truncated") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if not isinstance(version, int) or not isinstance(raw, dict) or "scenarios" not in raw:
-        raise ArtifactError(f"{where} is no result of cm-runtime bench run")
-    if version > FORMAT_VERSION:
-        raise ArtifactError(f"{where} has format {version}; this cm-runtime reads up to {FORMAT_VERSION}: update it")
-    try:
-        return Result.model_validate_json(where.read_bytes())
+        return Result.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ArtifactError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ArtifactError(f"{path}{_fault(content, error)}") from error
+
+
+def _fault(content: bytes, error: ValidationError) -> str:
+    """The reason why ``content`` is no result, as it follows the file's name."""
+    try:
+        raw: Any = json.loads(content)
+    except (ValueError, RecursionError):
+        return " is not JSON, or is truncated"
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int) or "scenarios" not in raw:
+        return " is no result of cm-runtime bench run"
+    if version > FORMAT_VERSION:
+        return f" has format {version}; this cm-runtime reads up to {FORMAT_VERSION}: update it"
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join(["", ".".join(map(str, first["loc"])) or "the whole", first["msg"].removeprefix("Value error, ")])

@@ -18,6 +18,9 @@ from cm_runtime.bench.results import Estimate, Latency
 Times = NDArray[np.float64]
 LEVEL = 0.95
 RESAMPLES = 4000
+FEWEST_RESAMPLES = 1000  # of so many values that RESAMPLES of them would be over RESAMPLED values
+RESAMPLED = 1 << 22
+PART = 1 << 20  # values resampled together: memory is the same for any number of them
 FEWEST_BLOCKS = 8  # of which an interval is made
 
 
@@ -121,11 +124,14 @@ def _bootstrap(values: Times, seed: int) -> tuple[float, float | None, float | N
         return centre, None, None
     rng = np.random.default_rng(seed)
     length = round(k ** (1 / 3))
-    starts = rng.integers(0, k, (RESAMPLES, -(-k // length)))
-    index = (starts[:, :, None] + np.arange(length)).reshape(RESAMPLES, -1)[:, :k] % k
-    means = interquartile_mean(values[index])
+    resamples = max(FEWEST_RESAMPLES, min(RESAMPLES, RESAMPLED // k))
+    starts = rng.integers(0, k, (resamples, -(-k // length)))
+    means = []
+    for part in np.split(starts, range(0, resamples, max(1, PART // k))[1:]):
+        index = (part[:, :, None] + np.arange(length)).reshape(len(part), -1)[:, :k] % k
+        means.append(interquartile_mean(values[index]))
     tail = NormalDist().cdf(-math.sqrt(k / (k - 1)) * student_t(k - 1))
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return centre, float(low), float(high)
 
 

@@ -138,6 +138,24 @@ def test_a_base_that_failed() -> None:
     assert [each.word for each in compare.within(both, 0.05)] == ["INCONCLUSIVE", "REGRESSION"]
 
 
+def test_blocks_of_other_numbers_are_no_rounds() -> None:
+    (verdict,) = compare.within(pair(blocks(10, 12), blocks(10, 20)), 0.05)
+    assert verdict.word == "INCONCLUSIVE" and "12 blocks of this build and 20 of the base" in verdict.reason
+    for one, other in (((), ()), ((), blocks(10))):
+        assert compare.within(pair(one, other), 0.05)[0].word == "INCONCLUSIVE"
+        (verdict,) = compare.between(alone(one), alone(other), 0.05)
+        assert verdict.word == "INCONCLUSIVE" and verdict.ratio is None and "no block" in verdict.reason
+    (verdict,) = compare.between(alone(blocks(10, 12)), alone(blocks(10, 40, seed=1)), 0.05)  # two runs may differ
+    assert verdict.word == "PASS"
+
+
+def test_the_farthest_apart_that_a_result_may_be() -> None:
+    """Ratio, interval and drift stay finite."""
+    fast, slow = alone((1e-6,) * 8 + (1e9,) * 8, matrix=1e-6), alone((1e9,) * 16, matrix=1e12)
+    for base, new in ((fast, slow), (slow, fast)):
+        assert compare.between(base, new, 0.05)[0].word in ("INCONCLUSIVE", "PASS", "REGRESSION")
+
+
 @pytest.mark.parametrize(
     ("words", "worst"),
     [

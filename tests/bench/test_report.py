@@ -213,12 +213,22 @@ def test_figures_have_their_numbers_in_words(full: Page) -> None:
 
 def test_a_value_that_no_axis_can_hold_is_left_out() -> None:
     """Numbers of a file are anybody's: zero, negative, huge."""
-    huge, odd = 10**400, made.scenario(10**400, 10**400, made.subject(1.0, 1), made.peer("torch", 1.0, -2.0))
+    huge, odd = (1 << 63) - 1, made.scenario((1 << 63) - 1, 1 << 62, made.subject(1.0, 1), made.peer("torch", 1.0, 0.0))
     nothing = made.scenario(1, 1, made.subject(1.0, 1, gflop_per_s=0.0, outside_network=7.0, peak_host_bytes=huge))
-    negative = made.scenario(2, 1, made.side(latency=made.latency(-3.0), images_per_s=made.estimate(1e300)))
+    negative = made.scenario(2, 1, made.side(latency=made.latency(0.0), images_per_s=made.estimate(1e99)))
     broken = made.result(odd, nothing, negative, made.server())
     assert {plot.name for plot in drawn(broken)} <= {"outside-network", "gflops", "server"}
-    assert "∞" in page(broken) and "1.000e300" in markdown.summary(broken)
+    assert "9223372 TB" in page(broken) and "1.000e99" in markdown.summary(broken)
+
+
+def test_plots_are_of_the_first_setups_and_tables_of_all() -> None:
+    """A plot takes a tenth of a second, and a result may hold a thousand models."""
+    many = [made.scenario(1, 1, made.subject(1.0, 1), model=f"m{n}") for n in range(14)]
+    many.append(made.scenario(1, 8, made.subject(2.0, 8), model="m0"))
+    plots = drawn(made.result(*many))
+    assert {plot.name.rpartition("-")[2] for plot in plots} == {f"m{n}" for n in range(12)}
+    assert "first 12 setups" in plots[0].caption and "other 2 too" in plots[0].caption
+    assert "m13" in markdown.summary(made.result(*many))
 
 
 # Hostile text

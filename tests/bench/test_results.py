@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from bench import made
 
 from cm_runtime.bench import results
+from cm_runtime.bench.report import quality
 from cm_runtime.errors import ArtifactError, OutputError
 
 ROOT = Path(__file__).parents[2]
@@ -70,11 +72,17 @@ def test_other_files(tmp_path: Path, text: str, wrong: str) -> None:
 def test_missing_unreadable_and_huge_files(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such file"):
         results.read(tmp_path / "x.json")
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    with pytest.raises(ArtifactError, match="is a folder"):
         results.read(tmp_path)
+    with pytest.raises(ArtifactError, match="is a device"):
+        results.read("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    for reader in (results.read, quality.read):
+        with pytest.raises(ArtifactError, match="is a pipe"):
+            reader(tmp_path / "pipe")
     with (tmp_path / "huge.json").open("wb") as file:
         file.truncate(1 << 30)
-    with pytest.raises(ArtifactError, match="too large"):
+    with pytest.raises(ArtifactError, match="more than the 16777216"):
         results.read(tmp_path / "huge.json")
 
 
@@ -90,6 +98,45 @@ def test_unknown_keys_and_infinite_times_are_refused(tmp_path: Path) -> None:
         path.write_text(text.replace(before, after, 1))
         with pytest.raises(ArtifactError, match=wrong):
             results.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"block_ms": [0.0] * 10}, "block_ms.0: Input should be greater"),
+        ({"block_ms": [-1.0] * 10}, "block_ms.0: Input should be greater"),
+        ({"block_ms": [1e-320] * 10}, "block_ms.0: Input should be greater"),
+        ({"block_ms": [1e300] * 10}, "block_ms.0: Input should be less"),
+        ({"block_ms": [1.0] * 10_001}, "block_ms: Tuple should have at most 10000 items"),
+        ({"block_ms": ["a"] * 100_000}, "block_ms.0: Input should be a valid number"),
+        ({"time_ratio": {"value": -1.0}}, "time_ratio.value"),
+        ({"peak_host_bytes": 10**400}, "peak_host_bytes"),
+    ],
+)
+def test_numbers_that_no_run_measures(tmp_path: Path, change: dict[str, object], wrong: str) -> None:
+    raw = made.result(made.scenario(2, 8, made.subject(10.0, 8))).model_dump(mode="json")
+    raw["scenarios"][0]["contenders"][0] |= change
+    (tmp_path / "bench.json").write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match=wrong) as caught:
+        results.read(tmp_path / "bench.json")
+    assert "scenarios.0.contenders.0." in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-320, -1.0, 1e300])
+def test_peaks_that_no_machine_has(tmp_path: Path, value: float) -> None:
+    raw = made.result().model_dump(mode="json")
+    raw["peaks"][0]["matrix_gflop_per_s"] = {"value": value}
+    (tmp_path / "bench.json").write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match=r"peaks\.0"):
+        results.read(tmp_path / "bench.json")
+
+
+def test_scenarios_have_names_of_their_own_and_are_few(tmp_path: Path) -> None:
+    raw = made.result(made.scenario(2, 8)).model_dump(mode="json")
+    for count, wrong in ((2, "two scenarios are called"), (1001, "at most 1000 items")):
+        (tmp_path / "bench.json").write_text(json.dumps(raw | {"scenarios": raw["scenarios"] * count}))
+        with pytest.raises(ArtifactError, match=wrong):
+            results.read(tmp_path / "bench.json")
 
 
 def test_a_result_that_cannot_be_written(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_missing_suites(tmp_path: Path) -> None:
 def test_names_of_no_file(tmp_path: Path, name: str) -> None:
     """A pipe would be waited for, and a device read without end."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="not a regular file|no suite") as caught:
+    with pytest.raises(ConfigError, match=r"not a regular file|no suite") as caught:
         read_suite(str(tmp_path / name))
     assert "\n" not in str(caught.value)
 

@@ -16,7 +16,7 @@ from cm_runtime.bench.report import environment, tables
 from cm_runtime.bench.report.canvas import Plot, svg
 from cm_runtime.bench.report.numbers import bounds, clean, digits, times
 from cm_runtime.bench.report.quality import Quality
-from cm_runtime.bench.report.setups import brief, setup_name, subject
+from cm_runtime.bench.report.setups import SetupNames, brief, subject
 from cm_runtime.bench.results import Result
 from cm_runtime.bench.scenario import title
 from cm_runtime.extras import require
@@ -66,16 +66,16 @@ def html(result: Result, plots: Sequence[Plot], quality: Sequence[Quality] = ())
 def tiles(result: Result) -> list[Tile]:
     """The quickest request, the most images a second, and the range of the time each other takes."""
     measured = [(each, side) for each in result.scenarios if (side := subject(each)) is not None]
-    found = []
+    found, names = [], SetupNames(result)
     single = [(side.latency.p50, each) for each, side in measured if side.latency and each.kind == "single-stream"]
     if single:
         point, where = min(single, key=lambda pair: pair[0].value)
-        place = f"{setup_name(result, where)}: {brief(where)}"
+        place = f"{names.of(where)}: {brief(where)}"
         found.append(Tile("Quickest request", digits(point.value, 4), "ms", bounds(point), place))
     rates = [(side.images_per_s, each) for each, side in measured if side.images_per_s]
     if rates:
         point, where = max(rates, key=lambda pair: pair[0].value)
-        place = f"{setup_name(result, where)}: {brief(where)}"
+        place = f"{names.of(where)}: {brief(where)}"
         found.append(Tile("Most images", digits(point.value, 4), "a second", bounds(point), place))
     ratios: dict[str, list[float]] = {}
     for scenario, _ in measured:

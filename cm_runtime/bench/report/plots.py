@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from cm_runtime.bench.report import canvas, rows
@@ -19,11 +20,17 @@ if TYPE_CHECKING:
 
 Line = Literal["steps", "batch"]
 _MOST_LINES = 7
+MOST_SETUPS = 12
 
 
 def drawn(result: Result, quality: Sequence[Quality] = ()) -> list[Plot]:
-    """All that have something to show, a set for each setup. Raises MissingExtraError without matplotlib."""
+    """All that have something to show, a set for each of the first setups.
+
+    Raises MissingExtraError without matplotlib.
+    """
     places = setups(result)
+    left_out = len(places) - MOST_SETUPS
+    places = places[:MOST_SETUPS]
     found: list[Plot] = []
     with styled():
         for place in places:
@@ -39,6 +46,9 @@ def drawn(result: Result, quality: Sequence[Quality] = ()) -> list[Plot]:
             ]
             suffix = "" if len(places) == 1 else "-" + _slug(place.name)
             found += [_named(plot, suffix, found) for plot in made if plot is not None]
+        if left_out > 0 and found:
+            note = f" Plots are of the first {MOST_SETUPS} setups; the tables have the other {left_out} too."
+            found[0] = replace(found[0], caption=found[0].caption + note)
         for yardstick in dict.fromkeys(each.yardstick for each in quality):
             plot = distance(result, [each for each in quality if each.yardstick == yardstick])
             if plot is not None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePath
-from typing import Any
+from pathlib import PurePath
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cm_runtime import bounded
 from cm_runtime.bench.report.numbers import clean
 from cm_runtime.bench.results import Result
 from cm_runtime.bench.scenario import model_name
 from cm_runtime.errors import ArtifactError
 
-_LARGEST = 1 << 20
+MOST_BYTES = 1 << 20
 
 
 class _Read(BaseModel):
@@ -79,15 +79,8 @@ class Quality(_Read):
 
 def read(path: str | os.PathLike[str]) -> Quality:
     """The report of `cm-runtime eval -o`. Raises ArtifactError."""
-    where = Path(path)
+    content = bounded.read_bytes(path, ArtifactError, MOST_BYTES)
     try:
-        if where.stat().st_size > _LARGEST:
-            raise ArtifactError(f"{where} is too large for a report of cm-runtime eval")
-        raw: Any = where.read_bytes()
-        return Quality.model_validate_json(raw)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{where}: no such file") from error
-    except OSError as error:
-        raise ArtifactError(f"{where} cannot be read: {error.strerror or error}") from error
+        return Quality.model_validate_json(content)
     except ValidationError as error:
-        raise ArtifactError(f"{where} is no report of cm-runtime eval -o") from error
+        raise ArtifactError(f"{path} is no report of cm-runtime eval -o") from error

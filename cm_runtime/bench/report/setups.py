@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from cm_runtime.bench.report.numbers import clean, digits
@@ -34,19 +35,28 @@ def setups(result: Result) -> list[Setup]:
     groups: dict[tuple[str, ...], list[ScenarioResult]] = {}
     for scenario in result.scenarios:
         groups.setdefault(_key(scenario), []).append(scenario)
-    return [Setup(setup_name(result, members[0]), tuple(members)) for members in groups.values()]
+    names = SetupNames(result)
+    return [Setup(names.of(members[0]), tuple(members)) for members in groups.values()]
 
 
-def setup_name(result: Result, scenario: ScenarioResult) -> str:
-    """The model's name, and what else tells its setup from the others of the result."""
-    keys = {_key(each) for each in result.scenarios}
-    mine = _key(scenario)
-    models = {key[0] for key in keys}
-    alike = [model for model in models if _short(model) == _short(mine[0])]
-    words = [_short(mine[0]) if len(alike) == 1 else clean(mine[0], 60)]
-    others = [key for key in keys if key[0] == mine[0]]
-    words += [clean(mine[part], 30) for part in (1, 2, 3) if len({key[part] for key in others}) > 1]
-    return ", ".join(words)
+class SetupNames:
+    """The name of each setup of a result: its model's, and what else tells it from the others."""
+
+    def __init__(self, result: Result) -> None:
+        keys = {_key(each) for each in result.scenarios}
+        self._alike = Counter(_short(model) for model in {key[0] for key in keys})
+        self._variants: dict[str, list[set[str]]] = {}
+        for model, *parts in keys:
+            for values, part in zip(self._variants.setdefault(model, [set(), set(), set()]), parts, strict=True):
+                values.add(part)
+
+    def of(self, scenario: ScenarioResult) -> str:
+        """The name of the setup that ``scenario`` belongs to."""
+        model, *parts = _key(scenario)
+        words = [_short(model) if self._alike[_short(model)] == 1 else clean(model, 60)]
+        variants = self._variants[model]
+        words += [clean(part, 30) for part, values in zip(parts, variants, strict=True) if len(values) > 1]
+        return ", ".join(words)
 
 
 def brief(scenario: ScenarioResult) -> str:

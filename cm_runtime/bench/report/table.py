@@ -46,12 +46,14 @@ class Table:
     def spans(self) -> list[int]:
         """Over how many rows each row's first cell goes: 0 where it is that of the row above."""
         found: list[int] = []
+        start = 0
         for n, row in enumerate(self.rows):
             same = n > 0 and row.key and (row.key, row.cells[0]) == (self.rows[n - 1].key, self.rows[n - 1].cells[0])
             found.append(0 if same else 1)
             if same:
-                start = max(m for m, span in enumerate(found) if span)
                 found[start] += 1
+            else:
+                start = n
         return found
 
     def only(self, columns: Sequence[str]) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from cm_runtime.bench.report.numbers import DASH, clean, digits, head, share, short, size, spread
 from cm_runtime.bench.report.quality import Quality
-from cm_runtime.bench.report.setups import brief, rivals, setup_name, subject
+from cm_runtime.bench.report.setups import SetupNames, brief, rivals, subject
 from cm_runtime.bench.report.table import UNMEASURED, Cell, Row, Table, estimate, plain
 from cm_runtime.bench.results import Contender, Latency, Result, ScenarioResult
 from cm_runtime.bench.scenario import BUNDLED, model_name
@@ -57,9 +57,9 @@ def parity(side: Contender) -> Cell:
     return Cell(digits(float(side.agreement.max_abs), 2), levels, OTHER if side.agreement.is_allowed else "")
 
 
-def named(result: Result, scenario: ScenarioResult) -> Cell:
-    """What a scenario is called in the first column."""
-    return Cell(brief(scenario), setup_name(result, scenario))
+def named(names: SetupNames, scenario: ScenarioResult) -> Cell:
+    """A scenario's name in the first column."""
+    return Cell(brief(scenario), names.of(scenario))
 
 
 def _gflops(scenario: ScenarioResult, side: Contender) -> Cell:
@@ -95,9 +95,9 @@ def headline(result: Result) -> Table:
         columns["p50 on the device, ms"] = lambda _, side: estimate(
             side.device_latency.p50 if side.device_latency else None, why
         )
-    rows = []
+    rows, names = [], SetupNames(result)
     for scenario in result.scenarios:
-        name = named(result, scenario)
+        name = named(names, scenario)
         side = subject(scenario)
         fields = [_failed(scenario)] if side is None else [field(scenario, side) for field in columns.values()]
         rows.append(Row((name, *fields), clean(scenario.name)))
@@ -115,11 +115,11 @@ def peers(result: Result) -> Table:
     """Every side of every scenario that had more than one, or why it is not there."""
     columns = ["scenario", "side", "time over cm-runtime's", "p50, ms", "images/s"]
     columns += ["cold start, s", "load, s", "peak memory", "parity"]
-    rows = []
+    rows, names = [], SetupNames(result)
     for scenario in result.scenarios:
         if not rivals(scenario):
             continue
-        name = named(result, scenario)
+        name = named(names, scenario)
         for side in sorted(scenario.contenders, key=lambda each: each.role != "subject"):
             who = (name, Cell(clean(side.name, 40), _version(side)))
             if side.status != "measured":
@@ -142,7 +142,7 @@ def served(result: Result) -> Table:
     """Server scenarios: latency from arrival to images, beside its bound."""
     columns = ["scenario", "arrived/s", "p50, ms", "p90, ms", "p95, ms", "p99, ms"]
     columns += ["bound of p99, ms", "kept", "drawn together"]
-    rows = []
+    rows, names = [], SetupNames(result)
     for scenario in result.scenarios:
         side = subject(scenario)
         if scenario.kind != "server" or side is None or side.served is None:
@@ -150,7 +150,7 @@ def served(result: Result) -> Table:
         found = side.served
         tails = [_tail(name)(scenario, side) for name in ("p90", "p95", "p99")]
         kept = Cell("yes") if found.met else Cell("no", mark="missed")
-        cells = [named(result, scenario), Cell(digits(found.rate))]
+        cells = [named(names, scenario), Cell(digits(found.rate))]
         cells += [_p50(scenario, side), *tails, Cell(digits(found.bound_ms)), kept, Cell(digits(found.mean_batch))]
         rows.append(Row(tuple(cells), clean(scenario.name)))
     return Table(tuple(columns), tuple(rows))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cm_runtime.cli import values
+from cm_runtime.errors import one_line
 
 STATUS = {"PASS": 0, "REGRESSION": 3, "INCONCLUSIVE": 4}
 
@@ -46,7 +47,7 @@ def compare(
         if ratio is not None and ratio.low is not None:
             measured += f" [{ratio.low:.3f}, {ratio.high:.3f}]"
         shown = f"{each.word:12} {title(each.scenario)}:"
-        typer.echo(f"{shown}{measured}{'; ' * bool(measured and each.reason)}{each.reason}")
+        typer.echo(one_line(f"{shown}{measured}{'; ' * bool(measured and each.reason)}{each.reason}"))
     worst = comparing.overall(verdicts)
     typer.echo(f"{worst}: {quantity(len(verdicts), 'scenario')}, gate at +{gate:.1%}")
     raise typer.Exit(STATUS[worst])
