@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cm_runtime import backends
+from cm_runtime import backends, bounded
 from cm_runtime.bench.process import HERE
 from cm_runtime.errors import RequestError
 
+MOST_WHEEL = 1 << 30  # bytes, packed or not
+MOST_FILES = 10_000
 PARTS = ("cm_runtime", "export", "kernels")  # of a checkout, what a build consists of
 
 
@@ -36,20 +37,15 @@ def base_build(against: str, work: Path) -> Build:
     work: where a wheel or a revision is unpacked. Raises RequestError.
     """
     path = Path(against)
-    if path.suffix == ".whl" and os.path.isfile(path):
-        root = work / "base"
-        try:
-            with zipfile.ZipFile(path) as wheel:
-                wheel.extractall(root)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise RequestError(f"{against} is no wheel, or is damaged") from error
-        return Build(_with_package(root, against), path.name)
-    if against and os.path.isfile(path / "cm_runtime" / "__init__.py"):  # "" would be this folder
+    if path.suffix == ".whl" and bounded.exists(path):
+        return Build(_with_package(_unpack(path, work / "base"), against), path.name)
+    if against and bounded.exists(path / "cm_runtime" / "__init__.py"):  # "" would be this folder
         return Build(path.resolve(), commit_of(path.resolve()))
-    if os.path.exists(path) and backends.is_model(path):
+    if bounded.exists(path) and backends.is_model(path):
         return Build(HERE, commit_of(HERE), path)
     repository = HERE if commit_of(HERE) else Path.cwd()
-    commit = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{against}^{{commit}}")
+    name = f"{against}^{{commit}}".replace("\0", " ")  # which no revision has
+    commit = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", name)
     if not commit:
         raise RequestError(f"{against!r} is no model file, wheel or source tree, nor a git revision of {repository}")
     root = work / "base"
@@ -58,8 +54,11 @@ def base_build(against: str, work: Path) -> Build:
     top = _git(repository, "rev-parse", "--show-toplevel") or ""
     if _git(Path(top), "archive", "--format=tar", f"--output={archive}", commit) is None:
         raise RequestError(f"git cannot unpack {against}")
-    with tarfile.open(archive) as tar:
-        tar.extractall(root, filter="data")
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(root, filter="data")
+    except (tarfile.TarError, OSError) as error:
+        raise RequestError(f"{against} cannot be unpacked: {error}") from error
     archive.unlink()
     return Build(_with_package(root, against), commit)
 
@@ -71,6 +70,23 @@ def commit_of(root: Path) -> str:
         return ""
     changed = _git(root, "status", "--porcelain", "--", *(part for part in PARTS if (root / part).exists()))
     return f"{_git(root, 'rev-parse', 'HEAD')}{'+' if changed else ''}"
+
+
+def _unpack(path: Path, root: Path) -> Path:
+    """Unpacks the package of the wheel ``path`` into ``root``, which it returns. Raises RequestError."""
+    bounded.regular(path, RequestError, MOST_WHEEL)
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            entries = [each for each in wheel.infolist() if each.filename.startswith("cm_runtime/")]
+            if len(entries) > MOST_FILES or sum(each.file_size for each in entries) > MOST_WHEEL:
+                raise RequestError(f"{path} unpacks to more than a build of cm-runtime has")
+            wheel.extractall(root, entries)  # leaves ".." out of names, and writes no links
+    except (RequestError, MemoryError):
+        raise
+    except Exception as error:  # zipfile, zlib, lzma, struct and codecs raise a dozen, which have no common base
+        reason = str(error).strip() or type(error).__name__
+        raise RequestError(f"{path} is no wheel, or is damaged: {reason}") from error
+    return root
 
 
 def _with_package(root: Path, against: str) -> Path:

@@ -10,6 +10,7 @@ from cm_runtime.artifact import read_manifest
 from cm_runtime.errors import ArtifactError
 from cm_runtime.extras import require
 
+_MOST = 10**21  # operations for one image: a day of the fastest computers
 _SMALL = 1024  # bytes; larger initializers are weights, whose values tell nothing about shapes
 _UNCOUNTED = {
     *("Attention", "Einsum", "GRU", "LSTM", "RNN", "If", "Loop", "Scan", "DeformConv", "DFT"),
@@ -36,10 +37,12 @@ def gflop(path: str | os.PathLike[str]) -> float:
         if node.op_type in _UNCOUNTED or node.domain not in ("", "ai.onnx"):
             raise ArtifactError(f"{path}: the arithmetic of {node.op_type} cannot be counted")
         if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-            sizes = [shapes.get(name, []) for name in (*node.input[:2], node.output[0])]
-            if not all(size and all(size) for size in sizes):
+            sizes = [shapes.get(name, []) for name in (*node.input[:2], *node.output[:1])]
+            if len(sizes) != 3 or not all(size and all(dim > 0 for dim in size) for size in sizes):
                 raise ArtifactError(f"{path}: the shapes of {node.op_type} {node.name} cannot be told")
             total += 2 * _products(node, *sizes)
+            if total > _MOST:
+                raise ArtifactError(f"{path}: its shapes tell of more arithmetic than any machine does")
     return total / 1e9
 
 

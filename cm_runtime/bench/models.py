@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from cm_runtime import backends, files
+from cm_runtime import backends, bounded, files
 from cm_runtime.artifact import Manifest, data_path, parse_manifest, read_manifest
 from cm_runtime.bench.builds import Build
 from cm_runtime.bench.networks import STANDING
 from cm_runtime.bench.process import Process, WorkerError
 from cm_runtime.bench.results import ModelFacts
 from cm_runtime.bench.scenario import Scenario
-from cm_runtime.bounded import exists
 from cm_runtime.errors import ArtifactError
 
 REFERENCE_IMAGES = 2
@@ -75,7 +74,7 @@ class Models:
         key = scenario.model, scenario.backend == "torch", is_base
         if key not in self._made:
             source = build.model if is_base and build.model else _source(scenario.model, threads)
-            if not exists(source):
+            if not bounded.exists(source):
                 raise ArtifactError(f"{source}: no such model")
             name = str(source) if is_base and build.model else scenario.model
             self._made[key] = self._ready(name, source, scenario.backend == "torch", threads, build)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import subprocess
 import zipfile
 from pathlib import Path
@@ -81,3 +83,59 @@ def test_a_wheel_that_is_none(work: Path, tmp_path: Path, content: bytes | None,
         path.write_bytes(content)
     with pytest.raises(RequestError, match=wrong):
         base_build(str(path), work)
+
+
+def _zip(*entries: tuple[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for name, content in entries:
+            wheel.writestr(name, content)
+    return file.getvalue()
+
+
+PACKAGE = _zip(("cm_runtime/__init__.py", b"x = 1" * 100))
+CENTRAL = PACKAGE.find(b"PK\x01\x02")  # its entry of the directory
+
+
+def _changed(at: int, value: bytes) -> bytes:
+    return PACKAGE[: CENTRAL + at] + value + PACKAGE[CENTRAL + at + len(value) :]
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (_changed(6, b"\x78"), "damaged: zip file version 12"),
+        (_changed(8, b"\1"), "damaged: .* is encrypted"),
+        (_changed(10, b"\x63"), "damaged: That compression method is not supported"),
+        (_changed(16, b"\1\2\3\4"), "damaged: Bad CRC-32"),
+        (_changed(24, b"\xff\xff\xff\x7f"), "unpacks to more than a build"),
+        (PACKAGE[:40] + b"\xff" * 8 + PACKAGE[48:], "damaged"),
+        (PACKAGE[: len(PACKAGE) // 2], "damaged: File is not a zip file"),
+        (PACKAGE[:-1], "damaged"),
+        (b"", "damaged"),
+        (_zip(("cm_runtime", b""), ("cm_runtime/__init__.py", b"")), None),
+        (_zip(("cm_runtime/__init__.py", b""), ("cm_runtime/__init__.py/x.py", b"")), "damaged"),
+        (_zip(("cm_runtime/" + "x" * 300, b"")), "damaged: .*name too long"),
+        (_zip(("../cm_runtime/__init__.py", b"")), "holds no cm_runtime"),
+        (_zip(("cm_runtime/../../x.py", b""), ("cm_runtime/__init__.py", b"")), None),
+        (_zip(("x.data/purelib/cm_runtime/__init__.py", b"")), "holds no cm_runtime"),
+        (_zip(*((f"cm_runtime/{n}", b"") for n in range(10_001))), "unpacks to more than a build"),
+    ],
+)
+def test_wheels_of_all_kinds(work: Path, tmp_path: Path, content: bytes, wrong: str | None) -> None:
+    path = tmp_path / "x.whl"
+    path.write_bytes(content)
+    if wrong is None:
+        assert (base_build(str(path), work).root / "cm_runtime" / "__init__.py").is_file()
+    else:
+        with pytest.raises(RequestError, match=wrong) as caught:
+            base_build(str(path), work)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not [each for each in tmp_path.rglob("x.py") if not each.is_relative_to(work / "base")]
+
+
+@pytest.mark.parametrize("name", ["pipe.whl", "x" * 300, "x" * 300 + ".whl", "a\0b", "a\0b.whl"])
+def test_names_of_no_wheel(work: Path, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe.whl")
+    with pytest.raises(RequestError, match=r"is a pipe|is no model file"):
+        base_build(str(tmp_path / name), work)
