@@ -22,6 +22,7 @@ from cm_runtime.training import grids, ode, record
 from cm_runtime.training.config import Phase, TrainConfig
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.run import RunFolder
+from cm_runtime.training.state import check_fit
 from cm_runtime.training.step import Stepper, dtype_of, finite, learning_rate_factor
 from cm_runtime.training.stopping import stop_signals
 from cm_runtime.training.stream import Stream
@@ -77,6 +78,8 @@ def train(
         inputs = {"data": record.fingerprint(data), "init": "" if start is None else start.sha256}
         opened = folder.open(config, inputs, resume=resume, force=force) if workers.lead else nullcontext()
         with opened as found, stop_signals() as stopping:
+            if found is not None:
+                check_fit(found, config, model_config_of(config, data, config.phase[found["phase"]]), folder.state)
             state = workers.from_lead(found)
             run = _Run(config, data, inputs, folder, report, milestone, stopping, workers)
             if workers.lead:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,21 +24,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import files, images
-from cm_runtime.checkpoint import Checkpoint, load_plain, save_checkpoint, save_plain
+from cm_runtime import bounded, files, images
+from cm_runtime.checkpoint import Checkpoint, save_checkpoint, save_plain
 from cm_runtime.errors import OutputError, TrainingError
 from cm_runtime.training.board import Board
-from cm_runtime.training.config import TrainConfig, parse_config
+from cm_runtime.training.config import TrainConfig
+from cm_runtime.training.state import STATE_FORMAT, read_state
 from cm_runtime.workspaces import sweep
 
-STATE_FORMAT = "cm-runtime training state 2"
-STATE_KEYS = {"config", "inputs", "phase", "step", "images", "seconds", "model", "target", "optimizer", "ema"}
-# Keys that a run may go on with changed: they decide where and when, not what.
+MOST_LOG = 1 << 28  # bytes
+MOST_SESSIONS = 1 << 26
 NOTES = {
     "ect": "r nears t by stages and the weight 1/(t - r) grows with them: compare it within a stage only.",
     "ict": "The grid's points double and the weight 1/(t - r) grows with them: compare it between doublings only.",
     "ct": "The grid grows with the steps: this loss may rise while the images get better.",
 }  # beside the curves of TensorBoard
+# Keys that a run may go on with changed: they decide where and when, not what.
 FREE = ("data.source", "init", "device", "save_every", "sample_every", "tensorboard")
 
 
@@ -48,10 +49,12 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint = path / "ckpt.pt"
-        self._state = path / "state.pt"
+        self.state = path / "state.pt"
         self._log = path / "log.jsonl"
         self._sessions = path / "run.json"
         self._made_of: dict[str, Any] = {}
+        self._earlier: list[dict[str, Any]] = []  # sessions
+        self._lines: bytes | None = None  # of the log, where some are to go
         self._board: Board | None = None
         self._noted: set[str] = set()
 
@@ -69,7 +72,10 @@ class RunFolder:
             raise TrainingError(f"there is nothing to resume in {self.path}; start without --resume")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            flags = (
+                os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            )  # a pipe is not waited for, a link not emptied
+            lock = os.fdopen(os.open(self.path / ".lock", flags, 0o666), "rb")
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror or error}") from error
         with lock:
@@ -94,18 +100,16 @@ class RunFolder:
                 yield None
 
     def begin(self, session: dict[str, Any], images: int, *, tensorboard: bool) -> None:
-        """Notes in run.json that a start or resumption, as ``session`` tells, goes on from ``images`` seen."""
-        sessions = []
-        if self._sessions.exists():
-            try:
-                sessions = json.loads(self._sessions.read_text(encoding="utf-8"))
-                if not isinstance(sessions, list):
-                    raise TypeError
-            except (OSError, ValueError, TypeError) as error:
-                raise TrainingError(f"{self._sessions} is damaged; move it away") from error
+        """Notes in run.json that a start or resumption, as ``session`` tells, goes on from ``images`` seen.
+
+        The log loses the lines of steps that a killed run had logged and not saved: they come again.
+        """
+        if self._lines is not None:
+            with files.written(self._log) as temporary:
+                temporary.write_bytes(self._lines)
         with files.written(self._sessions) as temporary:
             entry = {**session, "inputs": self._made_of["inputs"], "from_images": images}
-            lines = json.dumps([*sessions, entry], indent=1)
+            lines = json.dumps([*self._earlier, entry], indent=1)
             temporary.write_text(lines + "\n", encoding="utf-8")
         if tensorboard:
             self._board = Board(self.path / "tensorboard", images)
@@ -113,7 +117,7 @@ class RunFolder:
     def save(self, state: dict[str, Any], checkpoint: Checkpoint) -> None:
         """Checkpoint first, then the state: a kill between the two loses nothing."""
         save_checkpoint(checkpoint, self.checkpoint)
-        save_plain({"format": STATE_FORMAT, **self._made_of, **state}, self._state)
+        save_plain({"format": STATE_FORMAT, **self._made_of, **state}, self.state)
 
     def kept(self, phase: int, method: str) -> Path:
         """Where the checkpoint of a finished phase is."""
@@ -164,31 +168,46 @@ class RunFolder:
                 self._board.close()
 
     def _resumed(self, config: TrainConfig) -> dict[str, Any]:
-        if not self._state.exists():
+        """The state, after all that a resumption reads was found to be sound."""
+        if not bounded.exists(self.state):
             raise TrainingError(f"there is nothing to resume in {self.path}; start without --resume")
-        state = load_plain(self._state)
-        if state.get("format") != STATE_FORMAT:
-            raise TrainingError(f"{self._state} is not a training state of this version")
-        if missing := STATE_KEYS - state.keys():
-            raise TrainingError(f"{self._state} is damaged: it has no {min(missing)}")
-        before = parse_config(state["config"], str(self._state))
+        state, before = read_state(self.state)
         if changed := _changed(before.model_dump(), config.model_dump()):
             raise TrainingError(f"{self.path} was started with another {changed}; use the same config to resume")
         for name, sha256 in self._made_of["inputs"].items():
             if state["inputs"].get(name) != sha256:
                 raise TrainingError(f"{self.path} was started with another {name}; use the same to resume")
-        self._forget_after(state["phase"], state["step"])
+        self._earlier = self._read_sessions()
+        self._lines = self._lines_up_to((state["phase"], state["step"]))
         return state
 
-    def _forget_after(self, phase: int, step: int) -> None:
-        """Drops the lines of steps that a killed run had logged and not saved: they come again."""
-        if not self._log.exists():
-            return
-        lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _position(line) <= (phase, step)]
-        if kept != lines:
-            with files.written(self._log) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+    def _read_sessions(self) -> list[dict[str, Any]]:
+        """The sessions in run.json."""
+        if not bounded.exists(self._sessions):
+            return []
+        try:
+            sessions = json.loads(bounded.read_bytes(self._sessions, TrainingError, MOST_SESSIONS))
+            json.dumps(sessions, indent=1)  # which nests less deeply than it reads
+        except (ValueError, RecursionError) as error:
+            raise TrainingError(f"{self._sessions} is damaged: it is no JSON; move it away") from error
+        if not isinstance(sessions, list) or not all(isinstance(each, dict) for each in sessions):
+            raise TrainingError(f"{self._sessions} is damaged: it is no list of sessions; move it away")
+        return sessions
+
+    def _lines_up_to(self, position: tuple[int, int]) -> bytes | None:
+        """The log without the lines of later steps; None where there are none. A kill may have cut the last line."""
+        if not bounded.exists(self._log):
+            return None
+        content = bounded.read_bytes(self._log, TrainingError, MOST_LOG)
+        lines = content.splitlines(keepends=True)
+        kept = []
+        for number, line in enumerate(lines, 1):
+            at = _position(line)
+            if at is None and number < len(lines):
+                raise TrainingError(f"{self._log} is damaged: line {number} is none that a run writes; move it away")
+            if at is not None and at <= position:
+                kept.append(line)
+        return None if len(kept) == len(lines) else b"".join(kept)
 
     def _own(self) -> list[Path]:
         """All that a run writes."""
@@ -221,13 +240,14 @@ def _changed(before: Any, after: Any, key: str = "") -> str:
     return next(filter(None, (_changed(b, a, f"{key}.{k}".lstrip(".")) for k, b, a in pairs)), "")
 
 
-def _position(line: str) -> tuple[float, float]:
-    """(phase, step) of a log line; beyond every position where a kill cut it short."""
+def _position(line: bytes) -> tuple[int, int] | None:
+    """(phase, step) of a log line; None where it is no such line, or was cut short."""
     try:
-        record = json.loads(line)
-        return record["phase"], record["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf, math.inf
+        record = json.loads(line.decode())
+        phase, step = record["phase"], record["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return (phase, step) if type(phase) is int and type(step) is int and line.endswith(b"\n") else None
 
 
 def _toml(config: TrainConfig) -> str:

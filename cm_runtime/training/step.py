@@ -14,6 +14,7 @@ from cm_runtime.training.config import Phase, TrainConfig
 from cm_runtime.training.ema import Averages, Target, mu_of
 from cm_runtime.training.losses import loss_of
 from cm_runtime.training.ode import Denoise
+from cm_runtime.training.state import moments
 from cm_runtime.training.stream import Stream
 from cm_runtime.training.workers import Workers
 
@@ -78,10 +79,10 @@ class Stepper:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Puts back what ``state`` gave."""
+        """Puts back what ``state`` gave, and `training.state.check_fit` has seen."""
         self.model.load_state_dict(state["model"])
         self._target.load(state["target"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(moments(state, self.optimizer))
         self.averages.load(state["ema"])
 
     def _backward(self, k: int, stream: Stream, first: int, count: int) -> float:

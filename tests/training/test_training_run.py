@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,7 +23,8 @@ from cm_runtime.model import ModelConfig, build
 from cm_runtime.training import loop, record
 from cm_runtime.training.config import TrainConfig, load_config
 from cm_runtime.training.data import ImageSet
-from cm_runtime.training.run import STATE_KEYS, RunFolder
+from cm_runtime.training.run import RunFolder
+from cm_runtime.training.state import STATE_KEYS
 from cm_runtime.training.workers import Workers
 from cm_runtime.unet import UNetConfig
 
@@ -105,6 +107,140 @@ def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path: Path, tiny_co
         opened(tmp_path / place, tiny_config())
     assert str(tmp_path / place) in str(caught.value) and "\n" not in str(caught.value)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# damage
+
+
+def resumed(path: Path, config: TrainConfig, data: ImageSet, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop, "GRID_IMAGES", 1)
+    patch.setattr(record, "fingerprint", lambda data: INPUTS["data"])
+    loop.train(config, data, path, resume=True)
+
+
+def _moments(state: dict[str, Any], **changes: Any) -> None:
+    state["optimizer"]["state"][0] |= changes
+
+
+@pytest.mark.parametrize(
+    ("damage", "wrong"),
+    [
+        (lambda state: state.update(format=torch.zeros(2)), "not a training state of this version"),
+        (lambda state: state.update(config=1), "config"),
+        (lambda state: state["config"]["phase"][1].update(stages=10**400), "phase.1.stages"),
+        (lambda state: state.update(inputs=1), "its inputs are no checksums"),
+        (lambda state: state.update(phase="x"), "its phase is none of the configuration's"),
+        (lambda state: state.update(phase=2), "its phase is none of the configuration's"),
+        (lambda state: state.update(step=10**30), "its step is none of phase 1"),
+        (lambda state: state.update(step=-1), "its step is none of phase 1"),
+        (lambda state: state.update(step=True), "its step is none of phase 1"),
+        (lambda state: state.update(images=10**30), "it counts other images than the 24 up to its step"),
+        (lambda state: state.update(seconds=float("nan")), "its seconds are no time"),
+        (lambda state: state.update(seconds=10**400), "its seconds are no time"),
+        (lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(float("nan")), "not dense, or not finite"),
+        (lambda state: state.update(model=1), "its weights are not a state dict"),
+        (lambda state: state["model"].popitem(), "its weights do not fit: missing"),
+        (lambda state: state["model"].update({"F.out.2.bias": torch.zeros(3)}), "F.out.2.bias is"),
+        (lambda state: next(iter(state["model"].values())).fill_(float("nan")), "is not finite"),
+        (lambda state: state.update(ema={}), "it has no average of rate 0.5"),
+        (lambda state: state.update(ema={"0.5": []}), "its weights are not a state dict"),
+        (lambda state: state.update(optimizer=1), "its optimizer has no state"),
+        (lambda state: state["optimizer"]["state"].update(x={}), "its optimizer is of another network"),
+        (lambda state: state["optimizer"]["state"][0].pop("exp_avg"), "moments of tensor 0 are not complete"),
+        (lambda state: _moments(state, exp_avg=torch.zeros(())), "exp_avg of tensor 0 does not fit"),
+        (lambda state: _moments(state, step=torch.zeros((), dtype=torch.int64)), "step of tensor 0 does not fit"),
+    ],
+)
+def test_a_damaged_state_is_refused_before_anything_is_written(
+    tmp_path: Path,
+    tiny_config: Config,
+    toy_images: ImageSet,
+    finished: Finished,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[dict[str, Any]], object],
+    wrong: str,
+) -> None:
+    finished(tmp_path)
+    state = load_plain(tmp_path / "state.pt")
+    damage(state)
+    torch.save(state, tmp_path / "state.pt")
+    before = contents(tmp_path)
+    with pytest.raises(TrainingError) as caught:
+        resumed(tmp_path, tiny_config(), toy_images, monkeypatch)
+    line = str(caught.value)
+    assert wrong in line and str(tmp_path / "state.pt") in line and line.endswith("start anew with --force")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "wrong"),
+    [
+        ([b"\xff\n"], "line 1"),
+        ([b"x\n"], "line 1"),
+        ([b"[" * 100_000 + b"\n"], "line 1"),
+        ([b'{"phase": "x", "step": 0}\n'], "line 1"),
+        ([b'{"phase": 0, "step": 1' + b"0" * 5000 + b"}\n"], "line 1"),
+    ],
+)
+def test_a_damaged_line_of_the_log_is_refused_unless_a_kill_left_it(
+    tmp_path: Path, tiny_config: Config, finished: Finished, lines: list[bytes], wrong: str
+) -> None:
+    finished(tmp_path)
+    log = tmp_path / "log.jsonl"
+    good = log.read_bytes()
+    log.write_bytes(b"".join(lines) + good)
+    before = contents(tmp_path)
+    with pytest.raises(TrainingError, match=rf"log\.jsonl is damaged: {wrong}.*move it away"):
+        opened(tmp_path, tiny_config(), resume=True)
+    assert contents(tmp_path) == before
+    log.write_bytes(good + lines[0][:-1])
+    folder = RunFolder(tmp_path)
+    with folder.open(tiny_config(), INPUTS, resume=True, force=False):
+        folder.begin({}, 24, tensorboard=False)
+    assert log.read_bytes() == good
+
+
+@pytest.mark.parametrize("name", ["state.pt", "log.jsonl", "run.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_special_files_in_a_run_folder_are_not_read(
+    tmp_path: Path, tiny_config: Config, finished: Finished, name: str, kind: str
+) -> None:
+    finished(tmp_path)
+    (tmp_path / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(CmRuntimeError, match=f"{name}.*{kind}"):
+        opened(tmp_path, tiny_config(), resume=True)
+
+
+def test_the_lock_empties_no_file_that_it_is_a_link_to(tmp_path: Path, tiny_config: Config) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    opened(tmp_path / "run", tiny_config())
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_random_damage_ends_in_one_line_or_in_a_run(
+    tmp_path: Path, tiny_config: Config, toy_images: ImageSet, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(30):
+        rng, run = np.random.default_rng(seed), tmp_path / str(seed)
+        finished(run)
+        path = run / ("state.pt", "log.jsonl", "run.json")[seed % 3]
+        content = bytearray(path.read_bytes())
+        for place in rng.integers(0, len(content), 4):
+            content[place] = rng.integers(256)
+        path.write_bytes(content[: rng.integers(1, len(content) + 1)] if seed % 2 else content)
+        before = contents(run)
+        try:
+            resumed(run, tiny_config(), toy_images, monkeypatch)
+        except CmRuntimeError as error:
+            assert str(run) in str(error) and "\n" not in str(error)
+            assert contents(run) == before
+        shutil.rmtree(run)
 
 
 # what lies there already
@@ -335,13 +471,10 @@ def test_a_damaged_run_json_is_refused_by_name(
 ) -> None:
     finished(tmp_path)
     (tmp_path / "run.json").write_text(content)
-    folder = RunFolder(tmp_path)
-    with (
-        folder.open(tiny_config(), INPUTS, resume=True, force=False),
-        pytest.raises(TrainingError, match=r"run\.json is damaged"),
-    ):
-        folder.begin({}, 0, tensorboard=False)
-    assert (tmp_path / "run.json").read_text() == content
+    before = contents(tmp_path)
+    with pytest.raises(TrainingError, match=r"run\.json is damaged.*move it away"):
+        opened(tmp_path, tiny_config(), resume=True)
+    assert contents(tmp_path) == {".lock": b"", **before}
 
 
 # one at a time
