@@ -234,7 +234,10 @@ def test_bytes_are_checked_as_files_are(trt: stand_in_gpu.TensorRt, engine: Path
     assert trt.opened == [CONTENT]
 
 
-def test_an_engine_of_the_other_package_is_refused(trt: stand_in_gpu.TensorRt, engine: Path) -> None:
+def test_an_engine_of_the_other_package_is_refused(
+    trt: stand_in_gpu.TensorRt, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "has_driver", lambda: True)
     with pytest.raises(ArtifactError, match="is an engine of tensorrt_rtx, not of tensorrt; "):
         TensorRtBackend(engine, package="tensorrt")
     assert trt.opened == []
