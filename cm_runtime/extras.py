@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -86,6 +87,8 @@ def require(package: str, what: str) -> ModuleType:
 
 def has(package: str) -> bool:
     """Whether ``package`` is installed; it is not imported."""
+    if package in sys.modules:
+        return sys.modules[package] is not None
     try:
         return importlib.util.find_spec(package) is not None
     except ImportError:
