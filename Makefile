@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test test-floors check lint types kernels gpu-check format clean
+.PHONY: help sample test test-floors fuzz check lint types kernels gpu-check format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,13 @@ kernels:
 # Two workers of one thread each: torch's own threads would otherwise contend for the same cores.
 test: check ## What CI runs: make check, then the tests; MARKS="gpu" or "slow" runs those instead
 	OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
+
+INPUTS ?= 10000
+FIRST ?= 0
+
+fuzz: ## INPUTS mutated files, shared among all readers; those that fail are kept in build/fuzz
+	@+$(call environment,.venv-dev)
+	.venv-dev/bin/python tests/fuzz/run.py --inputs $(INPUTS) --first $(FIRST)
 
 # uv resolves to the lowest versions of what pyproject.toml names, and to the newest of what those need.
 test-floors: ## The same tests with the oldest packages that pyproject.toml allows

@@ -23,7 +23,13 @@ FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 WORKFLOWS: dict[str, dict[Any, Any]] = {file.stem: yaml.safe_load(file.read_text()) for file in FILES}
 ON: Any = True  # what YAML makes of the key `on`
 BASH = ["/usr/bin/env", "bash", "--noprofile", "--norc", "-eo", "pipefail"]  # GitHub's `shell: bash`
-VARIABLES = {"BASE": "HEAD~1", "GATE": "5%", "RUNNER_TEMP": "/tmp/runner", "GITHUB_STEP_SUMMARY": "summary.md"}
+VARIABLES = {
+    "BASE": "HEAD~1",
+    "COUNT": "10000",
+    "GATE": "5%",
+    "RUNNER_TEMP": "/tmp/runner",
+    "GITHUB_STEP_SUMMARY": "summary.md",
+}
 Fake = Callable[[str, str], None]
 
 
@@ -102,7 +108,7 @@ def bash(script: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
 
 
 def test_there_are_tests_and_benchmarks() -> None:
-    assert list(WORKFLOWS) == ["bench", "tests"]
+    assert list(WORKFLOWS) == ["bench", "fuzz", "tests"]
     assert {"push", "pull_request", "schedule", "workflow_dispatch"} == set(WORKFLOWS["tests"][ON])
     assert not WORKFLOWS["tests"][ON]["push"] and not WORKFLOWS["tests"][ON]["pull_request"], "of every branch"
     assert {"push", "pull_request", "workflow_dispatch"} == set(WORKFLOWS["bench"][ON])
@@ -205,7 +211,7 @@ def test_make_knows_every_target() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     script = "\n".join([*(text for _, text in steps("run")), (ROOT / ".ci" / "run").read_text()])
     called = {word for words in commands(script, "make") for word in words if "=" not in word}
-    assert {"test", "test-floors", "gpu-check"} <= called <= targets
+    assert {"test", "test-floors", "fuzz", "gpu-check"} <= called <= targets
     assert ("tests.cpu", "bash .ci/run") in steps("run")
     assert ("tests.slow", "make test MARKS=slow") in steps("run")
 
