@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_runtime import bounded
 from cm_runtime.checkpoint import check_tensors, load_plain, shapes_of
 from cm_runtime.errors import CheckpointError, ConfigError, TrainingError
 from cm_runtime.model import ModelConfig, build
@@ -27,6 +28,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainConfig]:
     Its place in the run fits that configuration; its tensors are for `check_fit`. Raises TrainingError, and
     CheckpointError where it is no file of tensors.
     """
+    bounded.regular(path, TrainingError)
     state = load_plain(path)
     if not isinstance(state.get("format"), str) or state["format"] != STATE_FORMAT:
         raise TrainingError(f"{path} is not a training state of this version; start anew with --force")
