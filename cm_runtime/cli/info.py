@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cm_runtime.errors import ArtifactError
+
 if TYPE_CHECKING:
     from cm_runtime.artifact import Manifest
 
@@ -59,10 +61,12 @@ def info(
     else:
         manifest = read_manifest(where)
         content = describe(manifest)
-        foreign = onnx_graph.check(where, manifest).foreign
         chosen = choice.said(choice.question(where, manifest, auto_device("auto")))
-        if foreign:
-            chosen = f"ort alone: cm-runtime export did not write this graph, for {foreign}"
+        try:
+            if foreign := onnx_graph.check(where, manifest).foreign:
+                chosen = f"ort alone: cm-runtime export did not write this graph, for {foreign}"
+        except ArtifactError as error:
+            chosen = f"no engine: {error}"
     if as_json:
         typer.echo(json.dumps(content, indent=2))
         return
