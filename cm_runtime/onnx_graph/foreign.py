@@ -103,8 +103,8 @@ class _Walk:
 
     def __init__(self, graph: Graph, where: str) -> None:
         self.functions, self.where = graph.functions, where
-        opened = [sum(not isinstance(side, int) for side in port.dims or ()) for port in graph.inputs.values()]
-        self.is_exact = max(opened, default=0) <= 1  # all but the batch is known
+        opened = {sum(not isinstance(side, int) for side in port.dims or ()) for port in graph.inputs.values()}
+        self.is_exact = opened in ({0}, {1})  # all but the batch is known
         self.left, self.total = MOST_NODES, 0
 
     def run(self, nodes: Any, values: dict[str, Value], inside: tuple[tuple[str, str], ...]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import stand_in_gpu
 from onnx import TensorProto, helper
 
-from cm_runtime import files
+from cm_runtime import files, onnx_graph
 from cm_runtime.artifact import METADATA_KEY, Manifest, Parity, read_manifest
 from cm_runtime.backends import engine_file
 from cm_runtime.backends.engine_file import Profile, profile, read_engine_manifest, verified
@@ -38,6 +38,12 @@ trt = pytest.importorskip("tensorrt_rtx")
 
 BATCH = profile("1:4:8")
 GPUS = ("8.9", "12.0")
+
+
+@pytest.fixture(autouse=True)
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most graphs here are written by hand."""
+    monkeypatch.setenv(onnx_graph.TRUST, "1")
 
 
 @pytest.fixture
@@ -253,6 +259,14 @@ def test_paths_that_do_not_fit_are_one_line(small: Path, no_gpu: None, tmp_path:
     with pytest.raises(error, match=message):
         build(tmp_path / source, tmp_path / path, "tensorrt_rtx", gpus=["8.9"])
     assert left(tmp_path) == set()
+
+
+def test_a_graph_that_export_did_not_write_is_refused(
+    no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(onnx_graph.TRUST)
+    with pytest.raises(ArtifactError, match="tensorrt_rtx runs only graphs as cm-runtime export writes them"):
+        build(sampler(tmp_path / "s.onnx"), tmp_path / "s.engine", "tensorrt_rtx", gpus=["8.9"])
 
 
 def test_a_foreign_graph_and_lost_weights_are_refused(
