@@ -9,6 +9,7 @@ import typer
 
 from cm_runtime.cli import progress, values
 from cm_runtime.cli.options import replacing
+from cm_runtime.cli.progress import times
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -76,10 +77,10 @@ def _plan(config: TrainConfig, images: ImageSet, folder: Path) -> str:
 
     from cm_runtime.backends.torch import chosen_device
 
-    phases = ", ".join(f"{phase.method} {phase.steps} steps of {phase.batch} images" for phase in config.phase)
+    phases = ", ".join(f"{phase.method} {times(phase.steps, 'step')} of {times(phase.batch, 'image')}" for phase in config.phase)
     shape = "x".join(map(str, images.image_shape))
     device = chosen_device(config.device)
-    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f" with {times(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     return f"training on {len(images)} images {shape} of {images.name}: {phases}; on {device}{threads}, into {folder}/"
 
 
@@ -121,7 +122,7 @@ class _Progress:
             self._task = self._bar.add_task(method, total=steps, completed=step, loss=0.0, rate=0.0)
         elif self._place == "lines":
             at = f" from step {step}" if step else ""
-            progress.say(f"phase {phase + 1} of {len(self._config.phase)}: {method}, {steps} steps{at}")
+            progress.say(f"phase {phase + 1} of {len(self._config.phase)}: {method}, {times(steps, 'step')}{at}")
 
     def step(self, report: Report) -> None:
         """Shows where the run is."""

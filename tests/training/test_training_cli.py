@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def in_process(*words: object) -> int:
 def stopped(*words: object, out: Path, phase: int) -> str:
     """Starts a run, sends it SIGINT when that phase has logged, and returns the one line it leaves on stderr."""
     process = subprocess.Popen(
-        command(*words), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command("--quiet", *words), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 240
@@ -101,7 +102,7 @@ def stopped(*words: object, out: Path, phase: int) -> str:
 
 def test_a_run_interrupted_in_both_phases_ends_as_the_one_never_interrupted(config: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    done = run(config, "--out", whole)
+    done = run(config, "--out", whole, "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{whole / 'ckpt.pt'}: now cm-runtime export {whole / 'ckpt.pt'}\n"
     for phase in (0, 1):
@@ -140,7 +141,7 @@ def start(out, how):
         return child
     code = 1
     try:
-        cli.main(["train", config, "--out", out, how])
+        cli.main(["train", config, "--out", out, how, "--quiet"])
     except SystemExit as end:
         code = end.code or 0
     finally:
@@ -253,7 +254,7 @@ def test_another_process_ends_the_same_way(config: Path, tmp_path: Path, words: 
 def test_a_loss_that_is_not_finite_is_one_line(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert in_process(config, "--out", tmp_path / "out", "--set", "phase.0.learning_rate=1e30") == 1
+    assert in_process(config, "--out", tmp_path / "out", "--set", "phase.0.learning_rate=1e30", "--quiet") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "not finite at phase 0 step " in error
 
@@ -272,9 +273,23 @@ def test_a_run_goes_to_a_folder_named_after_its_configuration(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert in_process(config, *QUICK) == 0
+    assert in_process(config, *QUICK, "--threads", 1) == 0
     text, error = capsys.readouterr()
-    assert text.startswith("runs/config/ckpt.pt: ") and error == ""
+    assert text.startswith("runs/config/ckpt.pt: ")
+    plan, *phases = error.splitlines()
+    assert plan.startswith("training on 30 images 1x4x4 of data.npz: edm 1 step of 4 images, ect 1 step of 4 images;")
+    assert plan.endswith("; on cpu with 1 thread, into runs/config/")
+    for line, expected in zip(
+        phases,
+        (
+            "phase 1 of 2: edm, 1 step",
+            r"edm: step 1/1, loss [\d.]+, \d+ images/s, 0 s left, saved",
+            "phase 2 of 2: ect, 1 step",
+            r"ect: step 1/1, loss [\d.]+, \d+ images/s, 0 s left, saved",
+        ),
+        strict=True,
+    ):
+        assert re.fullmatch(expected, line)
     names = {path.name for path in (tmp_path / "runs" / "config").iterdir()}
     kept = {"phase-0-edm.pt", "phase-1-ect.pt"}
     files = {"config.toml", "run.json", "state.pt", "ckpt.pt", "log.jsonl"}
