@@ -168,6 +168,8 @@ def check_writable(path: str | os.PathLike[str], *, force: bool = True) -> None:
             raise OutputError(f"{target} cannot be written: there is no folder {folder}")
     except OSError as error:  # a name too long, a folder that may not be entered
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    if "\0" in str(target):
+        raise OutputError(f"{str(target)!r} cannot be written: no file can have such a name")
     if not os.access(folder, os.W_OK):
         raise OutputError(f"{target} cannot be written: no permission to write in {folder}")
 

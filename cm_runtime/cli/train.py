@@ -77,7 +77,9 @@ def _plan(config: TrainConfig, images: ImageSet, folder: Path) -> str:
 
     from cm_runtime.backends.torch import chosen_device
 
-    phases = ", ".join(f"{phase.method} {times(phase.steps, 'step')} of {times(phase.batch, 'image')}" for phase in config.phase)
+    phases = ", ".join(
+        f"{phase.method} {times(phase.steps, 'step')} of {times(phase.batch, 'image')}" for phase in config.phase
+    )
     shape = "x".join(map(str, images.image_shape))
     device = chosen_device(config.device)
     threads = f" with {times(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""

@@ -465,6 +465,14 @@ def test_a_wrong_use_is_exit_2_with_a_usage_message(cli: Cli, tmp_path: Path, wo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words", [["sample", "--steps", "x" * 100_000], ["sample", "--" + "x" * 100_000], ["x" * 100_000]]
+)
+def test_a_usage_message_is_of_moderate_length(cli: Cli, words: Words) -> None:
+    outcome = cli(*words)
+    assert outcome.code == 2 and len(outcome.err) < 4000
+
+
 @pytest.mark.parametrize("position", [0, 1, 2, 4])
 def test_debug_shows_where_an_error_comes_from_in_any_position(cli: Cli, position: int) -> None:
     words = ["sample", "no.onnx", "--steps", "2"]

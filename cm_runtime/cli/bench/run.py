@@ -205,7 +205,9 @@ def _progress(scenarios: Sequence[Scenario], settings: Settings, against: str | 
     contenders = sum(1 + (against is not None) + len(each.peers) for each in scenarios)
     seconds = contenders * (settings.budget_s + PREPARATION_S)
     if where == "lines" and seconds > progress.LONG:
-        progress.say(f"{progress.times(contenders, 'contender')} x {settings.budget_s:g} s, about {progress.duration(seconds)}")
+        progress.say(
+            f"{progress.times(contenders, 'contender')} x {settings.budget_s:g} s, about {progress.duration(seconds)}"
+        )
     if where == "terminal":
         with _bar(total) as update:
             yield update

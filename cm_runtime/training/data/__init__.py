@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cm_runtime.bounded import exists
 from cm_runtime.errors import RequestError, data_error
 from cm_runtime.training.data.cifar import is_cifar_folder, read_cifar_archive, read_cifar_folder
 from cm_runtime.training.data.download import download
@@ -45,11 +46,12 @@ def open_data(
         raise RequestError(f"split {split!r}: choose train or test")
     if image_size is not None and not 1 <= image_size <= MAX_SIDE:
         raise RequestError(f"image_size {image_size}: choose 1 to {MAX_SIDE}")
-    path = Path(source)
+    if "\0" in str(source):
+        raise data_error(repr(str(source)), "no file can have such a name", "check the path")
+    path = Path(os.path.expanduser(source))  # of a user who is not there the name stays
     try:
-        path = path.expanduser()
-        name = path.resolve().name or str(path)
-        if str(source) in DATA_SETS and not path.exists():
+        name = os.path.basename(os.path.realpath(path)) or str(path)
+        if str(source) in DATA_SETS and not exists(path):
             name = str(source)
             path = download(name, split, cache=cache, progress=progress)
         data = _read(path, split, name, image_size, progress)
