@@ -24,6 +24,7 @@ from cm_runtime.errors import ArtifactError, EngineError
 from cm_runtime.files import claimed
 
 Cli = Callable[..., Any]
+LONG = "x" * 100_000
 Words = list[object]
 
 

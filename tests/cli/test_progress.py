@@ -153,7 +153,7 @@ def test_a_benchmark_says_how_long_it_will_take_and_when_a_scenario_is_done(
     with bench._progress(scenarios, settings, "HEAD") as tell:
         for number in range(2):
             for share in (0.0, 0.5):
-                clock.now += 20
+                clock.now += 35
                 tell(number + share, "a block")
         tell(2, "peaks")
     assert lines(capsys) == [

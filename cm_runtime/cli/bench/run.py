@@ -204,10 +204,8 @@ def _progress(scenarios: Sequence[Scenario], settings: Settings, against: str | 
     total, where = len(scenarios), progress.place()
     contenders = sum(1 + (against is not None) + len(each.peers) for each in scenarios)
     seconds = contenders * (settings.budget_s + PREPARATION_S)
-    if where == "lines" and seconds > progress.LONG:
-        progress.say(
-            f"{progress.times(contenders, 'contender')} x {settings.budget_s:g} s, about {progress.duration(seconds)}"
-        )
+    many = progress.times(contenders, "contender")
+    plan = f"{many} x {settings.budget_s:g} s, about {progress.duration(seconds)}"
     if where == "terminal":
         with _bar(total) as update:
             yield update
@@ -216,7 +214,10 @@ def _progress(scenarios: Sequence[Scenario], settings: Settings, against: str | 
     last = 0
 
     def tell(done: float, doing: str) -> None:
-        nonlocal last
+        nonlocal last, plan
+        if plan and where == "lines" and seconds > progress.LONG:  # now that nothing was refused
+            progress.say(plan)
+        plan = ""
         text = f"scenario {min(int(done) + 1, total)}/{total}, {doing}"
         if line is not None:
             line.show(text)
