@@ -72,7 +72,7 @@ class Engine(Protocol):
 
 def can_stay(device: str) -> bool:
     """Whether sampling on cuda:N can stay there; where not, a line says why. Never on the CPU."""
-    if device == "cpu":
+    if device.partition(":")[0] != "cuda":
         return False
     if device not in ("cuda", "cuda:0"):
         why = "only on the first GPU do they stay there (CUDA_VISIBLE_DEVICES chooses it)"

@@ -142,7 +142,11 @@ def _started() -> tuple[Any, int]:
     Each loads a CPU plugin that gives its thread another stack for signal handlers. Of two, whichever goes last puts
     back that of the other, which is unmapped by then, and the next Ctrl-C ends the process by a segmentation fault.
     """
-    return package().Core(), os.getpid()
+    ov = package()
+    try:
+        return ov.Core(), os.getpid()
+    except RuntimeError as error:  # where no thread can be started, for one
+        raise EngineError(f"OpenVINO cannot start: {_reason(error)}") from error
 
 
 def has_bf16() -> bool:

@@ -80,9 +80,9 @@ def _bundled() -> dict[str, str]:
         manifest = read_manifest(DEFAULT_MODEL)
         asked = choice.question(DEFAULT_MODEL, manifest, auto_device("auto"))
         auto = f"the bundled model runs on {choice.said(asked)}"
+        able = ", ".join(f"{name}: {what}" for name, what in precisions().items())
     except CmRuntimeError as error:
         return {"auto": str(error), "precision": "", "model": ""}
-    able = ", ".join(f"{name}: {what}" for name, what in precisions().items())
     shape = "x".join(map(str, manifest.image_shape))
     return {"auto": auto, "precision": able, "model": f"the bundled model draws {shape} images"}
 

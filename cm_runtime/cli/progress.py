@@ -223,11 +223,6 @@ class Line:
             sys.stderr.flush()
 
 
-def times(number: int, noun: str) -> str:
-    """1 step, 2 steps."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 40 s, 11 min, 2.5 h, 3 days."""
     for size, unit, most in ((1, "s", 90), (60, "min", 90), (3600, "h", 48)):

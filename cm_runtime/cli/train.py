@@ -9,7 +9,6 @@ import typer
 
 from cm_runtime.cli import progress, values
 from cm_runtime.cli.options import replacing
-from cm_runtime.cli.progress import times
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -76,13 +75,14 @@ def _plan(config: TrainConfig, images: ImageSet, folder: Path) -> str:
     import torch
 
     from cm_runtime.backends.torch import chosen_device
+    from cm_runtime.wording import quantity
 
     phases = ", ".join(
-        f"{phase.method} {times(phase.steps, 'step')} of {times(phase.batch, 'image')}" for phase in config.phase
+        f"{phase.method} {quantity(phase.steps, 'step')} of {quantity(phase.batch, 'image')}" for phase in config.phase
     )
     shape = "x".join(map(str, images.image_shape))
     device = chosen_device(config.device)
-    threads = f" with {times(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    threads = f" with {quantity(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     return f"training on {len(images)} images {shape} of {images.name}: {phases}; on {device}{threads}, into {folder}/"
 
 
@@ -123,8 +123,10 @@ class _Progress:
             self._bar.start()
             self._task = self._bar.add_task(method, total=steps, completed=step, loss=0.0, rate=0.0)
         elif self._place == "lines":
+            from cm_runtime.wording import quantity
+
             at = f" from step {step}" if step else ""
-            progress.say(f"phase {phase + 1} of {len(self._config.phase)}: {method}, {times(steps, 'step')}{at}")
+            progress.say(f"phase {phase + 1} of {len(self._config.phase)}: {method}, {quantity(steps, 'step')}{at}")
 
     def step(self, report: Report) -> None:
         """Shows where the run is."""

@@ -1,12 +1,12 @@
 """``cm-runtime doctor``."""
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import exported
@@ -14,6 +14,7 @@ import pytest
 
 from cm_runtime.backends import on_device, ort
 from cm_runtime.extras import EXTRAS
+from cm_runtime.process import cores
 
 Cli = Callable[..., Any]
 
@@ -27,7 +28,7 @@ def test_it_names_versions_cores_engine_and_model(cli: Cli) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     said = lines(outcome.out)
     assert platform.python_version() in said["cm-runtime"]
-    assert said["cores"] == str(len(os.sched_getaffinity(0)))
+    assert said["cores"] == str(cores())
     for package in ("numpy", "torch", "onnx", "onnxscript", "pooch"):
         assert said[package] == metadata.version(package)
     import onnxruntime
@@ -75,7 +76,7 @@ def test_every_optional_package_has_a_purpose() -> None:
 def test_as_json(cli: Cli) -> None:
     content = json.loads(cli("doctor", "--json").out)
     assert content["packages"]["to train and export"]["onnx"] == metadata.version("onnx")
-    assert content["cores"] == len(os.sched_getaffinity(0)) and content["warning"] == ""
+    assert content["cores"] == cores() and content["warning"] == ""
 
 
 def test_two_onnx_runtimes_are_told_with_the_cure(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,3 +99,17 @@ def test_without_a_driver_that_is_what_is_missing(
     outcome = cli("sample", *words, "--count", 1)
     assert outcome.code == 1 and outcome.err.count("\n") == 1
     assert "there is no NVIDIA driver here" in outcome.err and "pycuda" not in outcome.err
+
+
+def test_an_engine_that_cannot_start_is_a_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no thread can be started."""
+    from cm_runtime.backends import openvino
+
+    def fail() -> None:
+        raise RuntimeError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(openvino, "package", lambda: SimpleNamespace(Core=fail))
+    monkeypatch.setattr(openvino, "_started", openvino._started.__wrapped__)  # whose cache is not to be touched
+    outcome = cli("doctor")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "OpenVINO cannot start: Resource temporarily unavailable" in lines(outcome.out)["auto"]

@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[list[str | None], str]] = {
     "edit arrays": (["edit", "denoise", "model.onnx", None, "--sigma", "1", "--backend", "ort"], ".npz"),
     "edit by a model": (["edit", "denoise", None, "a.png", "--sigma", "1"], ".onnx"),
     "edit --mask": (
-        ["edit", "inpaint", "model.onnx", "a.png", "--label", "1", "--backend", "ort", "--mask", None],
+        ["edit", "inpaint", "model.onnx", "a.png", "--backend", "ort", "--mask", None],
         ".png",
     ),
     "edit -o": (["edit", "denoise", "a.png", "--sigma", "1", "--label", "1", "-o", None], ".npz"),

@@ -201,10 +201,12 @@ def _fitting(scenarios: list[Scenario], globs: list[str] | None) -> list[Scenari
 @contextmanager
 def _progress(scenarios: Sequence[Scenario], settings: Settings, against: str | None) -> Iterator[Tell]:
     """Yields what shows (scenarios done, what is being done)."""
+    from cm_runtime.wording import quantity
+
     total, where = len(scenarios), progress.place()
     contenders = sum(1 + (against is not None) + len(each.peers) for each in scenarios)
     seconds = contenders * (settings.budget_s + PREPARATION_S)
-    many = progress.times(contenders, "contender")
+    many = quantity(contenders, "contender")
     plan = f"{many} x {settings.budget_s:g} s, about {progress.duration(seconds)}"
     if where == "terminal":
         with _bar(total) as update:
