@@ -7,6 +7,7 @@ Large weights are in a data file beside the ``.onnx``, which the manifest names;
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -44,6 +45,7 @@ MOST_PIXELS = 1 << 26  # of an image, its channels counted
 _METADATA_PROPS = 14  # field of onnx.ModelProto
 _GRAPH = 7
 _PIECE = 1 << 20
+FICLONE = 0x40049409  # of linux/fs.h
 _DATA_FILE = re.compile(r"[\w .+-]+-[0-9a-f]{12}\.data")  # only such files are ever overwritten or removed
 
 Size = Annotated[int, Field(gt=0, le=4096)]
@@ -273,7 +275,7 @@ def write_manifest(
         if read_manifest(temporary) != manifest:
             raise ArtifactError(f"{target}: the manifest does not read back as it was written")
         if data and not _same_size(data, Path(target).with_name(data.name)):
-            _link(data, temporary_data)
+            _clone(data, temporary_data)
 
 
 @contextmanager
@@ -333,10 +335,11 @@ def _same_size(one: Path, other: Path) -> bool:
     return other.is_file() and one.stat().st_size == other.stat().st_size
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the two folders are not on one disk."""
+def _clone(source: Path, target: Path) -> None:
+    """A copy that shares its blocks where the file system can; a second name would be refused by the onnx package."""
     try:
-        os.link(source.resolve(), target)
+        with source.open("rb") as old, target.open("wb") as new:
+            fcntl.ioctl(new, FICLONE, old.fileno())
     except OSError:
         shutil.copyfile(source, target)
 

@@ -4,6 +4,7 @@ import json
 import os
 import tracemalloc
 
+import exported
 import kills
 import numpy as np
 import onnx
@@ -523,14 +524,12 @@ def test_a_copy_in_another_folder_brings_its_data_file(tmp_path, apart):
     assert contents(target.parent)[DATA] == found[DATA]
 
 
-def test_a_data_file_is_copied_where_it_cannot_be_linked(tmp_path, apart, monkeypatch):
-    def refuse(*_):
-        raise OSError("another disk")
-
-    (tmp_path / "target").mkdir()
-    monkeypatch.setattr(os, "link", refuse)
-    write_manifest(apart, tmp_path / "target" / "m.onnx", tuned(apart), force=True)
-    assert contents(tmp_path / "target")[DATA] == (apart.parent / DATA).read_bytes()
+def test_a_copied_data_file_has_one_name_as_the_onnx_package_wants_it(tmp_path, tmp_path_factory):
+    boundary = exported.Files("boundary", tmp_path_factory)
+    target = tmp_path / "tuned.onnx"
+    write_manifest(boundary.apart, target, tuned(boundary.apart))
+    assert os.stat(exported.data_file(target)).st_nlink == 1
+    onnx.load(target)
 
 
 def test_a_copy_in_the_same_folder_shares_the_data_file(apart):

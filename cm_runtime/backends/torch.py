@@ -6,7 +6,7 @@ import ctypes
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -73,7 +73,7 @@ class TorchBackend(Backend):
         self._model.eval()
         kind = torch.device(self.device).type
         try:
-            with torch.inference_mode(), torch.autocast(kind, self._type, enabled=self._type is not None):
+            with torch.inference_mode(), ieee(), torch.autocast(kind, self._type, enabled=self._type is not None):
                 x0 = self._f(*(self._tensor(each) for each in feed.values()))
                 return np.asarray(x0.float().cpu().numpy(), np.float32)
         except Exception as error:  # a compiler's errors are of many kinds
@@ -114,6 +114,7 @@ class TorchBackend(Backend):
                 with (
                     torch.inference_mode(),
                     on_stream(device.stream, kind),
+                    ieee(),
                     torch.autocast(kind.type, self._type, enabled=self._type is not None),
                 ):
                     made.copy_(F(*given))
@@ -136,6 +137,28 @@ class TorchBackend(Backend):
 
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
+
+
+@contextmanager
+def ieee() -> Iterator[None]:
+    """While it lasts, float32 products are of float32: neither TF32, cuDNN's default, nor bfloat16, where one may ask.
+
+    Only what is in float32 is affected.
+    """
+    places: tuple[Any, ...] = (
+        *(torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul),  # type: ignore[attr-defined]
+        *(torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul),  # type: ignore[attr-defined]
+    )
+    before, products = [place.fp32_precision for place in places], torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 class TorchGraph:

@@ -21,10 +21,19 @@ WIDTH = 16
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Forget which engine auto found fastest, for every file.")
+    ] = False,
 ) -> None:
     """Say what this installation can do: packages, engines and devices, and how to get what is missing."""
     import json
 
+    if forget:
+        from cm_runtime.backends import choice
+        from cm_runtime.wording import quantity
+
+        typer.echo(f"{'auto':{WIDTH}} forgot {quantity(choice.forget(), 'remembered choice')}")
+        return
     content = _examined()
     if as_json:
         typer.echo(json.dumps(content, indent=2))

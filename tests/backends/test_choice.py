@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(choice, "PAUSE", 0.0)
     monkeypatch.setattr(choice, "SECONDS", 0.01)
+    monkeypatch.setattr(choice, "_waited", lambda: 0.0)
 
 
 @pytest.fixture
@@ -67,6 +70,11 @@ def opening(asked: choice.Question, opened: list[str], **engines: Any) -> Callab
         return made if isinstance(made, Backend) else Fake(name, asked.manifest, made)
 
     return open_engine
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Lines other than that which announces a measurement."""
+    return [record.getMessage() for record in caplog.records if record.name == "cm_runtime"]
 
 
 def kept() -> list[Path]:
@@ -220,9 +228,8 @@ def test_the_next_is_taken_with_one_line_where_the_best_cannot_start(
     caplog.clear()
     failing = opening(asked, opened, ort=0.001, openvino=EngineError("no more memory"))
     assert choice.fastest(asked, failing).name == "ort"
-    (record,) = caplog.records
-    assert (record.name, record.levelno) == ("cm_runtime", logging.WARNING)
-    assert record.getMessage() == "auto does without openvino: no more memory"
+    assert warnings(caplog) == ["auto does without openvino: no more memory"]
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
 def test_where_none_starts_the_first_ones_reason_is_given(asked: choice.Question, opened: list[str]) -> None:
@@ -253,8 +260,8 @@ def test_an_engine_that_draws_something_else_is_left_out(
 ) -> None:
     other = Fake("openvino", asked.manifest, 0.0001, offset)
     assert choice.fastest(asked, opening(asked, opened, ort=0.001, openvino=other)).name == "ort"
-    (record,) = caplog.records
-    assert record.getMessage().startswith("auto does without openvino: its images are ")
+    (line,) = warnings(caplog)
+    assert line.startswith("auto does without openvino: its images are ")
     assert kept() == []
 
 
@@ -263,7 +270,7 @@ def test_so_is_one_that_fails_at_once(
 ) -> None:
     broken = Failing("openvino", asked.manifest, 0)
     assert choice.fastest(asked, opening(asked, opened, ort=0.001, openvino=broken)).name == "ort"
-    assert [record.getMessage() for record in caplog.records] == ["auto does without openvino: an index out of range"]
+    assert warnings(caplog) == ["auto does without openvino: an index out of range"]
 
 
 class Odd(Fake):
@@ -279,8 +286,133 @@ def test_so_is_one_whose_images_are_none(
 ) -> None:
     other = Odd("openvino", asked.manifest, 0, offset)
     assert choice.fastest(asked, opening(asked, opened, ort=0.001, openvino=other)).name == "ort"
-    (record,) = caplog.records
-    assert record.getMessage().startswith("auto does without openvino: the graph made ")
+    (line,) = warnings(caplog)
+    assert line.startswith("auto does without openvino: the graph made ")
+
+
+# One grey level, in fp32; 40 dB in half precision
+
+
+class Shifted(Fake):
+    """Answers its input, off by ``offset``: everywhere, below a noise level, or in one pixel."""
+
+    where = "everywhere"
+
+    def evaluate(self, feed: Mapping[str, Any]) -> Any:
+        time.sleep(self.seconds)
+        x0 = np.tanh(feed["x"]).astype(np.float32)
+        if self.where == "everywhere":
+            x0 += self.offset
+        elif self.where == "low":
+            x0[feed["sigma"] < 0.5] += self.offset
+        elif self.where == "high":
+            x0[feed["sigma"] > 50] += self.offset
+        else:
+            x0[:, 0, 0, 0] += self.offset
+        return x0
+
+
+LEVEL = 2 / 255
+
+
+@pytest.mark.parametrize(
+    ("precision", "where", "offset", "is_taken"),
+    [
+        ("fp32", "everywhere", 0.3 * LEVEL, True),
+        ("fp32", "everywhere", 1.2 * LEVEL, False),
+        ("fp32", "low", 1.2 * LEVEL, False),
+        ("fp32", "high", 1.2 * LEVEL, False),
+        ("fp32", "pixel", -1.2 * LEVEL, False),
+        ("fp16", "pixel", 12 * LEVEL, True),
+        ("fp16", "everywhere", LEVEL, True),
+        ("fp16", "everywhere", 3 * LEVEL, False),
+        ("fp16", "high", -5 * LEVEL, False),
+        ("fp16", "everywhere", np.inf, False),
+        ("fp16", "everywhere", np.nan, False),
+    ],
+)
+def test_an_engine_moves_images_by_a_grey_level_or_to_40_db(
+    asked: choice.Question, opened: list[str], precision: Any, where: str, offset: float, is_taken: bool
+) -> None:
+    question = replace(asked, manifest=asked.manifest.model_copy(update={"precision": precision}))
+    other = Shifted("openvino", question.manifest, 0.0001, offset)
+    other.where = where
+    first = Shifted("ort", question.manifest, 0.003)
+    taken = choice.fastest(question, opening(question, opened, ort=first, openvino=other))
+    assert taken.name == ("openvino" if is_taken else "ort")
+
+
+@pytest.mark.parametrize(("offset", "is_taken"), [(1, True), (2, False)])
+def test_of_a_sampler_its_bytes_do(make_manifest: Callable[..., Manifest], offset: int, is_taken: bool) -> None:
+    manifest = make_manifest(graph="sampler", sigmas={2: (80.0, 0.5)})
+    images = np.arange(0, 200, dtype=np.float64)
+    context = nullcontext() if is_taken else pytest.raises(EngineError, match="2 grey levels from those of ort")
+    with context:
+        choice._compare([images], [images + offset], manifest, "ort")
+
+
+# Noise
+
+
+def test_a_measurement_is_announced_once(
+    asked: choice.Question, opened: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        choice.fastest(asked, opening(asked, opened, ort=0.001, openvino=0.01))
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [
+        ("cm_runtime.progress", f"measuring once which engine is faster for {asked.path}: ort or openvino")
+    ]
+
+
+def test_a_busy_machine_is_measured_again_but_not_for_ever(
+    asked: choice.Question, opened: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = itertools.count(step=10)
+    monkeypatch.setattr(choice, "_waited", lambda: next(waits))
+    open_engine = opening(asked, opened, ort=0.001, openvino=0.01)
+    for tries in range(1, choice.MOST_TRIES + 1):
+        assert choice.fastest(asked, open_engine).name == "ort"
+        answer = choice.remembered(asked)
+        assert answer is not None and (answer.tries, answer.is_noisy) == (tries, True)
+        assert choice.said(asked).endswith("measured again on next use") == (tries < choice.MOST_TRIES)
+    assert opened == ["ort", "openvino"] * choice.MOST_TRIES
+    assert choice.fastest(asked, open_engine).name == "ort"
+    assert opened[2 * choice.MOST_TRIES :] == ["ort"]
+    assert [record.getMessage().split()[1] for record in caplog.records] == ["once", "again,", "again,"]
+
+
+QUIET = [1.0, 1.01, 1.02, 1.03, 1.01, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("slower", "is_busy", "is_noisy"),
+    [
+        ([2.0, 2.1, 2.0, 2.1], False, False),
+        ([2.0, 2.1, 2.0, 2.1], True, True),
+        ([0.9, 1.4, 0.9, 1.4, 1.4, 1.4], False, True),
+        ([1.02, 1.03, 1.02, 1.03], False, False),
+    ],
+    ids=["apart", "busy", "overlapping", "as fast"],
+)
+def test_noise_is_threads_that_wait_or_times_that_overlap(slower: list[float], is_busy: bool, is_noisy: bool) -> None:
+    answer = choice._answer({"ort": QUIET, "openvino": slower}, is_busy, None)
+    assert (next(iter(answer.seconds)), answer.is_noisy) == ("ort", is_noisy)
+
+
+def test_of_two_noisy_measurements_the_less_disturbed_times_count() -> None:
+    before = choice.Answer({"openvino": 0.5, "ort": 3.0}, is_noisy=True)
+    answer = choice._answer({"ort": QUIET, "openvino": [2.0] * 4}, True, before)
+    assert answer.seconds == {"openvino": 0.5, "ort": pytest.approx(1.01)}
+    quiet = choice._answer({"ort": QUIET, "openvino": [2.0] * 4}, False, before)
+    assert next(iter(quiet.seconds)) == "ort" and quiet.tries == 2
+
+
+def test_all_is_forgotten(asked: choice.Question, opened: list[str]) -> None:
+    assert choice.forget() == 0
+    for batch in (1, 2):
+        choice.fastest(replace(asked, batch=batch), opening(asked, opened, ort=0.001, openvino=0.01))
+    assert choice.forget() == 2
+    assert kept() == [] and choice.remembered(asked) is None
 
 
 # Candidates

@@ -169,3 +169,24 @@ def test_compiled_it_computes_the_same_for_more_batch_sizes_than_torch_allows_by
     for n in range(1, 11):
         x = np.random.default_rng(n).standard_normal((n, 3, 8, 8)).astype(np.float32)
         assert np.abs(eager.denoise(x, 1.0, 0) - compiled.denoise(x, 1.0, 0)).max() < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_float32_is_ieee_while_it_computes_and_settings_stay(backend: TorchBackend, precision: str) -> None:
+    """A process may allow bfloat16 for float32 products, and cuDNN takes TF32 by default."""
+    seen = []
+
+    def settings() -> list[str]:
+        places = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        return [torch.get_float32_matmul_precision(), *(str(place.fp32_precision) for place in places)]
+
+    backend._model.F.register_forward_pre_hook(lambda *_: seen.append(settings()))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = settings()
+        backend.denoise(image(), 1.0, 0)
+        assert seen == [["highest", "ieee", "ieee", "ieee"]]
+        assert settings() == before
+        assert torch.backends.cudnn.allow_tf32 is True  # can still be asked by its old name
+    finally:
+        torch.set_float32_matmul_precision("highest")
