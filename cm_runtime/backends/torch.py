@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -57,6 +58,7 @@ class TorchBackend(Backend):
         self.outputs = OUTPUTS[manifest.graph]
         self._type = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self._is_compiled = is_compiled
+        self._process = os.getpid()
         if self._type is not None:
             out = self._model.F.out
             out[-1] = out[-1] if isinstance(out[-1], _InFloat32) else _InFloat32(out[-1])
@@ -69,6 +71,10 @@ class TorchBackend(Backend):
 
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """One evaluation of the module on checked inputs; see `Backend`."""
+        if self._process != os.getpid() and torch.get_num_threads() > 1:
+            raise EngineError(
+                "torch was at work before this process was forked, and would hang: start it by spawn, or take 1 thread"
+            )
         training = self._model.training
         self._model.eval()
         kind = torch.device(self.device).type

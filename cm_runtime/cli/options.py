@@ -68,7 +68,11 @@ Backend = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where it runs.")]
 Precision = Annotated[
-    str, typer.Option(metavar="auto|fp32|bf16|fp16", help="What OpenVINO or torch computes in; auto: as the file.")
+    str,
+    typer.Option(
+        metavar="auto|fp32|bf16|fp16",
+        help="What OpenVINO or torch computes in; auto: as the file. fp32: to one grey level.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine.", show_default="one per core")]
 # Of the edits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -419,3 +420,20 @@ def test_a_signal_finds_its_stack_when_engines_have_come_and_gone(boundary: expo
     words = [sys.executable, "-c", code, str(boundary.onnx)]
     done = subprocess.run(words, capture_output=True, text=True, env=exported.environment(), timeout=120)
     assert (done.returncode, done.stdout) == (0, "handled\n")
+
+
+def test_memory_does_not_grow_with_every_new_batch_size(boundary: exported.Files) -> None:
+    """A cache of what is made for each shape would take 3 MB a size here, and far more of a real network."""
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+    engine = OpenVinoBackend(boundary.onnx, threads=1)
+    sizes = [100, *range(1, 46)]
+    grown = []
+    for n in sizes:
+        engine.evaluate(
+            {"x": np.zeros((n, 3, 8, 8), np.float32), "sigma": np.ones(n, np.float32), "label": np.zeros(n, np.int64)}
+        )
+        grown.append(resident())
+    assert grown[-1] - grown[30] < 20

@@ -190,3 +190,16 @@ def test_float32_is_ieee_while_it_computes_and_settings_stay(backend: TorchBacke
         assert torch.backends.cudnn.allow_tf32 is True  # can still be asked by its old name
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_fork_is_told_that_torchs_threads_are_not_there(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP would wait for them for ever; with one thread it needs none."""
+    alone = backend.denoise(image(), 1.0, 0)
+    backend._process += 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(EngineError, match="before this process was forked"):
+        backend.denoise(image(), 1.0, 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert np.allclose(backend.denoise(image(), 1.0, 0), alone, rtol=0, atol=1e-5)

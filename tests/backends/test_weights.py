@@ -39,8 +39,9 @@ def linked(boundary: exported.Files, tmp_path: Path) -> Callable[[str], Path]:
         for file in {"both": [path, exported.data_file(path)], "data alone": [exported.data_file(path)]}.get(
             form, [path]
         ):
-            shutil.move(file, store / file.stem[:5])
-            file.symlink_to(os.path.relpath(store / file.stem[:5], folder))
+            blob = store / f"blob{file.suffix[1]}"
+            shutil.move(file, blob)
+            file.symlink_to(os.path.relpath(blob, folder))
         return path
 
     return make
@@ -78,7 +79,8 @@ def test_damaged_weights_behind_a_link_are_one_line(linked: Callable[[str], Path
 def test_no_address_lies_outside_of_the_data_file(linked: Callable[[str], Path], key: str, value: str) -> None:
     path = linked("data alone")
     graph = onnx.load(path, load_external_data=False)
-    next(entry for entry in graph.graph.initializer[0].external_data if entry.key == key).value = value
+    tensor = next(each for each in graph.graph.initializer if each.external_data)
+    next(entry for entry in tensor.external_data if entry.key == key).value = value
     path.write_bytes(graph.SerializeToString())
     data = weights.linked(weights.data_file(path, read_manifest(path)))
     assert data is not None
