@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from cm_runtime.model import ConsistencyModel, ModelConfig, build
 from cm_runtime.training import grids, ode, record
 from cm_runtime.training.config import Phase, TrainConfig
 from cm_runtime.training.data import ImageSet
+from cm_runtime.training.ema import mu_of
 from cm_runtime.training.run import RunFolder
 from cm_runtime.training.state import check_fit
 from cm_runtime.training.step import Stepper, dtype_of, finite, learning_rate_factor
@@ -73,7 +75,8 @@ def train(
         if config.network is None and start is not None:
             shape = start.config.network.model_dump(include=set(NetworkShape.model_fields))
             config = config.model_copy(update={"network": NetworkShape(**shape)})
-        model_config_of(config, data)
+        for index, phase in enumerate(config.phase):
+            _check_memory(index, phase, model_config_of(config, data, phase), workers)
         folder = RunFolder(out)
         inputs = {"data": record.fingerprint(data), "init": "" if start is None else start.sha256}
         opened = folder.open(config, inputs, resume=resume, force=force) if workers.lead else nullcontext()
@@ -128,6 +131,30 @@ def model_config_of(config: TrainConfig, data: ImageSet, phase: Phase | None = N
         sigma_data=config.sigma_data,
         sigma_boundary=0.0 if form == "edm" else schedule.SIGMA_MIN,
     )
+
+
+def _check_memory(index: int, phase: Phase, config: ModelConfig, workers: Workers) -> None:
+    """Raises TrainingError where the machine has less memory than the phase is sure to take on the CPU.
+
+    Counted are weights, gradients, two moments, averages and target, and what each block of the outermost level keeps
+    of its images for the way back; on a GPU only the weights, which are drawn on the CPU.
+    """
+    size = dtype_of(phase).itemsize
+    copies = 4 + len(phase.ema) + (mu_of(phase) is not None) if workers.device.type == "cpu" else 1
+    weights = copies * size * sum(each.numel() for each in build(config, "meta").parameters())
+    network, images = config.network, 0
+    if workers.device.type == "cpu":
+        share = len(workers.share(phase.batch))
+        pixels = (network.image_size // network.patch) ** 2
+        kept = 2 * network.res_blocks * network.channels * pixels * size
+        images = kept * min(phase.micro_batch or share, share)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weights + images > memory:
+        cure = "network.channels" if weights > images else f"phase.{index}.micro_batch"
+        raise TrainingError(
+            f"phase {index} takes at least {(weights + images) / 1e9:.0f} GB of memory and the machine has"
+            f" {memory / 1e9:.0f} GB; lower {cure}"
+        )
 
 
 class _Run:

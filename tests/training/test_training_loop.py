@@ -663,7 +663,7 @@ def test_a_run_whose_disk_fills_up_ends_in_one_line_and_goes_on_as_the_one_that_
         ("events.out.tfevents", 10, "log.jsonl"),
     ):
         out = tmp_path / named
-        room = 0 if fitting is None else (tmp_path / "whole" / fitting).stat().st_size
+        room = 0 if fitting is None else (tmp_path / "whole" / fitting).stat().st_size + 32  # a log's times differ
         with full_disk(at, room) as report, pytest.raises(OutputError) as caught:
             train(config, toy_images, out, report=report)
         assert re.fullmatch(rf"{out}/(\w+/)?{named}\S* cannot be written: File too large", str(caught.value))
@@ -824,6 +824,22 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(
     with pytest.raises(CmRuntimeError, match="batch") as caught:
         train(tiny_config(), toy_images, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("network", "batch", "key"),
+    [
+        ({"channels": 4096, "channel_mult": [16, 16], "res_blocks": 16}, 4, "network.channels"),
+        ({"channels": 1024, "res_blocks": 16}, 1 << 16, "phase.0.micro_batch"),
+    ],
+)
+def test_a_run_larger_than_the_machine_is_refused_before_it_takes_memory(
+    tmp_path: Path, tiny_config: Config, toy_images: ImageSet, network: dict[str, Any], batch: int, key: str
+) -> None:
+    config = tiny_config(network=network, edm={"batch": batch}, ect={"batch": batch}, device="cpu")
+    with pytest.raises(TrainingError, match=rf"phase 0 takes at least \d+ GB .* lower .*{key}"):
+        train(config, toy_images, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_must_be_square(tmp_path: Path, tiny_config: Config) -> None:
