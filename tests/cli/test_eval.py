@@ -39,7 +39,7 @@ PLAIN = ("--extractor", "x.onnx", "--reference", "real.npz", "--threads", 1)
 
 
 def report(cli: Cli, *words: object) -> dict[str, Any]:
-    outcome = cli("eval", *words, "-o", "report.json")
+    outcome = cli("eval", *words, "-o", "report.json", "--force")
     assert (outcome.code, outcome.err) == (0, ""), outcome
     found: dict[str, Any] = json.loads(Path("report.json").read_text())
     return found
@@ -216,6 +216,7 @@ def test_the_split_is_that_of_the_images(cli: Cli) -> None:
 
 def broken(place: Path) -> None:
     """Files that are nearly right."""
+    (place / "there.json").touch()
     for name in ("x.onnx", "samples.npz", "model.onnx"):
         content = (place / name).read_bytes()
         (place / f"cut-{name}").write_bytes(content[: len(content) // 2])
@@ -280,6 +281,7 @@ X = ("--extractor", "x.onnx")
         (("model.onnx", *PLAIN, "--backend", "torch"), "torch backend runs checkpoints"),
         (("samples.npz", *PLAIN, "-o", "report.txt"), "must end in .json"),
         (("samples.npz", *PLAIN, "-o", "nowhere/report.json"), "no folder nowhere"),
+        (("samples.npz", *PLAIN, "-o", "there.json"), "there.json exists; replace it with --force"),
         (("samples.npz", *PLAIN, "--save-statistics", "s.json"), "must end in .npz"),
     ],
 )

@@ -37,7 +37,7 @@ def place(boundary: exported.Files, tmp_path: Path, rng: np.random.Generator) ->
 
 def distance(cli: Cli, model: str, *words: object) -> float:
     """By `eval`, of the same images."""
-    given = ("--extractor", "x.onnx", "--reference", "s.npz", "--count", 24, "--threads", 1, "-o", "r.json")
+    given = ("--extractor", "x.onnx", "--reference", "s.npz", "--count", 24, "--threads", 1, "-o", "r.json", "--force")
     assert cli("eval", model, *given, *words).code == 0
     found: float = json.loads(Path("r.json").read_text())["figures"]["frechet_distance"]
     return found
