@@ -109,8 +109,7 @@ class TensorRtBackend(Backend):
             self._must(context.set_tensor_address(name, self._device.address(name, size)), f"the address of {name}")
         self._must(context.execute_async_v3(self._device.stream), "to run")
         made = [self._device.fetch(name, shape, np.dtype(dtype)) for name, (dtype, shape) in run.outputs.items()]
-        images = finite_images([each[:asked] for each in made])
-        return images if len(made[0]) == asked else images.copy()
+        return finite_images([each if len(each) == asked else each[:asked].copy() for each in made])
 
     # On the GPU, as on_device.Engine has it
 
