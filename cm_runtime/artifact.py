@@ -183,7 +183,7 @@ class Manifest(_Frozen):
     def images(self) -> str:
         """The images' shape and classes, in words."""
         shape = "x".join(map(str, self.image_shape))
-        return f"{shape}, {self.num_classes} classes" if self.num_classes else shape
+        return f"{shape}, {quantity(self.num_classes, 'class')}" if self.num_classes else shape
 
     @property
     def steps(self) -> int:

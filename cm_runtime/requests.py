@@ -182,7 +182,7 @@ def _request(
     if isinstance(labels, Mapping):
         total = counted(labels, None, 0)
         if total != count:
-            raise RequestError(f"the labels are for {total} images, but {count} are asked for")
+            raise RequestError(f"the labels are for {quantity(total, 'image')}, but {count} are asked for")
         checked = _in_turn(labels, start)
     return Request(count, levels, seed, start, checked, micro_batch, output, clip)
 

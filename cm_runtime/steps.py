@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cm_runtime.errors import EngineError
 from cm_runtime.projections import Edit
+from cm_runtime.wording import quantity
 
 Array = NDArray[np.float32]
 NOT_FINITE = "the model's output is not finite; its weights or its precision cannot serve"
@@ -21,7 +22,7 @@ NOT_FINITE = "the model's output is not finite; its weights or its precision can
 
 def not_finite(finite: NDArray[np.bool_]) -> EngineError:
     """The error of images (N,) some of which are not finite."""
-    return EngineError(f"{NOT_FINITE} ({np.count_nonzero(~finite)} of {finite.size} images)")
+    return EngineError(f"{NOT_FINITE} ({np.count_nonzero(~finite)} of {quantity(finite.size, 'image')})")
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _of_pair(scenario: ScenarioResult, new: Contender | None, base: Contender | 
     if base is None or base.status != "measured":
         return Verdict(name, "INCONCLUSIVE", reason=f"no base: {base.reason if base else 'it was not measured'}")
     if len(new.block_ms) != len(base.block_ms):
-        counts = f"{len(new.block_ms)} blocks of this build and {len(base.block_ms)} of the base"
+        counts = f"{quantity(len(new.block_ms), 'block')} of this build and {len(base.block_ms)} of the base"
         return Verdict(name, "INCONCLUSIVE", reason=f"{counts}: the two did not take turns")
     if not new.block_ms:
         return Verdict(name, "INCONCLUSIVE", reason="the result holds no block of either build")

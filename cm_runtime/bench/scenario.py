@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cm_runtime import bounded, toml
 from cm_runtime.errors import ConfigError
+from cm_runtime.wording import quantity
 
 Kind = Literal["single-stream", "offline", "server"]
 Backend = Literal["auto", "ort", "openvino", "torch", "torch.compile"]
@@ -134,7 +135,9 @@ class Group(Frozen):
             if any(len(set(each)) < len(each) for each in choices):
                 raise ValueError("a list names a choice twice")
             if (count := math.prod(map(len, choices))) > MOST_SCENARIOS:
-                raise ValueError(f"its lists make {count} scenarios, and a suite has at most {MOST_SCENARIOS}")
+                raise ValueError(
+                    f"its lists make {quantity(count, 'scenario')}, and a suite has at most {MOST_SCENARIOS}"
+                )
             try:
                 self.scenarios(quick)
             except ValidationError as error:

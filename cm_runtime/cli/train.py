@@ -83,7 +83,8 @@ def _plan(config: TrainConfig, images: ImageSet, folder: Path) -> str:
     shape = "x".join(map(str, images.image_shape))
     device = chosen_device(config.device)
     threads = f" with {quantity(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    return f"training on {len(images)} images {shape} of {images.name}: {phases}; on {device}{threads}, into {folder}/"
+    data = f"{quantity(len(images), 'image')} {shape} of {images.name}"
+    return f"training on {data}: {phases}; on {device}{threads}, into {folder}/"
 
 
 class _Progress:

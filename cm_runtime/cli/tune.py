@@ -72,6 +72,7 @@ def tune(
     from cm_runtime.evaluate.features import Extractor
     from cm_runtime.evaluate.objective import FirstStep, FrechetObjective
     from cm_runtime.schedule import level_text
+    from cm_runtime.wording import quantity
 
     source = model or backends.DEFAULT_MODEL
     target = output or source
@@ -100,7 +101,8 @@ def tune(
     levels = dict(manifest.sigmas)
     for count in wanted:
         left = 1 + tuning.most_candidates(count)
-        progress.phase(f"tuning {count} steps, by up to {left - 1} candidates of {samples} images")
+        candidates, images = quantity(left - 1, "candidate"), quantity(samples, "image")
+        progress.phase(f"tuning {quantity(count, 'step')}, by up to {candidates} of {images}")
         scale = manifest.sigma_min, manifest.sigma_max, manifest.rho
         found = tuning.search(objective, count, levels, *scale)
         levels[count] = found.sigmas

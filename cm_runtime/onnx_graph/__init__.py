@@ -16,6 +16,7 @@ from typing import NamedTuple
 from cm_runtime.artifact import Manifest, data_path
 from cm_runtime.errors import ArtifactError
 from cm_runtime.onnx_graph import foreign, message, own
+from cm_runtime.wording import quantity
 
 TRUST = "CM_RUNTIME_TRUST"  # in the environment, 1 lets foreign graphs run on every engine, in child processes too
 MOST_IMAGES = 1024  # that an extractor takes together, where its graph says how many
@@ -81,5 +82,7 @@ def check_extractor(path: Path) -> None:
     for name, port in graph.inputs.items():
         first = port.dims[0] if port.dims else None
         if name not in graph.tensors and isinstance(first, int) and first > MOST_IMAGES:
-            raise ArtifactError(f"{path}: takes {first} images together; an extractor takes at most {MOST_IMAGES}")
+            raise ArtifactError(
+                f"{path}: takes {quantity(first, 'image')} together; an extractor takes at most {MOST_IMAGES}"
+            )
     foreign.check(graph, where)

@@ -24,6 +24,7 @@ from cm_runtime.onnx_graph.message import (
     Node,
     Port,
 )
+from cm_runtime.wording import quantity
 
 N = -1  # the batch, as a dimension
 IR_VERSIONS, OPSETS = range(8, 12), (20, 22)
@@ -274,7 +275,7 @@ def _gather(node: Node, taken: list[Value], manifest: Manifest) -> list[Value]:
     if index.role == "label":
         _require(data.is_static and len(data.shape) > 1 and data.type in FLOATS)
         if data.shape[0] != manifest.num_classes:
-            raise NotOwn(f"its graph is not for the {manifest.num_classes} classes of its manifest")
+            raise NotOwn(f"its graph is not for the {quantity(manifest.num_classes, 'class')} of its manifest")
         return [Value(data.type, (N, *data.shape[1:]))]
     _require(data.role == "noise" and index.shape == () and index.numbers is not None)
     (step,) = index.numbers or ()

@@ -48,8 +48,8 @@ def test_what_auto_measured_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch, t
     assert cli("sample", "--count", 1, "--steps", 1, "--batch", 8, "-o", "x.npz").code == 0
     said = lines(cli("doctor").out)["auto"]
     assert "measured at batch 8: " in said and "ort" in said and "openvino" in said and " ms" in said
-    assert cli("doctor", "--forget").out == "auto         forgot 1 remembered choice\n"
-    assert cli("doctor", "--forget").out == "auto         forgot 0 remembered choices\n"
+    assert cli("doctor", "--forget").out == "auto             forgot 1 remembered choice\n"
+    assert cli("doctor", "--forget").out == "auto             forgot 0 remembered choices\n"
     assert "measured on first use" in lines(cli("doctor").out)["auto"]
 
 
