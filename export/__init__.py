@@ -58,8 +58,10 @@ def onnx(
     require("onnx", "cm_runtime.export")
     from cm_runtime.export import onnx_file
 
+    held = [checkpoint]
+    del checkpoint  # its weights are not to be there beside an engine's: this frame must not keep them
     return onnx_file.onnx(
-        checkpoint,
+        held.pop(),
         path,
         graph=graph,
         steps=steps,

@@ -463,7 +463,10 @@ def test_what_is_missing_is_named(
 
 @pytest.mark.parametrize(
     ("device", "why"),
-    [("cuda:1", r"CUDA_VISIBLE_DEVICES chooses it"), ("cuda:0", r"pycuda is missing: pip install 'cm-runtime\[gpu\]'")],
+    [
+        ("cuda:1", r"CUDA_VISIBLE_DEVICES chooses it"),
+        ("cuda:0", r"pycuda is missing: pip install 'cm-runtime\[pycuda\]'"),
+    ],
 )
 def test_where_images_cannot_stay_a_line_says_why(
     device: str, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
