@@ -6,6 +6,7 @@ half minute and at each phase. ``--quiet`` silences all of it.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -51,6 +52,7 @@ def begin(*, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -
     """Start the time of a command."""
     global _command
     _command = Command(quiet, clock)
+    logging.getLogger("cm_runtime.progress").setLevel(logging.ERROR if quiet else logging.NOTSET)  # auto's measuring
 
 
 def now() -> float:

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,9 @@ def test_quiet_is_silent(clock: Clock, capsys: pytest.CaptureFixture[str]) -> No
     with progress.waiting("a wait"):
         clock.now += 100
     assert lines(capsys) == []
+    assert not logging.getLogger("cm_runtime.progress").isEnabledFor(logging.WARNING)  # what auto measures
+    progress.begin(clock=clock)
+    assert logging.getLogger("cm_runtime.progress").isEnabledFor(logging.WARNING)
 
 
 def test_a_wait_says_what_it_is_for_and_how_long_it_has_been(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
