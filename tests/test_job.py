@@ -289,8 +289,8 @@ def test_a_folder_of_somebody_elses_is_left_alone(
     [
         ({"count": 1 << 63, "shard_size": 1}, "9223372036854775808 shards are more than 1000000"),
         ({"count": 1 << 64, "shard_size": 1}, "18446744073709551616 shards are more than"),
-        ({"count": 10**400}, "there are no 1000"),
-        ({"start": 1 << 64}, "there are no 20 images from 18446744073709551616"),
+        ({"count": 10**400}, "there is no such range as 1000"),
+        ({"start": 1 << 64}, "there is no such range as 20 images from 18446744073709551616"),
         ({"shard_size": 10**300}, "a shard holds at most"),
         ({"labels": [0] * 300_000}, "300000 labels are more than"),
     ],

@@ -138,9 +138,6 @@ BOMBS: dict[str, onnx.ModelProto] = {
     ),
     "an operator of somebody": model([N("Anything", ["x"], ["y"], domain="com.somebody")]),
     "a shape that does not fit": model([N("Reshape", ["x", "to"], ["y"])], {"to": np.array([0, 3, 8, 9])}),
-    "images of 1 GiB": model(
-        [N("Identity", ["x"], ["y"])], manifest=MANIFEST.model_copy(update={"image_shape": (64, 4096, 4096)})
-    ),
 }
 INDICES = {
     "j": np.full((2, 1), 50_000_000),

@@ -111,7 +111,7 @@ def counted(parts: Iterator[T], total: int, unit: str, size: Callable[[T], int],
     if where == "terminal":
         yield from _on_terminal(parts, total, unit, size)
         return
-    clock, began, done = _command.clock, _command.clock(), 0
+    clock, began, done, first, since = _command.clock, _command.clock(), 0, 0, 0.0
     line = Line() if where == "notebook" else None
     if jobs == 1:
         phase(f"{total} {unit}")
@@ -120,12 +120,15 @@ def counted(parts: Iterator[T], total: int, unit: str, size: Callable[[T], int],
             yield part
             done += size(part)
             taken = clock() - began
-            whole = taken / done * total * jobs
-            if where == "lines" and _command.last is None and taken > PATIENCE and whole > LONG:
+            if not first:  # which may have waited for an engine or a cluster to start
+                first, since = done, clock()
+            rate = (done - first) / max(clock() - since, 1e-9) if done > first else done / max(taken, 1e-9)
+            whole = total / rate * jobs
+            is_known = done > first or taken > LONG
+            if where == "lines" and _command.last is None and is_known and taken > PATIENCE and whole > LONG:
                 say(f"{f'{jobs} x ' if jobs > 1 else ''}{total} {unit}, about {duration(whole)}")
                 continue
-            left = duration(taken / done * (total - done))
-            text = f"{unit} {done}/{total}, {done / max(taken, 1e-9):.3g}/s, {left} left"
+            text = f"{unit} {done}/{total}, {rate:.3g}/s, {duration((total - done) / rate)} left"
             if line is None:
                 tick(text)
             elif taken > PATIENCE:

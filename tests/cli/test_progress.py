@@ -54,9 +54,9 @@ def test_long_work_says_what_it_will_do_and_then_a_line_every_half_minute(
     first, *rest = lines(capsys)
     assert first == "1000 images, about 100 s" or first == "1000 images, about 2 min"
     assert rest == [
-        "images 320/1000, 10/s, 68 s left",
-        "images 620/1000, 10/s, 38 s left",
-        "images 920/1000, 10/s, 8 s left",
+        "images 340/1000, 10/s, 66 s left",
+        "images 640/1000, 10/s, 36 s left",
+        "images 940/1000, 10/s, 6 s left",
     ]
 
 
