@@ -627,11 +627,20 @@ def test_folder_deep_picture_after_a_colour_one(tmp_path: Path) -> None:
 # Sources and arguments
 
 
-@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "loop"])
-def test_open_data_paths_that_lead_nowhere(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("~nobody-of-this-name/x", "no such file or folder; check the path"),
+        ("a\0b", "no file can have such a name; check the path"),
+        ("loop", "is neither a file nor a folder"),
+    ],
+)
+def test_open_data_paths_that_lead_nowhere(
+    tmp_path: Path, name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
-    refuse(name, "check the path")
+    refuse(name, words)
 
 
 def test_open_data_missing_paths(tmp_path: Path) -> None:

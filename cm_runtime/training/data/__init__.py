@@ -58,8 +58,6 @@ def open_data(
     except OSError as error:
         wrong = f"cannot be read ({error.strerror or error})"
         raise data_error(error.filename or path, wrong, "check the path and its permissions") from error
-    except (ValueError, RuntimeError) as error:  # of resolving: a NUL, nobody's home, a link to itself
-        raise data_error(path, f"is no path of a data set ({error})", "check the path") from error
     except MemoryError as error:
         raise data_error(path, "does not fit into memory", "use smaller images or fewer") from error
     if image_size is not None and data.image_shape[1:] != (image_size, image_size):
