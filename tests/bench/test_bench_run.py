@@ -242,7 +242,7 @@ def test_a_model_that_fails_parity_is_not_timed(tmp_path: Path) -> None:
     assert wrong.status == "failed" and "differ from those of torch" in wrong.reason and not wrong.contenders
     assert right.status == "measured"
     assert "wrong.onnx" not in (tmp_path / "bench.samples.jsonl").read_text()
-    done = bench("run", "wrong.onnx", "--budget", "0.3", "--scenario", "* 1x1", "-o", "x.json", cwd=tmp_path)
+    done = bench("run", "wrong.onnx", "--budget", "0.3", "--scenario", "* 1x1", "--quiet", "-o", "x.json", cwd=tmp_path)
     assert done.returncode == 1 and "differ from those of torch" in done.stdout
     assert done.stderr.count("\n") == 1 and "1 of 1 scenario could not be measured" in done.stderr
 
