@@ -21,12 +21,13 @@ from pathlib import Path
 import exported
 import pytest
 
-from cm_runtime import backends, cluster, files, sampling
+from cm_runtime import backends, cluster, sampling
 from cm_runtime import job as jobs
 from cm_runtime.backends.base import Backend
 from cm_runtime.cluster import driver
 from cm_runtime.errors import EngineError, MissingExtraError, RequestError
 from cm_runtime.job import Job
+from cm_runtime.workspaces import TEMPORARY
 
 ROOT = Path(__file__).parents[1]
 
@@ -283,7 +284,7 @@ def test_a_cluster_that_is_lost_is_one_line(tmp_path: Path, monkeypatch: pytest.
         assert re.fullmatch(r"error: Ray[^\n]+\n", err), err  # the words are of whatever missed it first
         assert gone(below)
     assert (tmp_path / "out" / "shard-000000.npz").exists()
-    assert not list((tmp_path / "out").glob(f"{files.TEMPORARY}*"))
+    assert not list((tmp_path / "out").glob(f"{TEMPORARY}*"))
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
