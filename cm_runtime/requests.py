@@ -65,6 +65,7 @@ def request(
     """
     if manifest.is_teacher:
         raise RequestError("this model is an EDM teacher, which a few steps cannot sample; make it consistent first")
+    steps = None if steps is None else _whole("steps", steps)
     if manifest.graph == "sampler":
         levels = _own_levels(manifest, steps, sigmas, output, clip)
     elif sigmas is not None:
@@ -167,12 +168,13 @@ def _request(
     output: Output,
     clip: bool,
 ) -> Request:
+    count, seed, start = _whole("count", count), _whole("seed", seed), _whole("start", start)
     if count < 1:
         raise RequestError(f"count must be at least 1, not {count}")
-    micro_batch = min(micro_batch, count)
+    micro_batch = min(_whole("micro_batch", micro_batch), count)
     if not 1 <= micro_batch <= MICRO_BATCH_LIMIT:
         raise RequestError(f"micro-batch must be from 1 to {MICRO_BATCH_LIMIT}, not {micro_batch}")
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
+    if not 0 <= seed < 1 << 64:
         raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
     if not 0 <= start <= (1 << 64) - count:
         raise RequestError(f"image indices must be from 0 to 2^64-1; {quantity(count, 'image')} from {start} are not")
@@ -248,6 +250,13 @@ def _in_turn(counts: Mapping[int, int], start: int) -> tuple[int, ...]:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _whole(name: str, value: Any) -> int:
+    """``value`` as an int. Raises RequestError for what is no whole number, booleans too."""
+    if not _is_whole(value):
+        raise RequestError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
 
 
 def _checked_labels(labels: Labels, num_classes: int) -> Checked:

@@ -63,8 +63,16 @@ def level_text(sigmas: Sequence[float]) -> str:
 
 
 def same_levels(one: Sequence[float], other: Sequence[float]) -> bool:
-    """True if two lists of noise levels are equal as `level_text` prints them."""
-    return level_text(one) == level_text(other)
+    """True if two lists of noise levels are equal as `level_text` prints them. Raises RequestError."""
+    return level_text(_numbers(one)) == level_text(_numbers(other))
+
+
+def _numbers(sigmas: Sequence[float]) -> tuple[float, ...]:
+    """Noise levels as floats. Raises RequestError for what is no list of numbers."""
+    try:
+        return tuple(float(sigma) for sigma in sigmas)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"sigmas must be numbers, not {sigmas!r}") from error
 
 
 def checked_sigmas(
@@ -76,7 +84,7 @@ def checked_sigmas(
 
     Raises RequestError naming the first that does not fit.
     """
-    levels = tuple(float(s) for s in sigmas)
+    levels = _numbers(sigmas)
     if not levels:
         raise RequestError("sigmas is empty; give at least one noise level, the first one sigma_max")
     if not same_levels(levels[:1], [sigma_max]):

@@ -58,7 +58,7 @@ class _Phase(_Strict):
     )
     optimizer: Literal["radam", "adam"] = "radam"
     betas: tuple[Rate, Rate] = (0.9, 0.999)
-    learning_rate: float = Field(gt=0, le=1000)
+    learning_rate: float = Field(gt=0, le=1e38)
     warmup: int = Field(0, ge=0, le=MOST_STEPS, description="steps over which the learning rate rises from 0")
     decay: float = Field(0.0, ge=0, le=1, description="share of the steps, at the end, over which it falls to 0")
     clip: float | None = Field(None, gt=0, le=1e30, description="largest gradient norm; None: any")

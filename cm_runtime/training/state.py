@@ -25,11 +25,13 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # that Adam and RAdam keep of a ten
 def read_state(path: Path) -> tuple[dict[str, Any], TrainConfig]:
     """The state in ``path``, and the configuration that it is of.
 
-    Its place in the run fits that configuration; its tensors are for `check_fit`. Raises TrainingError, and
-    CheckpointError where it is no file of tensors.
+    Its place in the run fits that configuration; its tensors are for `check_fit`. Raises TrainingError.
     """
     bounded.regular(path, TrainingError)
-    state = load_plain(path)
+    try:
+        state = load_plain(path)
+    except CheckpointError as error:
+        raise TrainingError(f"{error}; put a copy back, or start anew with --force") from error
     if not isinstance(state.get("format"), str) or state["format"] != STATE_FORMAT:
         raise TrainingError(f"{path} is not a training state of this version; start anew with --force")
     if missing := STATE_KEYS - state.keys():

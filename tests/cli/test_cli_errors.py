@@ -517,7 +517,7 @@ def test_a_reader_that_stops_listening_is_no_traceback(boundary: exported.Files,
         ("torch", ["train", "fashion-mnist", "--out", "run"], "torch: pip install 'cm-runtime[train]'"),
         ("pyarrow", ["sample", "model.onnx", "--shards", "parquet"], "pyarrow: pip install 'cm-runtime[parquet]'"),
         ("onnx", ["export", "ckpt.pt"], "onnx: pip install 'cm-runtime[train]'"),
-        ("onnxscript", ["export", "ckpt.pt"], "onnxscript: pip install 'cm-runtime[train]'"),
+        ("onnxscript", ["export", "ckpt.pt", "--compare"], "onnxscript: pip install 'cm-runtime[train]'"),
         ("tomli_w", ["train", "fashion-mnist", "--out", "run"], "tomli_w: pip install 'cm-runtime[train]'"),
     ],
 )

@@ -254,7 +254,7 @@ def test_another_process_ends_the_same_way(config: Path, tmp_path: Path, words: 
 def test_a_loss_that_is_not_finite_is_one_line(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert in_process(config, "--out", tmp_path / "out", "--set", "phase.0.learning_rate=1000", "--quiet") == 1
+    assert in_process(config, "--out", tmp_path / "out", "--set", "phase.0.learning_rate=1e30", "--quiet") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "not finite at phase 0 step " in error
 

@@ -18,7 +18,7 @@ from PIL import Image
 from cm_runtime import files
 from cm_runtime.artifact import TrainingSummary
 from cm_runtime.checkpoint import Checkpoint, load_plain, read_checkpoint
-from cm_runtime.errors import CheckpointError, CmRuntimeError, OutputError, TrainingError
+from cm_runtime.errors import CmRuntimeError, OutputError, TrainingError
 from cm_runtime.model import ModelConfig, build
 from cm_runtime.training import loop, record
 from cm_runtime.training.config import TrainConfig, load_config
@@ -127,16 +127,16 @@ def _moments(state: dict[str, Any], **changes: Any) -> None:
     [
         (lambda state: state.update(format=torch.zeros(2)), "not a training state of this version"),
         (lambda state: state.update(config=1), "config"),
-        (lambda state: state["config"]["phase"][1].update(stages=10**400), "phase.1.stages"),
+        (lambda state: state["config"]["phase"][1].update(stages=10**400), "a whole number of 1329 bits"),
         (lambda state: state.update(inputs=1), "its inputs are no checksums"),
         (lambda state: state.update(phase="x"), "its phase is none of the configuration's"),
         (lambda state: state.update(phase=2), "its phase is none of the configuration's"),
-        (lambda state: state.update(step=10**30), "its step is none of phase 1"),
+        (lambda state: state.update(step=10**12), "its step is none of phase 1"),
         (lambda state: state.update(step=-1), "its step is none of phase 1"),
         (lambda state: state.update(step=True), "its step is none of phase 1"),
-        (lambda state: state.update(images=10**30), "it counts other images than the 24 up to its step"),
+        (lambda state: state.update(images=10**12), "it counts other images than the 24 up to its step"),
         (lambda state: state.update(seconds=float("nan")), "its seconds are no time"),
-        (lambda state: state.update(seconds=10**400), "its seconds are no time"),
+        (lambda state: state.update(seconds=10**400), "a whole number of 1329 bits"),
         (lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(float("nan")), "not dense, or not finite"),
         (lambda state: state.update(model=1), "its weights are not a state dict"),
         (lambda state: state["model"].popitem(), "its weights do not fit: missing"),
@@ -559,8 +559,10 @@ def test_what_cannot_be_written_is_one_line_that_names_the_file(
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_errors_of_a_state_are_checkpoint_errors(tmp_path: Path, tiny_config: Config, finished: Finished) -> None:
+def test_a_state_that_is_no_checkpoint_is_told_with_the_cure(
+    tmp_path: Path, tiny_config: Config, finished: Finished
+) -> None:
     finished(tmp_path)
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(TrainingError, match="not a torch checkpoint, or is damaged; put a copy back"):
         opened(tmp_path, tiny_config(), resume=True)
