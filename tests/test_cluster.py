@@ -198,7 +198,20 @@ def test_a_worker_says_what_it_could_not_do(
 
 def test_the_command_line_joins_a_cluster(address: str, tmp_path: Path) -> None:
     """It makes what it makes without."""
-    words = ["sample", "--count", 30, "--shard-size", 8, "--micro-batch", 4, "--backend", "ort", "--threads", 1]
+    words = [
+        "sample",
+        "--count",
+        30,
+        "--shard-size",
+        8,
+        "--micro-batch",
+        4,
+        "--backend",
+        "ort",
+        "--threads",
+        1,
+        "--quiet",
+    ]
     there = exported.command(*words, "-o", "there/", "--runner", "ray", "--ray-address", address, cwd=tmp_path)
     here = exported.command(*words, "-o", "here/", cwd=tmp_path)
     assert (there.returncode, there.stderr, here.returncode) == (0, "", 0)
@@ -209,7 +222,21 @@ def test_the_command_line_joins_a_cluster(address: str, tmp_path: Path) -> None:
 # A cluster of its own
 
 
-WORDS = ["--shard-size", 20, "--micro-batch", 4, "--backend", "ort", "--threads", 1, "--runner", "ray", "-o", "out/"]
+WORDS = [
+    "--quiet",
+    "--shard-size",
+    20,
+    "--micro-batch",
+    4,
+    "--backend",
+    "ort",
+    "--threads",
+    1,
+    "--runner",
+    "ray",
+    "-o",
+    "out/",
+]
 
 
 def descendants(process: int) -> dict[int, str]:

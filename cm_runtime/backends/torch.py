@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -145,26 +146,58 @@ class TorchBackend(Backend):
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
 
 
+class _Ieee:
+    """Torch's settings for float32 products, the process's: the first to enter saves them, the last puts them back.
+
+    All names of them are set, the old ones too, so that whoever asks by one of those, in another thread, is answered.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: tuple[bool, str, list[str]]
+
+    @staticmethod
+    def _places() -> tuple[Any, ...]:
+        b = torch.backends
+        return b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul  # type: ignore[attr-defined]
+
+    def enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            products = [str(place.fp32_precision) for place in self._places()]
+            allows = products[:2] == ["tf32", "tf32"]  # cuDNN's old flag, not to be asked where the two differ
+            self._before = allows, torch.get_float32_matmul_precision(), products
+            self._set(False, "highest", ["ieee"] * len(products))
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._set(*self._before)
+
+    def _set(self, allows: bool, precision: str, products: list[str]) -> None:
+        torch.backends.cudnn.allow_tf32 = allows
+        torch.set_float32_matmul_precision(precision)
+        for place, value in zip(self._places(), products, strict=True):
+            place.fp32_precision = value
+
+
+_IEEE = _Ieee()
+
+
 @contextmanager
 def ieee() -> Iterator[None]:
     """While it lasts, float32 products are of float32: neither TF32, cuDNN's default, nor bfloat16, where one may ask.
 
-    Only what is in float32 is affected.
+    Only what is in float32 is affected, in every thread of the process.
     """
-    places: tuple[Any, ...] = (
-        *(torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul),  # type: ignore[attr-defined]
-        *(torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul),  # type: ignore[attr-defined]
-    )
-    before, products = [place.fp32_precision for place in places], torch.get_float32_matmul_precision()
+    _IEEE.enter()
     try:
-        torch.set_float32_matmul_precision("highest")
-        for place in places:
-            place.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
+        _IEEE.leave()
 
 
 class TorchGraph:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cm_runtime.backends.torch import TorchBackend
+from cm_runtime.backends.torch import TorchBackend, ieee
 from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import EngineError, RequestError
 
@@ -190,6 +190,20 @@ def test_float32_is_ieee_while_it_computes_and_settings_stay(backend: TorchBacke
         assert torch.backends.cudnn.allow_tf32 is True  # can still be asked by its old name
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_settings_stay_where_two_threads_compute_in_turn() -> None:
+    """The one that began first ends first, as a thread that draws ahead may."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    one, other = ieee(), ieee()
+    one.__enter__()
+    other.__enter__()
+    assert torch.backends.cudnn.allow_tf32 is False  # can be asked meanwhile
+    one.__exit__(None, None, None)
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    other.__exit__(None, None, None)
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert torch.backends.cudnn.allow_tf32 is True
 
 
 def test_a_fork_is_told_that_torchs_threads_are_not_there(

@@ -238,7 +238,7 @@ X = ("--extractor", "x.onnx")
         (("samples.npz", *X), "give --reference"),
         (("model.onnx", *X), "give --reference"),
         (("model.onnx",), "extractor fashion-mnist-classifier.onnx takes 28x28 images of 1 channel"),
-        (("samples.npz", "--extractor", "cut-x.onnx"), "cannot load it"),
+        (("samples.npz", "--extractor", "cut-x.onnx"), "is truncated or damaged"),
         (("samples.npz", "--extractor", "none.onnx"), "no such extractor"),
         (("samples.npz", "--extractor", "floats.onnx", "--reference", "real.npz"), "give --range"),
         (("samples.npz", *PLAIN, "--range", "0:1"), "takes uint8"),

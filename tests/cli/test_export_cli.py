@@ -18,7 +18,7 @@ def test_the_file_takes_the_checkpoints_name_and_the_message_says_how_good_it_is
     cli: Cli, boundary: exported.Files, tmp_path: Path
 ) -> None:
     mine = exported.copied(boundary.checkpoint, tmp_path)
-    outcome = cli("export", mine.name, "--compare")
+    outcome = cli("export", mine.name, "--compare", "--quiet")
     assert (outcome.code, outcome.err) == (0, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.onnx", "ckpt.pt"]
     parity = read_manifest(tmp_path / "ckpt.onnx").parity
