@@ -120,6 +120,7 @@ def dying_workers() -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_shards_are_those_of_one_process(
     address: str,
     job: Job,
@@ -135,6 +136,7 @@ def test_shards_are_those_of_one_process(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_loses_nothing(
     address: str, job: Job, alone: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

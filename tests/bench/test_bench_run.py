@@ -177,6 +177,7 @@ def test_a_base_that_draws_other_images_is_not_timed(tmp_path: Path, files: File
     assert base is not None and base.status == "failed" and "images are" in base.reason and base.latency is None
 
 
+@pytest.mark.slow
 def test_a_base_that_draws_other_images_may_be_timed_and_the_difference_is_told(tmp_path: Path, files: Files) -> None:
     weights = onnx.load(files.onnx)
     for tensor in weights.graph.initializer:
@@ -223,6 +224,7 @@ def test_a_checkpoint_is_exported_and_its_peers_agree(tmp_path: Path, files: Fil
         assert peer.gflop_per_s is not None and peer.outside_network is None
 
 
+@pytest.mark.slow
 def test_torch_as_the_engine(tmp_path: Path, files: Files) -> None:
     (found,) = measured(tmp_path, one(model=str(files.checkpoint), backend="torch")).scenarios
     assert found.status == "measured" and found.facts is not None
