@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import cm_runtime as cm
-from cm_runtime import backends, onnx_graph
+from cm_runtime import backends, onnx_graph, protobuf
 from cm_runtime.artifact import Manifest, read_manifest
 from cm_runtime.checkpoint import read_checkpoint
 from cm_runtime.errors import ArtifactError, CmRuntimeError
@@ -393,3 +393,14 @@ def test_an_extractor_is_bounded_too(tmp_path: Path) -> None:
     assert Extractor(saved(made, tmp_path / "e.onnx"), device="cpu").channels == 1
     with pytest.raises(ArtifactError, match="too large"):
         Extractor(saved(BOMBS["tiles"], tmp_path / "e.onnx"))
+
+
+@pytest.mark.parametrize("start", [b"\x0b", b"\x08" + b"\xff" * 11, b"\x12" + b"\xff" * 9 + b"\x01", b"\x0d"])
+def test_a_large_weight_of_no_known_fields_ends(tmp_path: Path, start: bytes) -> None:
+    """A field that no window of the file holds would be read again and again."""
+    weight = start + bytes(3 * message.SMALL)
+    graph = protobuf.write_head(5, len(weight)) + weight
+    (tmp_path / "m.onnx").write_bytes(protobuf.write_head(7, len(graph)) + graph)
+    with pytest.raises(ArtifactError) as refusal:
+        onnx_graph.check(tmp_path / "m.onnx", MANIFEST)
+    assert "\n" not in str(refusal.value)

@@ -364,6 +364,8 @@ class _Reader:
                     break
                 rest += window[start:i]
                 start = i
+            if start == 0:
+                self._refuse("a weight in too many pieces")
             at += start
             if at > end or len(rest) > SMALL * 16:
                 raise MalformedError("a weight runs past its end")
