@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from cm_runtime.errors import CmRuntimeError, DataError, data_error
 
@@ -56,7 +56,9 @@ def regular(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int | None = None) -> Iterator[BinaryIO]:
+def opened(
+    path: str | os.PathLike[str], error: type[CmRuntimeError], most: int | None = None
+) -> Iterator[io.BufferedReader]:
     """The file open for reading bytes; `regular` says what is refused, and with what.
 
     A pipe that takes the file's place meanwhile does not hang. An OSError while the block reads becomes ``error`` too.

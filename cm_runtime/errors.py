@@ -21,7 +21,10 @@ Foreign exceptions are wrapped in the most telling of these with ``raise ... fro
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LONGEST = 1000  # characters of an error's line
 

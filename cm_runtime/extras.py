@@ -65,10 +65,19 @@ def has_driver() -> bool:
     return NVIDIA_DRIVER.exists() or WINDOWS_GPU.exists()
 
 
+def has_cpu_runtime() -> bool:
+    """True if ONNX Runtime's build for the CPU is installed."""
+    return _is_installed("onnxruntime")
+
+
 def has_two_runtimes() -> bool:
     """True if both of ONNX Runtime's distributions are installed: they share one module, that of the later one."""
+    return _is_installed("onnxruntime") and _is_installed("onnxruntime-gpu")
+
+
+def _is_installed(distribution: str) -> bool:
     try:
-        return bool(metadata.version("onnxruntime") and metadata.version("onnxruntime-gpu"))
+        return bool(metadata.version(distribution))
     except metadata.PackageNotFoundError:
         return False
 

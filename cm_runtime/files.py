@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from cm_runtime.errors import OutputError
+from cm_runtime import bounded
+from cm_runtime.errors import CmRuntimeError, FileError, OutputError
 from cm_runtime.workspaces import REPLACED, workspace
 
 REWRITTEN = {".png", ".gif", ".webp", ".npz", ".html", ".htm"}  # pictures, arrays, and pages made of a result
@@ -182,7 +183,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm-runtime"
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The file's SHA-256, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+def sha256(path: str | os.PathLike[str], error: type[CmRuntimeError] = FileError) -> str:
+    """The file's SHA-256, as 64 hexadecimal digits. Raises ``error`` for what is no regular file."""
+    with bounded.opened(path, error) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

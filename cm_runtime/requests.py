@@ -272,7 +272,7 @@ def _checked_labels(labels: Labels, num_classes: int) -> Checked:
         return labels
     given: Any = np.atleast_1d(labels).tolist() if isinstance(labels, np.ndarray) else labels
     listed = [given] if _is_whole(given) else given
-    if not isinstance(listed, Sequence | Mapping) or isinstance(listed, bytes):
+    if not isinstance(listed, Sequence | Mapping) or isinstance(listed, bytes | bytearray | memoryview):
         raise RequestError(
             f"labels must be all, random, a number from 0 to {num_classes - 1}, a list of such, or a mapping of such to"
             f" counts, not {labels!r}"

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from cm_runtime import bounded, checkpoint, given, importers, npz, pictures
+from cm_runtime import bounded, checkpoint, files, given, importers, npz, pictures
 from cm_runtime.artifact import data_path, read_manifest, write_manifest
 from cm_runtime.backends import DEFAULT_MODEL, choice, engine_file
 from cm_runtime.errors import LONGEST, CmRuntimeError, ConfigError, RequestError
 from cm_runtime.evaluate import sources, statistics
+from cm_runtime.evaluate.features import Extractor
 from cm_runtime.importers import diffusers
 from cm_runtime.training import lpips_weights
 from cm_runtime.training.data.cifar import read_cifar_archive
@@ -134,6 +135,8 @@ READERS: dict[str, Reader] = {
     "data set npz": lambda path: read_npz(path, "x"),
     "samples": sources.open_samples,
     "statistics": statistics.read_statistics,
+    "extractor": lambda path: Extractor(path),
+    "hash": files.sha256,
     "picture": lambda path: pictures.read(path, 1),
     "grey": pictures.is_grey,
     "size": pictures.size_of,

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "cm_runtime"
 
 # A file imports only from its left. Nothing imports the face (__init__.py, __main__.py), which may import everything.
 ORDER = """
-    errors, wording, workspaces < boundary, files, extras, process, bounded, toml, npz, protobuf, pickles
+    errors, wording, workspaces < boundary, bounded, files, extras, process, toml, npz, protobuf, pickles
     < schedule, precond, noise, artifact, projections
     < onnx_graph < images, pictures, steps, requests < given, sampling < shards, editing < unet < model < checkpoint
     < importers < kernels < cuda < ahead, backends < job, dataset, streaming < cluster < evaluate < training < export

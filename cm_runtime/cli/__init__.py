@@ -113,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             app([word for word in words if word not in ANYWHERE], obj=words)
         except SystemExit as leaving:
-            if leaving.code == boundary.INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+            # Typer turns Ctrl-C into this, without a word. Of a child that has said so, it is another type.
+            if leaving.code == boundary.INTERRUPTED and type(leaving.code) is int:
                 raise KeyboardInterrupt from None
             raise
 

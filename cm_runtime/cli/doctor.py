@@ -55,7 +55,7 @@ def _examined() -> dict[str, Any]:
     import platform
 
     from cm_runtime import __version__
-    from cm_runtime.extras import EXTRAS, TWO_RUNTIMES, has_two_runtimes
+    from cm_runtime.extras import EXTRAS, TWO_RUNTIMES, has_cpu_runtime, has_two_runtimes
     from cm_runtime.process import cores
 
     packages = {purpose: {name: _version(name) for name in names} for purpose, names in PURPOSES.items()}
@@ -64,6 +64,8 @@ def _examined() -> dict[str, Any]:
         if missing := dict.fromkeys(EXTRAS[name] for name, version in found.items() if not version and name in EXTRAS):
             wanted = [next(iter(missing))] if purpose == "engines for a GPU" else missing  # either of them will do
             install[purpose] = f"pip install 'cm-runtime[{','.join(wanted)}]'"
+            if "gpu" in wanted and has_cpu_runtime():  # the two builds are one module
+                install[purpose] = f"pip uninstall -y onnxruntime && {install[purpose]}"
     if any(packages["engines for a GPU"].values()):
         install.pop("engines for a GPU", None)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -14,7 +15,14 @@ from cm_runtime.errors import EngineError
 
 GIB = 1 << 30
 MOST_MEMORY = 8.0  # GiB by default, or half of the machine's
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+PATIENCE = 5.0  # seconds in which a command whose time is over may clean up
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
+
+class Spoken(int):
+    """Exit status of a child that has said why itself."""
 
 
 def run(words: list[str], memory: float | None, seconds: float) -> int:
@@ -43,27 +51,37 @@ def run(words: list[str], memory: float | None, seconds: float) -> int:
     def forward(number: int, _: FrameType | None) -> None:
         _signal(child, number)
 
+    def stop(number: int, _: FrameType | None) -> None:
+        _signal(child, signal.SIGSTOP)  # Ctrl-Z: its time goes on
+        os.kill(os.getpid(), signal.SIGSTOP)
+        _signal(child, signal.SIGCONT)
+
     before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, stop)
     try:
         status = child.wait(seconds)
     except subprocess.TimeoutExpired:
+        _signal(child, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(PATIENCE)
         raise EngineError(f"the command was ended after {seconds:g} s, its --time-limit") from None
     finally:
         _signal(child, signal.SIGKILL)  # what it started, too
         child.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-    if status == -signal.SIGINT:
-        return 130
+    if status in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGQUIT):
+        return 128 - status
     if status < 0:
         raise EngineError(
             f"the command was ended by {_name(-status)}; a damaged or hostile file does that to an engine"
         )
-    return status
+    return Spoken(status)
 
 
 def _restrict(limit: int) -> None:
-    """Bounds of the process that is about to become the command."""
+    """Bounds of the process that is about to become the command. It ends with its parent, whatever ends that."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -36,7 +36,7 @@ def ending() -> Iterator[None]:
     try:
         yield
     except SystemExit as leaving:
-        if leaving.code in WORDS:
+        if leaving.code in WORDS and type(leaving.code) is int:  # of a child that has said so, it is another
             typer.echo(WORDS[leaving.code], err=True)
         raise
     finally:

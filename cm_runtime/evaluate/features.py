@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import files, onnx_graph
+from cm_runtime import bounded, files, onnx_graph
 from cm_runtime.backends.ort import has_cuda, open_session
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
 from cm_runtime.evaluate.preparation import METADATA_KEY, RANGES, foreign, own
@@ -185,9 +185,6 @@ def _rows(name: str, array: Any, count: int, path: Path) -> NDArray[np.float32]:
 
 
 def _sha256(path: Path) -> str:
-    try:
-        return files.sha256(path)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: no such extractor") from error
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not bounded.exists(path):
+        raise ArtifactError(f"{path}: no such extractor")
+    return files.sha256(path, ArtifactError)

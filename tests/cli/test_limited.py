@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,34 @@ def test_its_death_is_a_line(script: Path, words: str, seconds: float, line: str
     with pytest.raises(EngineError, match=line):
         limited.run([words], None, seconds)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_it_may_clean_up_when_its_time_is_over(script: Path, tmp_path: Path) -> None:
+    words = f"trap 'rm {tmp_path}/litter; exit' TERM; touch {tmp_path}/litter; sleep 60 & wait"
+    with pytest.raises(EngineError, match="its --time-limit"):
+        limited.run([words], None, 1)
+    assert not (tmp_path / "litter").exists()
+
+
+def test_it_ends_with_its_parent(script: Path, tmp_path: Path) -> None:
+    """Whatever ends that: nobody else would hold it to its time."""
+    parent = os.fork()
+    if parent == 0:
+        limited.run([f"echo $$ > {tmp_path}/pid; exec sleep 60"], None, 60)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    child = Path("/proc", (tmp_path / "pid").read_text().strip())
+    deadline = time.monotonic() + 10
+    while child.exists() and (child / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_the_child_has_said_is_not_said_again(script: Path) -> None:
+    assert type(limited.run(["exit 130"], None, 10)) is limited.Spoken
+    assert type(limited.run(["kill -INT $$"], None, 10)) is int
 
 
 def test_ctrl_c_reaches_it(script: Path) -> None:

@@ -196,7 +196,7 @@ def test_a_run_goes_on_with_another_number_of_workers_after_a_stop_signal(in_dou
     finally:
         process.kill()
     assert process.returncode != 0 and text == ""
-    assert error.count("stopped at phase") == 1 and f"go on with --resume --out {out}" in error, error
+    assert error.count("stopped at phase") == 1 and f"--resume --out {out}" in error, error
     state = pt(out / "state.pt")
     assert state["images"] < 140
     train_one(config, out, "--resume")
