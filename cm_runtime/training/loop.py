@@ -231,9 +231,8 @@ class _Run:
                 saved = done
                 self.milestone("saved", index, done)
             if stop and not (done == phase.steps and index == len(self.config.phase) - 1):
-                raise Interrupted(
-                    f"stopped at phase {index} step {done}; go on with the same command and --resume --out {self.folder.path}"
-                )
+                cure = f"go on with the same command and --resume --out {self.folder.path}"
+                raise Interrupted(f"stopped at phase {index} step {done}; {cure}")
         if lead:
             self.folder.keep(index, phase.method)
 
