@@ -121,6 +121,7 @@ def _changed(at: int, value: bytes) -> bytes:
         (_zip(("x.data/purelib/cm_runtime/__init__.py", b"")), "holds no cm_runtime"),
         (_zip(*((f"cm_runtime/{n}", b"") for n in range(10_001))), "unpacks to more than a build"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # and no times of archives
 )
 def test_wheels_of_all_kinds(work: Path, tmp_path: Path, content: bytes, wrong: str | None) -> None:
     path = tmp_path / "x.whl"
