@@ -29,7 +29,7 @@ def test_the_quick_part() -> None:
 
 
 def test_the_standing_scenarios_are_those_of_the_design() -> None:
-    """DESIGN.md, section 4: steps 1, 2, 4; batch 1, 8, 64, 256; imagenet64 on a CPU at batch 1 and 8 only."""
+    """The standing scenarios: steps 1, 2, 4; batch 1, 8, 64, 256; imagenet64 on a CPU at batch 1 and 8 only."""
     found = read_suite(str(STANDING)).scenarios()
     single = {(each.model, each.steps, each.batch) for each in found if each.kind == "single-stream"}
     wanted = {("default", steps, batch) for steps in (1, 2, 4) for batch in (1, 8, 64, 256)}

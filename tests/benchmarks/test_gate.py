@@ -1,4 +1,4 @@
-"""Planted slow-downs are in the copy that is measured, and the requirement is what the issue of the gate asks."""
+"""Planted slow-downs are in the copy that is measured, and what the gate must find of them."""
 
 from __future__ import annotations
 
