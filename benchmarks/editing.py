@@ -34,9 +34,10 @@ from PIL import Image, ImageDraw
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import cm_runtime as cm
-from cm_runtime import editing, images
-from cm_runtime.artifact import Manifest
+from cm_runtime import editing
 from cm_runtime.errors import CmRuntimeError, DataError
+from cm_runtime.files import image_writer
+from cm_runtime.manifest import Manifest
 from cm_runtime.steps import to_uint8
 from cm_runtime.training.data import open_data
 
@@ -102,7 +103,7 @@ def write_inputs(data: Any, folder: Path) -> None:
     """The pictures that the README's commands edit."""
     for name, label in SHOWN.items():
         n = int(np.flatnonzero(data.labels == label)[0])
-        images.save_png(
+        image_writer.save_png(
             np.moveaxis(data.images[n], 0, -1), folder / f"{name}.png", {"from": f"{data.name}, test image {n}"}
         )
     painting = Image.new("L", (28, 28), 0)
@@ -112,7 +113,7 @@ def write_inputs(data: Any, folder: Path) -> None:
         fill=150,
     )
     draw.line([(14, 2), (14, 27)], fill=60)
-    images.save_png(np.asarray(painting)[..., None], folder / "painting.png", {"from": "benchmarks/editing.py"})
+    image_writer.save_png(np.asarray(painting)[..., None], folder / "painting.png", {"from": "benchmarks/editing.py"})
     chosen = data.images[:6]
     clean = np.moveaxis(chosen, 1, -1) / np.float32(127.5) - 1
     noise = np.random.default_rng(0).standard_normal(clean.shape).astype(np.float32)
@@ -160,8 +161,8 @@ def colours(source: str, folder: Path) -> dict[str, float]:
         found[f"{name}: given"], found[f"{name}: answers"] = psnr(given, y), psnr(made[::3], y)
         rows = np.concatenate([y[:6, None], given[:6, None], made.reshape(200, 3, *y.shape[1:])[:6]], axis=1)
         pixels = to_uint8(np.moveaxis(rows.reshape(-1, *y.shape[1:]), -1, 1))
-        images.save_png(
-            images.grid(pixels, 5), folder / f"{name}.png", {"model": "Gaussian, CIFAR-10's mean and covariance"}
+        image_writer.save_png(
+            image_writer.grid(pixels, 5), folder / f"{name}.png", {"model": "Gaussian, CIFAR-10's mean and covariance"}
         )
     return found
 

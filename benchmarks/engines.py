@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 from race import Runner, Times, race, ratio
 
-from cm_runtime import backends, export, files, noise, sampling
-from cm_runtime.artifact import read_manifest
-from cm_runtime.backends import choice
+from cm_runtime import backends, export, noise, sampling
+from cm_runtime.backends import auto
 from cm_runtime.bench.flops import gflop
 from cm_runtime.bench.machine import machine
 from cm_runtime.bench.networks import standing
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
+from cm_runtime.files import atomic
+from cm_runtime.manifest import read_manifest
 
 SETUPS = (("cifar32", 1), ("cifar32", 8), ("cifar32", 64), ("imagenet64", 1), ("imagenet64", 8))
 STEPS = 2
@@ -62,7 +63,7 @@ def measured(network: str, batch: int, folder: Path, seconds: float) -> dict[str
     times = race(runners, z, levels, label, folder, seconds=seconds)
     wanted = np.clip(times["diffusers"].images, -1, 1)
     apart = {name: _apart(each, wanted) for name, each in times.items()}
-    asked = choice.question(path, manifest, "cpu", batch=batch)
+    asked = auto.question(path, manifest, "cpu", batch=batch)
     taken = backends.load(path, batch=batch)
     best = min(("ort", "openvino"), key=lambda name: times[name].median)
     flop = STEPS * batch * gflop(folder / f"{network}-denoiser.onnx")
@@ -79,7 +80,7 @@ def measured(network: str, batch: int, folder: Path, seconds: float) -> dict[str
         "over plain": {name: _quartiles(times[f"plain {name}"], times[name]) for name in ("ort", "openvino")},
         "fastest": best,
         "auto": taken.name,
-        "auto measured": str(choice.remembered(asked) or ""),
+        "auto measured": str(auto.remembered(asked) or ""),
         "gflop_per_s": {name: round(flop / times[name].median, 1) for name in ("ort", "openvino", "openvino bf16")},
     }
 
@@ -110,7 +111,7 @@ def outside(folder: Path, batch: int = 256) -> dict[str, float]:
     for network in ("default", "cifar32"):
         path = folder / f"{network}-sampler.onnx"
         if network == "default":
-            from cm_runtime.export.recover import recovered
+            from cm_runtime.export.from_onnx import recovered
 
             export.onnx(recovered(backends.DEFAULT_MODEL), path, graph="sampler", steps=STEPS, force=True)
         model = backends.load(path, "ort")
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
         result["outside"] = outside(Path(folder))
     if options.output:
-        with files.written(options.output) as temporary:
+        with atomic.written(options.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
     return 0

@@ -25,15 +25,15 @@ from quality import CLASSES, MINIMUM_ACCURACY, Classifier, Recipe, judge, load_c
 from quality import train_classifier as train
 
 from cm_runtime.errors import CmRuntimeError
-from cm_runtime.evaluate.features import Extractor
-from cm_runtime.evaluate.measure import observe
-from cm_runtime.evaluate.preparation import METADATA_KEY, Preparation
+from cm_runtime.evaluate.extractor import Extractor
+from cm_runtime.evaluate.extractor_metadata import METADATA_KEY, Preparation
+from cm_runtime.evaluate.metrics import observe
 from cm_runtime.evaluate.sources import array_batches
 from cm_runtime.evaluate.statistics import write_statistics
-from cm_runtime.export import weights
-from cm_runtime.export.by_torch import detach, quiet, strip
-from cm_runtime.export.onnx_file import store_halves
-from cm_runtime.files import check_writable, written
+from cm_runtime.export import weights_file
+from cm_runtime.export.to_onnx import store_halves
+from cm_runtime.export.torch_exporter import detach, quiet, strip
+from cm_runtime.files.atomic import check_writable, written
 
 SEED = 1
 MODEL, STATISTICS = "fashion-mnist-classifier.onnx", "fashion-mnist-statistics.npz"
@@ -85,7 +85,7 @@ def export(classifier: Classifier, path: Path) -> None:
     preparation = Preparation(layout="NHWC", value_range="0:255", resize="none", features="features", logits="logits")
     onnx.helper.set_model_props(graph, {METADATA_KEY: preparation.model_dump_json()})
     with written(path) as temporary:
-        weights.write(network, temporary)
+        weights_file.write(network, temporary)
         onnx.checker.check_model(str(temporary), full_check=True)
 
 

@@ -42,9 +42,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 from cm_runtime import schedule
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import CmRuntimeError
-from cm_runtime.files import check_writable, written
+from cm_runtime.files.atomic import check_writable, written
 from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, EdmPhase, IctPhase, Phase, load_config
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.loop import train

@@ -40,11 +40,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # a checkout that is not installed
 
-from cm_runtime import backends, cuda, export, files, noise, sampling  # noqa: E402
+from cm_runtime import backends, cuda, export, noise, sampling  # noqa: E402
 from cm_runtime.bench import peers  # noqa: E402
 from cm_runtime.bench.networks import standing  # noqa: E402
+from cm_runtime.checkpoints.load import load_checkpoint  # noqa: E402
 from cm_runtime.errors import CmRuntimeError  # noqa: E402
-from cm_runtime.importers import load_checkpoint  # noqa: E402
+from cm_runtime.files import atomic  # noqa: E402
 from cm_runtime.kernels import launches  # noqa: E402
 from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Images  # noqa: E402
 
@@ -92,7 +93,7 @@ class Report:
         """Writes what there is: a run that is cut short has not been for nothing."""
         if self.output:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            with files.written(self.output) as temporary:
+            with atomic.written(self.output) as temporary:
                 temporary.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
@@ -264,8 +265,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def engines_agree(on_gpu: bool, folder: Path) -> dict[str, Any]:
     """Samples of the bundled model on each engine: the largest difference in grey levels, and how many differ."""
-    from cm_runtime.checkpoint import save_checkpoint
-    from cm_runtime.export.recover import recovered
+    from cm_runtime.checkpoints.native import save_checkpoint
+    from cm_runtime.export.from_onnx import recovered
 
     source = folder / "default.pt"
     save_checkpoint(recovered(backends.DEFAULT_MODEL), source)
@@ -310,11 +311,11 @@ def contenders(source: Path, folder: Path, on_gpu: bool) -> dict[str, Callable[[
 
 def _engine(graph: Path, stem: Path, package: Any) -> Any:
     from cm_runtime.backends.engine_file import profile
-    from cm_runtime.export import tensorrt
+    from cm_runtime.export import to_tensorrt
 
     path = stem.with_name(f"{stem.name}-{package}.engine")
     if not path.exists():
-        tensorrt.build(graph, path, package, batch=profile("1:64:256"))
+        to_tensorrt.build(graph, path, package, batch=profile("1:64:256"))
     return backends.load(path)
 
 

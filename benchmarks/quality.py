@@ -42,8 +42,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 from cm_runtime.errors import CheckpointError, CmRuntimeError, DataError
-from cm_runtime.evaluate.moments import frechet_distance, moments
-from cm_runtime.files import check_writable, written
+from cm_runtime.evaluate.frechet import frechet_distance, moments
+from cm_runtime.files.atomic import check_writable, written
 
 Array = npt.NDArray[Any]
 

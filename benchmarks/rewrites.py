@@ -23,11 +23,11 @@ from race import Runner, race, ratio
 from cm_runtime import export, noise
 from cm_runtime.bench.machine import machine
 from cm_runtime.bench.networks import standing
-from cm_runtime.checkpoint import Checkpoint, read_checkpoint
-from cm_runtime.export import embedding, forms, graphs
-from cm_runtime.export.forms import Shape
-from cm_runtime.export.graph import INT64, Graph
-from cm_runtime.export.network import NetworkWriter
+from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
+from cm_runtime.export import embedding, graphs, ops
+from cm_runtime.export.builder import INT64, Graph
+from cm_runtime.export.ops import Shape
+from cm_runtime.export.unet import NetworkWriter
 
 GREY = 2 / 255 * 1.001
 ENGINES = ("ort", "openvino")
@@ -49,7 +49,7 @@ def split_attention(g: Graph, x: str, qkv: tuple[str, str], heads: int, shape: S
 
 def plain_upsampled_conv(g: Graph, x: str, weight: str, bias: str) -> str:
     """The 3x3 convolution of the larger image."""
-    return g.op("Conv", forms.upsampled(g, x), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    return g.op("Conv", ops.upsampled(g, x), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
 
 
 def transposed_conv(g: Graph, x: str, weight: str, bias: str) -> str:
@@ -107,18 +107,18 @@ def projected(writer: NetworkWriter, c_noise: float, label: str | None, steps: i
 def mul_and_add(g: Graph, x: str, scale: str, shift: str) -> str:
     """Two products, of numbers a channel."""
     column = g.constant([-1, 1, 1], INT64)
-    return forms.image_affine(g, x, g.op("Reshape", scale, column), g.op("Reshape", shift, column))
+    return ops.image_affine(g, x, g.op("Reshape", scale, column), g.op("Reshape", shift, column))
 
 
 PLAIN: dict[str, tuple[object, str, Callable[..., object]]] = {
     "embedding computed, not folded": (graphs, "_embedding", projected),
-    "upsampled convolution: 3x3 of the larger image": (forms, "upsampled_conv", plain_upsampled_conv),
-    "upsampled convolution: transposed 4x4": (forms, "upsampled_conv", transposed_conv),
-    "scale and shift: Mul and Add": (forms, "channel_affine", mul_and_add),
-    "attention: one product, split": (forms, "attention", split_attention),
-    "normalisation: GroupNormalization (opset 21)": (forms, "normalised", opset_norm),
-    "normalisation: LayerNormalization": (forms, "normalised", layer_norm),
-    "normalisation: moments of channels": (forms, "normalised", moments),
+    "upsampled convolution: 3x3 of the larger image": (ops, "upsampled_conv", plain_upsampled_conv),
+    "upsampled convolution: transposed 4x4": (ops, "upsampled_conv", transposed_conv),
+    "scale and shift: Mul and Add": (ops, "channel_affine", mul_and_add),
+    "attention: one product, split": (ops, "attention", split_attention),
+    "normalisation: GroupNormalization (opset 21)": (ops, "normalised", opset_norm),
+    "normalisation: LayerNormalization": (ops, "normalised", layer_norm),
+    "normalisation: moments of channels": (ops, "normalised", moments),
 }
 
 

@@ -28,8 +28,9 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-from cm_runtime import backends, job, noise, sampling
+from cm_runtime import backends, noise, sampling
 from cm_runtime.errors import CmRuntimeError
+from cm_runtime.generation import job
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = 1000  # images that peak memory is compared with

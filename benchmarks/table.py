@@ -19,15 +19,15 @@ from typing import get_args
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-from cm_runtime import files
 from cm_runtime.bench import results
 from cm_runtime.bench.report.environment import day, machine_line, versions_line
+from cm_runtime.bench.report.formatting import DASH, bounds, digits, interval, share, times
+from cm_runtime.bench.report.grouping import SetupNames, rivals, subject
 from cm_runtime.bench.report.markdown import escaped
-from cm_runtime.bench.report.numbers import DASH, bounds, digits, interval, share, times
-from cm_runtime.bench.report.setups import SetupNames, rivals, subject
 from cm_runtime.bench.results import Contender, Result, ScenarioResult
 from cm_runtime.bench.scenario import Kind
 from cm_runtime.errors import CmRuntimeError, DataError
+from cm_runtime.files import atomic
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if wanted != text:
                 print(f"{options.readme} is not what these results say; run benchmarks/table.py", file=sys.stderr)
             return int(wanted != text)
-        with files.written(options.readme) as temporary:
+        with atomic.written(options.readme) as temporary:
             temporary.write_text(wanted, encoding="utf-8")
     except CmRuntimeError as error:
         print(f"error: {error}", file=sys.stderr)

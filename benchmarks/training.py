@@ -4,7 +4,7 @@ r"""How many images a second a step of CD and of CT trains, beside a plain trans
     python benchmarks/training.py --device cuda --precision bf16 --require 2
 
 A step is all of it: images, noise, levels, loss, backward, clipping, optimizer, averages, target. *Ours* is what
-`cm-runtime train` runs (`cm_runtime.training.step`). *Plain* is below: algorithms 2 and 3 of arXiv 2303.01469 in eager
+`cm-runtime train` runs (`training.stepper`). *Plain* is below: algorithms 2 and 3 of arXiv 2303.01469 in eager
 torch as one writes them from the paper, with torch.randn, torch.optim.RAdam as it comes, and averages parameter by
 parameter. Both train one network at one precision, batch and learning rate.
 
@@ -34,15 +34,15 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-from cm_runtime.model import ConsistencyModel, ModelConfig, build
+from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
+from cm_runtime.networks.unet import UNetConfig
+from cm_runtime.training.batches import Stream
 from cm_runtime.training.config import CdPhase, CtPhase, TrainConfig, parse_config
 from cm_runtime.training.data import ImageSet
-from cm_runtime.training.draws import NOISE
-from cm_runtime.training.pairs import pairs_of
-from cm_runtime.training.step import Stepper
-from cm_runtime.training.stream import Stream
-from cm_runtime.training.workers import Workers
-from cm_runtime.unet import UNetConfig
+from cm_runtime.training.distributed import Workers
+from cm_runtime.training.noise import NOISE
+from cm_runtime.training.noise_pairs import pairs_of
+from cm_runtime.training.stepper import Stepper
 
 Method = Literal["cd", "ct"]
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5

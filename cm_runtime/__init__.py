@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from cm_runtime import export as export
     from cm_runtime import noise as noise
     from cm_runtime.backends import load as load
-    from cm_runtime.importers import load_checkpoint as load_checkpoint
-    from cm_runtime.streaming import sample as sample
-    from cm_runtime.streaming import stream as stream
+    from cm_runtime.checkpoints.load import load_checkpoint as load_checkpoint
+    from cm_runtime.generation.stream import sample as sample
+    from cm_runtime.generation.stream import stream as stream
 
 __version__ = "0.1.0"
 
 _HOME = {
     "load": "cm_runtime.backends",
-    "load_checkpoint": "cm_runtime.importers",
-    "sample": "cm_runtime.streaming",
-    "stream": "cm_runtime.streaming",
+    "load_checkpoint": "cm_runtime.checkpoints.load",
+    "sample": "cm_runtime.generation.stream",
+    "stream": "cm_runtime.generation.stream",
 }
 _MODULES = ("editing", "errors", "export", "noise")
 

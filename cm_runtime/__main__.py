@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line of this process."""
     try:
-        from cm_runtime.boundary import guarded
+        from cm_runtime.errors.boundary import guarded
 
         guarded(_run, "--debug" in sys.argv)
     except KeyboardInterrupt:  # before the boundary stood

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cm_runtime import noise, sampling
-from cm_runtime.artifact import Manifest
 from cm_runtime.errors import RequestError
+from cm_runtime.errors.wording import quantity
+from cm_runtime.manifest import Manifest
 from cm_runtime.projections import LUMA, Array, Edit, Luma, Mask, PatchMean, Projection
-from cm_runtime.requests import no_label
+from cm_runtime.request import no_label
 from cm_runtime.sampling import Denoiser, Drawer, Output
 from cm_runtime.schedule import sampler_sigmas
-from cm_runtime.wording import quantity
 
 MOST_FRAMES = 10_000
 STEPS = 8  # where something is known of every x0: each step fits the rest to it better

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from cm_runtime import files
 from cm_runtime.errors import MissingExtraError
+from cm_runtime.files import atomic
 
 # The extra of pyproject.toml that brings each optional package.
 EXTRAS = {
@@ -41,9 +41,9 @@ PRIVACY: dict[str, Callable[[], dict[str, str]]] = {
     "onnxruntime": lambda: {"ORT_DISABLE_TELEMETRY": "1"},
     "diffusers": lambda: {
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_CACHE": str(files.cache_folder() / "huggingface"),  # a version number is written there on import
+        "HF_HUB_CACHE": str(atomic.cache_folder() / "huggingface"),  # a version number is written there on import
     },
-    "matplotlib": lambda: {"MPLCONFIGDIR": str(files.cache_folder() / "matplotlib")},  # the list of fonts
+    "matplotlib": lambda: {"MPLCONFIGDIR": str(atomic.cache_folder() / "matplotlib")},  # the list of fonts
 }
 
 

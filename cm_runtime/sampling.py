@@ -12,22 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime import noise as addressable
-from cm_runtime.artifact import Manifest
 from cm_runtime.errors import RequestError
+from cm_runtime.errors.wording import quantity
+from cm_runtime.manifest import Manifest
 from cm_runtime.projections import Edit
-from cm_runtime.requests import Labels as Labels
-from cm_runtime.requests import Output as Output
-from cm_runtime.requests import Request as Request
-from cm_runtime.requests import counted as counted
-from cm_runtime.requests import edit_request as edit_request
-from cm_runtime.requests import even as even
-from cm_runtime.requests import labels_of as labels_of
-from cm_runtime.requests import request as request
-from cm_runtime.requests import split as split
-from cm_runtime.requests import teacher_request as teacher_request
+from cm_runtime.request import Labels as Labels
+from cm_runtime.request import Output as Output
+from cm_runtime.request import Request as Request
+from cm_runtime.request import counted as counted
+from cm_runtime.request import edit_request as edit_request
+from cm_runtime.request import even as even
+from cm_runtime.request import labels_of as labels_of
+from cm_runtime.request import request as request
+from cm_runtime.request import split as split
+from cm_runtime.request import teacher_request as teacher_request
 from cm_runtime.schedule import karras_sigmas
 from cm_runtime.steps import Array, HostSteps, to_nhwc, to_uint8
-from cm_runtime.wording import quantity
 
 X = TypeVar("X")
 L = TypeVar("L", contravariant=True)
@@ -169,7 +169,7 @@ def sample(
     output: Output = "uint8",
     clip: bool = True,
 ) -> NDArray[Any]:
-    """Draws images of a loaded model, (count,H,W,C); the arguments are those of `streaming.sample`.
+    """Draws images of a loaded model, (count,H,W,C); the arguments are those of `generation.stream.sample`.
 
     Raises RequestError and EngineError.
     """

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.errors import EngineError
+from cm_runtime.errors.wording import quantity
 from cm_runtime.projections import Edit
-from cm_runtime.wording import quantity
 
 Array = NDArray[np.float32]
 NOT_FINITE = "the model's output is not finite; its weights or its precision cannot serve"

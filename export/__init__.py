@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cm_runtime.artifact import GraphKind, Precision
 from cm_runtime.extras import require
+from cm_runtime.manifest import GraphKind, Precision
 
 if TYPE_CHECKING:
-    from cm_runtime.checkpoint import Checkpoint
-    from cm_runtime.export.onnx_file import Exported
+    from cm_runtime.checkpoints.native import Checkpoint
+    from cm_runtime.export.to_onnx import Exported
 
 __all__ = ["diffusers", "onnx"]
 
@@ -56,11 +56,11 @@ def onnx(
     """
     require("torch", "cm_runtime.export")
     require("onnx", "cm_runtime.export")
-    from cm_runtime.export import onnx_file
+    from cm_runtime.export import to_onnx
 
     held = [checkpoint]
     del checkpoint  # its weights are not to be there beside an engine's: this frame must not keep them
-    return onnx_file.onnx(
+    return to_onnx.onnx(
         held.pop(),
         path,
         graph=graph,
@@ -86,6 +86,6 @@ def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bo
         OutputError: ``path`` cannot be written, exists without ``force``, or is no folder that could be replaced.
     """
     require("torch", "cm_runtime.export")
-    from cm_runtime.export import diffusers_folder
+    from cm_runtime.export import to_diffusers
 
-    diffusers_folder.diffusers(checkpoint, path, force=force)
+    to_diffusers.diffusers(checkpoint, path, force=force)

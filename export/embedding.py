@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cm_runtime.export import forms
-from cm_runtime.export.graph import FLOAT, INT64, Graph
-from cm_runtime.unet import ResBlock, UNet, timestep_embedding
+from cm_runtime.export import ops
+from cm_runtime.export.builder import FLOAT, INT64, Graph
+from cm_runtime.networks.unet import ResBlock, UNet, timestep_embedding
 
 Names = dict[nn.Module, str]
 
@@ -88,7 +88,7 @@ class Projected:
     is_constant = False
 
     def __init__(self, g: Graph, e: str, weights: Callable[[nn.Module], list[str]]) -> None:
-        self._activated = forms.silu(g, e)
+        self._activated = ops.silu(g, e)
         self._weights = weights
         self._casts: dict[int, str] = {FLOAT: self._activated}
 
@@ -147,7 +147,7 @@ def _time_embedding(g: Graph, net: UNet, weights: Callable[[nn.Module], list[str
     first, _, second = net.time_embed
     for i, layer in enumerate((first, second)):
         weight, bias = (g.cast(each, g.kind(each), FLOAT) for each in weights(layer))
-        e = g.op("Gemm", forms.silu(g, e) if i else e, weight, bias, transB=1)
+        e = g.op("Gemm", ops.silu(g, e) if i else e, weight, bias, transB=1)
     return e
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime import noise
-from cm_runtime.artifact import Manifest, Parity
 from cm_runtime.backends.base import Backend
 from cm_runtime.errors import ParityError
+from cm_runtime.manifest import Manifest, Parity
 
 LEAST_PSNR = 40.0  # dB on [-1, 1] data, fp16 and bf16
 GREATEST_PSNR = 200.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cm_runtime.export.graph import FLOAT, Graph
+from cm_runtime.export.builder import FLOAT, Graph
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cm_runtime.artifact import OUTPUTS, Precision
 from cm_runtime.export import skip_scale
+from cm_runtime.export.builder import BFLOAT, BOOL, FLOAT, HALF, INT64, UINT8, Graph
 from cm_runtime.export.embedding import ByClass, Constant, Embedding, embedded
 from cm_runtime.export.expression import Expression
-from cm_runtime.export.graph import BFLOAT, BOOL, FLOAT, HALF, INT64, UINT8, Graph
-from cm_runtime.export.network import NetworkWriter
-from cm_runtime.model import ConsistencyModel
+from cm_runtime.export.unet import NetworkWriter
+from cm_runtime.manifest import OUTPUTS, Precision
+from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.precond import Precond
 
 KINDS: dict[Precision, int] = {"fp32": FLOAT, "fp16": HALF, "bf16": BFLOAT}

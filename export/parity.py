@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from cm_runtime import noise, sampling
-from cm_runtime.artifact import Manifest, Parity, Precision
 from cm_runtime.backends.base import Backend
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
@@ -23,7 +22,8 @@ from cm_runtime.backends.torch import TorchBackend
 from cm_runtime.errors import ParityError
 from cm_runtime.export.graphs import KINDS
 from cm_runtime.extras import require
-from cm_runtime.model import ConsistencyModel
+from cm_runtime.manifest import Manifest, Parity, Precision
+from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.onnx_graph import Verdict
 from cm_runtime.precond import precond
 

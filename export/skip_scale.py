@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from cm_runtime.export.graph import OPSET, Graph
+from cm_runtime.export.builder import OPSET, Graph
 from cm_runtime.precond import Precond
 
 DOMAIN, NAME, VERSION = "cm", "SkipScale", 1

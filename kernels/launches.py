@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from cm_runtime.errors import RequestError
+from cm_runtime.errors.wording import quantity
 from cm_runtime.precond import Precond
 from cm_runtime.projections import Luma, Mask, PatchMean, Projection
-from cm_runtime.wording import quantity
 
 Type = Literal["fp32", "fp16", "bf16"]
 Layout = Literal["nchw", "nhwc"]

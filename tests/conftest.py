@@ -69,7 +69,7 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def make_manifest() -> Callable[..., Any]:
     """A boundary-form manifest for small images, with changes."""
-    from cm_runtime.artifact import Manifest
+    from cm_runtime.manifest import Manifest
 
     def make(**changes: Any) -> Manifest:
         plain = {"graph": "denoiser", "image_shape": (1, 3, 7), "num_classes": 0, "precond": "boundary"}
@@ -81,7 +81,7 @@ def make_manifest() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., Any]:
     """The config of a tiny network; changes go to the network, those of f itself in ``f``."""
-    from cm_runtime.model import ModelConfig
+    from cm_runtime.networks.consistency import ModelConfig
 
     def make(f: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
         network = {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "head_channels": 32}

@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 import cm_runtime as cm
-from cm_runtime.artifact import read_manifest
 from cm_runtime.backends import DEFAULT_MODEL
+from cm_runtime.manifest import read_manifest
 from cm_runtime.training.data import open_data
 
 EXCERPT = Path(__file__).parent / "data" / "fashion-mnist"

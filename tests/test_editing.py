@@ -13,8 +13,8 @@ import scipy.linalg
 import scipy.stats
 
 from cm_runtime import editing, noise
-from cm_runtime.artifact import Manifest, TrainingSummary
 from cm_runtime.errors import RequestError
+from cm_runtime.manifest import Manifest, TrainingSummary
 from cm_runtime.projections import LUMA
 from cm_runtime.sampling import sample
 from cm_runtime.steps import to_uint8
@@ -461,7 +461,7 @@ def gradients(count: int, seed: int) -> Array:
 def test_a_model_trained_for_it_colours_and_enlarges_as_its_data(tmp_path: Path) -> None:
     """Colours from luminance, and the direction of the gradient from the mean of all 8x8 pixels."""
     from cm_runtime.backends.torch import TorchBackend
-    from cm_runtime.checkpoint import read_checkpoint
+    from cm_runtime.checkpoints.native import read_checkpoint
     from cm_runtime.training.config import load_config
     from cm_runtime.training.data import ImageSet
     from cm_runtime.training.loop import train

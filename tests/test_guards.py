@@ -21,27 +21,23 @@ PACKAGE = ROOT / "cm_runtime"
 
 # A file imports only from its left. Nothing imports the face (__init__.py, __main__.py), which may import everything.
 ORDER = """
-    errors, wording, workspaces < boundary, bounded, files, extras, process, toml, npz, protobuf, pickles
-    < schedule, precond, noise, artifact, projections
-    < onnx_graph < images, pictures, steps, requests < given, sampling < shards, editing < unet < model < checkpoint
-    < importers < kernels < cuda < ahead, backends < job, dataset, streaming < cluster < evaluate < training < export
-    < bench < cli
+    errors < files < extras, subprocesses < schedule, precond, noise, projections, manifest < onnx_graph
+    < request, steps < sampling < editing < networks < checkpoints < kernels < cuda < backends < generation
+    < evaluate < training < export < bench < cli
 """
 PLACES = ORDER.replace("<", " ").replace(",", " ").split()
 FACE = {"", "__main__"}
 USERS = {"bench.worker"}  # a program that runs other builds as their users do
 # These need torch, so the others import them inside functions only, where the missing extra has been reported.
 TORCH = {
-    "unet",
-    "model",
-    "checkpoint",
-    "importers",
-    "dataset",
+    "networks",
+    "checkpoints",
     "training",
     "export",
     "backends.torch",
     "cuda.torch_launch",
     "cuda.torch_ops",
+    "generation.torch_dataset",
 }
 # Third-party packages at module level: what a bare install brings, what the [train] extra adds, and the command line,
 # which imports our modules as well as others' inside functions only, errors apart: --help is to be quick.
@@ -171,9 +167,17 @@ def planted(tmp_path: Path) -> Path:
         ("noise/__init__.py", "from .. import sampling", "imports sampling, which stands to its right"),
         ("noise/__init__.py", "def f():\n import cm_runtime.cli.sample", "imports cli.sample, which stands to its"),
         ("schedule/__init__.py", "from cm_runtime import precond", "imports precond, which stands to its right"),
-        ("errors/__init__.py", "if TYPE_CHECKING:\n from cm_runtime.files import f", "imports files, which stands"),
+        (
+            "errors/__init__.py",
+            "if TYPE_CHECKING:\n from cm_runtime.files import f",
+            "imports files, which stands",
+        ),
         ("sampling/__init__.py", "try:\n import cm_runtime.bench\nfinally: pass", "imports bench, which stands"),
-        ("backends/ort.py", "from cm_runtime.checkpoint import load", "imports checkpoint, which needs torch, out"),
+        (
+            "backends/ort.py",
+            "from cm_runtime.checkpoints import native",
+            "imports checkpoints, which needs",
+        ),
         ("backends/ort.py", "from . import torch", "imports backends.torch, which needs torch, outside a function"),
         ("bench/__init__.py", "class A:\n from cm_runtime.training import loop", "imports training.loop, which needs"),
         ("cli/sample.py", "from cm_runtime import sampling", "imports sampling outside a function"),
@@ -199,10 +203,10 @@ def test_a_planted_import_is_found(planted: Path, file: str, source: str, compla
     ("file", "source"),
     [
         ("__init__.py", "from cm_runtime.cli import main"),
-        ("artifact/__init__.py", "import json, numpy.typing\nfrom cm_runtime.precond import Form"),
+        ("manifest/__init__.py", "import json, numpy.typing\nfrom cm_runtime.precond import Form"),
         ("backends/__init__.py", "def f():\n from cm_runtime.backends.torch import g\n import torch"),
-        ("backends/__init__.py", "if TYPE_CHECKING:\n from cm_runtime.checkpoint import Checkpoint"),
-        ("backends/torch.py", "import torch\nfrom cm_runtime.model import ConsistencyModel"),
+        ("backends/__init__.py", "if TYPE_CHECKING:\n from cm_runtime.checkpoints.native import Checkpoint"),
+        ("backends/torch.py", "import torch\nfrom cm_runtime.networks.consistency import ConsistencyModel"),
         ("export/parity.py", "import onnx\nfrom cm_runtime.training.loop import train\nfrom . import onnx"),
         ("cli/sample.py", "import typer\nfrom cm_runtime.cli import app\nfrom cm_runtime.errors import RequestError"),
         ("cli/sample.py", "async def f():\n import torch\n from cm_runtime import __version__, training"),
@@ -244,16 +248,14 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 def test_without_torch_every_other_module_loads() -> None:
     """All but the torch modules, the sampling path and the command line among them."""
     names = [name for name in modules(PACKAGE) if not _needs_torch(name) and name != "__main__"]
-    assert {"", "sampling", "images", "backends", "backends.ort", "cli", "cli.sample"} <= set(names)
+    assert {"", "sampling", "files.image_writer", "backends", "backends.ort", "cli", "cli.sample"} <= set(names)
     loads = [f"importlib.import_module({f'cm_runtime.{name}'.rstrip('.')!r})" for name in names]
     python("-c", "\n".join([WITHOUT_TRAIN, *loads, "assert Missing.asked == [], Missing.asked"]))
 
 
 def test_torch_is_really_missing() -> None:
     """The test above would fail: a torch module does not load there."""
-    refused = (
-        "from cm_runtime.errors import CmRuntimeError\ntry: import cm_runtime.unet\nexcept ModuleNotFoundError: pass"
-    )
+    refused = "try: import cm_runtime.networks.unet\nexcept ModuleNotFoundError: pass"
     python("-c", "\n".join([WITHOUT_TRAIN, refused, "assert Missing.asked == ['torch'], Missing.asked"]))
 
 
@@ -362,7 +364,7 @@ def counts(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def test_counts_agree_with_their_nouns() -> None:
-    """`wording.quantity` writes both."""
+    """`errors.wording.quantity` writes both."""
     told = [
         f"{file.relative_to(PACKAGE)}:{line}: {text}"
         for file in modules(PACKAGE).values()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import onnx
 import pytest
@@ -17,13 +17,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import cm_runtime as cm
-from cm_runtime import backends, onnx_graph, protobuf
-from cm_runtime.artifact import Manifest, read_manifest
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime import backends, onnx_graph
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import ArtifactError, CmRuntimeError
-from cm_runtime.evaluate.features import SHIPPED, Extractor
+from cm_runtime.evaluate.extractor import SHIPPED, Extractor
 from cm_runtime.export import graphs
-from cm_runtime.onnx_graph import message, own
+from cm_runtime.files import protobuf
+from cm_runtime.manifest import Manifest, read_manifest
+from cm_runtime.onnx_graph import message, operators
 
 BUNDLED = read_manifest(backends.DEFAULT_MODEL)
 MANIFEST = BUNDLED.model_copy(update={"num_classes": 0, "image_shape": (3, 8, 8), "training": None})
@@ -298,13 +299,13 @@ def test_protobuf_that_two_readers_could_read_differently_is_refused(tmp_path: P
 # What export writes
 
 
-@pytest.fixture(scope="module", params=exported.KINDS)
-def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
-    return exported.Files(request.param, tmp_path_factory)
+@pytest.fixture(scope="module", params=exports.KINDS)
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files(request.param, tmp_path_factory)
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "sampler", "network"])
-def test_what_export_writes_runs_on_every_engine(each: exported.Files, kind: Any) -> None:
+def test_what_export_writes_runs_on_every_engine(each: exports.Files, kind: Any) -> None:
     """In each precision, and inline; without an engine, so that the forms that none here runs are seen too."""
     model = each.model()
     manifest = read_checkpoint(each.checkpoint).manifest().model_copy(update={"graph": kind})
@@ -325,11 +326,11 @@ def test_what_export_writes_runs_on_every_engine(each: exported.Files, kind: Any
                 bits = message.ITEM_BITS[tensor.data_type]
                 tensor.raw_data = bytes(int(np.prod(tensor.dims)) * bits // 8)
         said = manifest.model_copy(update={"precision": precision})
-        own.check(message.read(proto.SerializeToString(), "m"), said)
+        operators.check(message.read(proto.SerializeToString(), "m"), said)
 
 
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
-def test_files_of_every_form_are_ours(each: exported.Files, form: str) -> None:
+def test_files_of_every_form_are_ours(each: exports.Files, form: str) -> None:
     path = getattr(each, form)
     assert onnx_graph.check(path, read_manifest(path)) == ("",)
 

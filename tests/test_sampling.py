@@ -10,8 +10,8 @@ import pytest
 import scipy.stats
 
 from cm_runtime import noise
-from cm_runtime.artifact import TrainingSummary
 from cm_runtime.errors import EngineError, RequestError
+from cm_runtime.manifest import TrainingSummary
 from cm_runtime.sampling import (
     Denoiser,
     batches,

@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from cm_runtime.bench.scenario import read_suite
-from cm_runtime.cli import app, values
+from cm_runtime.cli import app, parsing
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -195,7 +195,7 @@ def test_the_command_line_knows_every_cm_runtime_command() -> None:
     assert (run["against"], run["output"], run["device"]) == ("HEAD~1", Path("bench.json"), "auto")
     assert report["markdown"] and report["result"] == compare["base"] == run["output"] and compare["new"] is None
     inputs = WORKFLOWS["bench"][ON]["workflow_dispatch"]["inputs"]
-    assert values.share("--fail-above", inputs["gate"]["default"]) == values.share("", compare["fail_above"]) == 0.05
+    assert parsing.share("--fail-above", inputs["gate"]["default"]) == parsing.share("", compare["fail_above"]) == 0.05
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cm_runtime import onnx_graph
-from cm_runtime.artifact import Manifest, read_manifest
-from cm_runtime.backends import choice, engine_file
+from cm_runtime.backends import auto, engine_file
 from cm_runtime.backends.base import Backend, checked_threads
 from cm_runtime.backends.openvino import OpenVinoBackend, has_bf16
 from cm_runtime.backends.ort import OrtBackend, has_cuda
-from cm_runtime.bounded import exists
 from cm_runtime.errors import ArtifactError, RequestError
 from cm_runtime.extras import has, require
+from cm_runtime.files.streams import exists
+from cm_runtime.manifest import Manifest, read_manifest
 from cm_runtime.onnx_graph import Verdict
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def load(
 ) -> Backend:
     """The model in ``path`` on an engine, ready to denoise or draw: an exported file, or a checkpoint.
 
-    path: None is the bundled model; a checkpoint is whatever `importers.load_checkpoint` reads. backend: for an
-    ``.onnx``, auto takes the fastest installed engine, by a short measurement that is remembered (see `choice`); for a
+    path: None is the bundled model; a checkpoint is whatever `load_checkpoint` reads. backend: for an
+    ``.onnx``, auto takes the fastest installed engine, by a short measurement that is remembered (see `auto`); for a
     checkpoint, eager torch. device: auto (a GPU where the engine can use one, else the CPU), cpu or cuda:N. threads: 0
     is one per core. precision: what an engine computes in that can choose; auto is the file's own, and on a CPU fp32
     where that is fp16. batch: how many images a request will have, for auto to measure; unknown by default. trust:
@@ -72,12 +72,12 @@ def load(
     verdict = onnx_graph.check(where, manifest, trust=trust)
     if backend != "auto":
         return _open(backend, where, manifest, device, threads, precision, verdict)
-    asked = choice.question(where, manifest, auto_device(device), threads, precision, batch)
+    asked = auto.question(where, manifest, auto_device(device), threads, precision, batch)
     if verdict.foreign:
         if asked.names == ("openvino",):
             verdict.require_own(where, "OpenVINO")
         asked = replace(asked, names=tuple(name for name in asked.names if name == "ort"))
-    return choice.fastest(asked, lambda name: _open(name, where, manifest, asked.device, threads, precision, verdict))
+    return auto.fastest(asked, lambda name: _open(name, where, manifest, asked.device, threads, precision, verdict))
 
 
 def auto_device(device: str) -> str:
@@ -143,7 +143,7 @@ def is_model(path: Path) -> bool:
 def _torch(path: Path, device: str, threads: int, precision: ComputePrecision, *, is_compiled: bool) -> TorchBackend:
     require("torch", f"running the checkpoint {path}")
     from cm_runtime.backends.torch import TorchBackend, chosen_device, set_threads
-    from cm_runtime.importers import load_checkpoint
+    from cm_runtime.checkpoints.load import load_checkpoint
 
     set_threads(threads)
     checkpoint = load_checkpoint(path)

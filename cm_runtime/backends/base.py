@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cm_runtime.artifact import OUTPUTS, Manifest, Precision
 from cm_runtime.errors import EngineError, RequestError
+from cm_runtime.errors.wording import quantity
+from cm_runtime.manifest import OUTPUTS, Manifest, Precision
 from cm_runtime.precond import precond
 from cm_runtime.steps import Array, not_finite
-from cm_runtime.wording import quantity
 
 LOG = logging.getLogger("cm_runtime")
 MAX_THREADS = 1024

@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cm_runtime import bounded
-from cm_runtime.artifact import Manifest, Parity
 from cm_runtime.errors import ArtifactError, RequestError
+from cm_runtime.files import streams
+from cm_runtime.manifest import Manifest, Parity
 
 SUFFIX = ".engine"
 LARGEST_BATCH = 65535  # the kernel of cm::SkipScale has a block row for each image
@@ -112,13 +112,13 @@ def _beside(path: str | os.PathLike[str], ending: str) -> Path:
 def read_engine_manifest(path: str | os.PathLike[str]) -> EngineManifest:
     """The manifest of the engine ``path``, which is not opened. Raises ArtifactError."""
     engine, where = Path(path), manifest_path(path)
-    bounded.regular(engine, ArtifactError)
-    if not bounded.exists(where):
+    streams.regular(engine, ArtifactError)
+    if not streams.exists(where):
         raise ArtifactError(
             f"{engine}: its manifest {where.name} is not beside it; {rebuild('tensorrt-rtx|tensorrt', engine)}"
         )
     try:
-        text = bounded.read_bytes(where, ArtifactError, _MANIFEST_LIMIT)
+        text = streams.read_bytes(where, ArtifactError, _MANIFEST_LIMIT)
     except ArtifactError as error:
         raise ArtifactError(f"{error}; {rebuild('tensorrt-rtx', engine)}") from error
     try:
@@ -157,13 +157,13 @@ def verified(
     """
     check_target(manifest, path, package, version, capability)
     again = rebuild(FORMATS[package], path, manifest.profile, *manifest.gpus)
-    size = bounded.regular(path, ArtifactError).st_size
+    size = streams.regular(path, ArtifactError).st_size
     if size != manifest.bytes:  # before memory is taken
         raise ArtifactError(
             f"{path} has {size} bytes, not the {manifest.bytes} of its manifest: it is cut short,"
             f" or the manifest is another engine's; {again}"
         )
-    content = bounded.read_bytes(path, ArtifactError, manifest.bytes)
+    content = streams.read_bytes(path, ArtifactError, manifest.bytes)
     check_hash(content, manifest, path)
     return content
 

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime import onnx_graph
-from cm_runtime.artifact import OUTPUTS, Manifest, read_manifest
-from cm_runtime.backends import weights
+from cm_runtime.backends import external_data
 from cm_runtime.backends.base import Backend, checked_threads, finite_images, read_outputs
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
+from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
+from cm_runtime.manifest import OUTPUTS, Manifest, read_manifest
 from cm_runtime.onnx_graph import Verdict
-from cm_runtime.process import engine_threads
-from cm_runtime.wording import quantity
+from cm_runtime.subprocesses import engine_threads
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 # Its primitives of 5000 shapes would stay, and memory grow with every batch size: by 70% over 100 sizes of a small
@@ -67,8 +67,8 @@ class OpenVinoBackend(Backend):
         self.device = "cpu"
         self.precision = precision
         self.version = f"openvino {ov.__version__.partition('-')[0]}"
-        data = weights.data_file(where, self.manifest)
-        self._weights = weights.linked(data)  # alive as long as the engine that may read it
+        data = external_data.data_file(where, self.manifest)
+        self._weights = external_data.linked(data)  # alive as long as the engine that may read it
         self._lock = threading.Lock()  # a request serves one thread at a time
         plugins = core()
         if precision == "bf16" and not has_bf16():
@@ -77,7 +77,7 @@ class OpenVinoBackend(Backend):
             )
         (verdict or onnx_graph.check(where, self.manifest)).require_own(where, "OpenVINO")
         try:
-            graph = read(where if self._weights is None else weights.addressed(where, self._weights))
+            graph = read(where if self._weights is None else external_data.addressed(where, self._weights))
         except CmRuntimeError:
             raise
         except Exception as error:  # its exceptions have many lines and no base of their own
@@ -86,7 +86,7 @@ class OpenVinoBackend(Backend):
                     f"{where}: OpenVINO cannot load it with its weights behind a link: {_reason(error)}"
                 ) from error
             if data and data.name in str(error):
-                raise weights.damaged(where, data) from error
+                raise external_data.damaged(where, data) from error
             raise ArtifactError(f"{where}: OpenVINO cannot load it: {_reason(error)}") from error
         _check_ports(graph, self.manifest, where)
         self.outputs = read_outputs(self.manifest, set().union(*(port.names for port in graph.outputs)), where)

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import bounded, cuda, onnx_graph
-from cm_runtime.artifact import GraphKind, Manifest, read_manifest
-from cm_runtime.backends import weights
+from cm_runtime import cuda, onnx_graph
+from cm_runtime.backends import external_data
 from cm_runtime.backends.base import Backend, Interface, checked_threads, finite_images, interface, read_outputs
-from cm_runtime.backends.on_device import Evaluate, OnDevice, can_stay
+from cm_runtime.cuda.sampler import Evaluate, OnDevice, can_stay
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
 from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
+from cm_runtime.files import streams
 from cm_runtime.kernels.launches import Images
+from cm_runtime.manifest import GraphKind, Manifest, read_manifest
 from cm_runtime.onnx_graph import Verdict
-from cm_runtime.process import engine_threads
 from cm_runtime.sampling import Batch, Request
 from cm_runtime.steps import Array
+from cm_runtime.subprocesses import engine_threads
 
 LOG = logging.getLogger("cm_runtime")
 MOST_BOUND = 4  # batch sizes whose memory is kept
@@ -68,7 +69,7 @@ class OrtBackend(Backend):
         self._graphs = 0
         self.version = f"onnxruntime {ort.__version__}"
         self._device = cuda.Device() if can_stay(device) else None
-        data = None if isinstance(model, bytes) else weights.data_file(Path(where), self.manifest)
+        data = None if isinstance(model, bytes) else external_data.data_file(Path(where), self.manifest)
         if verdict is None:
             onnx_graph.check(model, self.manifest)
         self._bound: OrderedDict[tuple[Any, ...], Bound] = OrderedDict()
@@ -77,7 +78,7 @@ class OrtBackend(Backend):
             self._session = open_session(model, where, device, threads, stream, data)
         except (ArtifactError, EngineError) as error:
             if data and "External" in str(error):  # as ONNX Runtime calls an initializer, or the path of its data
-                raise weights.damaged(where, data) from error
+                raise external_data.damaged(where, data) from error
             raise
         self.outputs = read_outputs(self.manifest, {each.name for each in self._session.get_outputs()}, where)
 
@@ -187,7 +188,7 @@ class Addressed:
         self._bindings: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
     def evaluate(self, addresses: Mapping[str, int]) -> None:
-        """See `on_device.Evaluate`."""
+        """See `cuda.sampler.Evaluate`."""
         names = (*self._interface.inputs, *self._interface.outputs)
         key = tuple(addresses[name] for name in names)
         if key not in self._bindings:
@@ -236,9 +237,9 @@ def open_session(
     options.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
     provider = _provider(ort, device, stream)
     source = model if isinstance(model, bytes) else where
-    if linked := weights.linked(data):
+    if linked := external_data.linked(data):
         _give_weights(options, linked)
-        source = bounded.read_bytes(where, ArtifactError, weights.LARGEST_GRAPH)
+        source = streams.read_bytes(where, ArtifactError, external_data.LARGEST_GRAPH)
     try:
         # Without enable_fallback=0 it would print on standard output and go on with other providers.
         try:
@@ -259,7 +260,7 @@ def open_session(
     return session
 
 
-def _give_weights(options: Any, data: weights.Linked) -> None:
+def _give_weights(options: Any, data: external_data.Linked) -> None:
     """Let a session of a file's bytes take its weights from memory. Raises EngineError for an older ONNX Runtime."""
     if not hasattr(options, "add_external_initializers_from_files_in_memory"):
         raise EngineError(f"ONNX Runtime before 1.24 cannot read weights behind a link, {data.path}: update it")

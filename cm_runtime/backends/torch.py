@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cm_runtime import cuda
-from cm_runtime.artifact import OUTPUTS, GraphKind, Manifest, Precision
 from cm_runtime.backends.base import Backend
-from cm_runtime.backends.on_device import Captured, Evaluate, OnDevice, can_stay
+from cm_runtime.cuda.sampler import Captured, Evaluate, OnDevice, can_stay
 from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.extras import NO_DRIVER, has_driver
 from cm_runtime.kernels.launches import Images
-from cm_runtime.model import ConsistencyModel
-from cm_runtime.process import engine_threads
+from cm_runtime.manifest import OUTPUTS, GraphKind, Manifest, Precision
+from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.sampling import Batch, Request
 from cm_runtime.steps import Array
+from cm_runtime.subprocesses import engine_threads
 
 MOST_BATCH_SIZES = 256  # that are compiled, each apart; torch by itself gives up after 8
 

@@ -8,9 +8,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cm_runtime import backends, bounded
-from cm_runtime.bench.process import HERE
+from cm_runtime import backends
+from cm_runtime.bench.worker_process import HERE
 from cm_runtime.errors import RequestError
+from cm_runtime.files import streams
 
 MOST_WHEEL = 1 << 30  # bytes, packed or not
 MOST_FILES = 10_000
@@ -37,11 +38,11 @@ def base_build(against: str, work: Path) -> Build:
     work: where a wheel or a revision is unpacked. Raises RequestError.
     """
     path = Path(against)
-    if path.suffix == ".whl" and bounded.exists(path):
+    if path.suffix == ".whl" and streams.exists(path):
         return Build(_with_package(_unpack(path, work / "base"), against), path.name)
-    if against and bounded.exists(path / "cm_runtime" / "__init__.py"):  # "" would be this folder
+    if against and streams.exists(path / "cm_runtime" / "__init__.py"):  # "" would be this folder
         return Build(path.resolve(), commit_of(path.resolve()))
-    if bounded.exists(path) and backends.is_model(path):
+    if streams.exists(path) and backends.is_model(path):
         return Build(HERE, commit_of(HERE), path)
     repository = HERE if commit_of(HERE) else Path.cwd()
     name = f"{against}^{{commit}}".replace("\0", " ")  # which no revision has
@@ -74,7 +75,7 @@ def commit_of(root: Path) -> str:
 
 def _unpack(path: Path, root: Path) -> Path:
     """Unpacks the package of the wheel ``path`` into ``root``, which it returns. Raises RequestError."""
-    bounded.regular(path, RequestError, MOST_WHEEL)
+    streams.regular(path, RequestError, MOST_WHEEL)
     try:
         with zipfile.ZipFile(path) as wheel:
             entries = [each for each in wheel.infolist() if each.filename.startswith("cm_runtime/")]

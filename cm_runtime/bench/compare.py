@@ -11,8 +11,8 @@ from cm_runtime.bench import machine, stats
 from cm_runtime.bench.results import BASE, SUBJECT, Contender, Estimate, Peaks, Result, ScenarioResult
 from cm_runtime.bench.scenario import model_name, title
 from cm_runtime.errors import RequestError
+from cm_runtime.errors.wording import quantity
 from cm_runtime.schedule import level_text, same_levels
-from cm_runtime.wording import quantity
 
 Word = Literal["PASS", "REGRESSION", "INCONCLUSIVE"]
 

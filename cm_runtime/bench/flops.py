@@ -6,9 +6,9 @@ import math
 import os
 from typing import Any
 
-from cm_runtime.artifact import read_manifest
 from cm_runtime.errors import ArtifactError
 from cm_runtime.extras import require
+from cm_runtime.manifest import read_manifest
 
 _MOST = 10**21  # operations for one image: a day of the fastest computers
 _SMALL = 1024  # bytes; larger initializers are weights, whose values tell nothing about shapes

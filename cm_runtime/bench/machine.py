@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cm_runtime import process
+from cm_runtime import subprocesses
 from cm_runtime.bench.nvidia import gpus
 from cm_runtime.bench.results import Machine, Processor
 
@@ -36,7 +36,7 @@ def machine(root: Path = ROOT) -> Machine:
     return Machine(
         processor=Processor(
             model=_model(cores),
-            cores=process.cores(),
+            cores=subprocesses.cores(),
             sockets=len(_of_cores(root, "topology/physical_package_id") - {"-1"}) or None,
             flags=tuple(flag for flag in FLAGS if flag in flags),
             governor=", ".join(sorted(_of_cores(root, "cpufreq/scaling_governor"))) or None,

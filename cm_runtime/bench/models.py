@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from cm_runtime import backends, bounded, files
-from cm_runtime.artifact import Manifest, data_path, parse_manifest, read_manifest
+from cm_runtime import backends
 from cm_runtime.bench.builds import Build
 from cm_runtime.bench.networks import STANDING
-from cm_runtime.bench.process import Process, WorkerError
 from cm_runtime.bench.results import ModelFacts
 from cm_runtime.bench.scenario import Scenario
+from cm_runtime.bench.worker_process import Process, WorkerError
 from cm_runtime.errors import ArtifactError
+from cm_runtime.files import atomic, streams
+from cm_runtime.manifest import Manifest, data_path, parse_manifest, read_manifest
 
 REFERENCE_IMAGES = 2
 
@@ -74,7 +75,7 @@ class Models:
         key = scenario.model, scenario.backend == "torch", is_base
         if key not in self._made:
             source = build.model if is_base and build.model else _source(scenario.model, threads)
-            if not bounded.exists(source):
+            if not streams.exists(source):
                 raise ArtifactError(f"{source}: no such model")
             name = str(source) if is_base and build.model else scenario.model
             self._made[key] = self._ready(name, source, scenario.backend == "torch", threads, build)
@@ -91,7 +92,7 @@ class Models:
             with Process(threads, build.root) as worker:
                 export_s = worker.ask("export", checkpoint=str(source.absolute()), target=str(path))["export_s"]
         manifest = read_manifest(path)
-        return Model(name, path, source, files.sha256(path), manifest, export_s, _gflop(path, threads))
+        return Model(name, path, source, atomic.sha256(path), manifest, export_s, _gflop(path, threads))
 
     def reference(self, model: Model, spec: dict[str, Any], sigmas: Sequence[float], threads: int) -> Any | str:
         """The first images as eager torch draws them on the CPU in float32, or why there is no such reference."""
@@ -117,7 +118,7 @@ def _source(model: str, threads: int) -> Path:
         return backends.DEFAULT_MODEL
     if model not in STANDING:
         return Path(model)
-    cache = files.cache_folder() / "bench"
+    cache = atomic.cache_folder() / "bench"
     with Process(threads) as worker:
         return Path(worker.ask("standing", name=model, folder=str(cache))["path"])
 
@@ -140,6 +141,6 @@ def _files(path: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     """Of a file, or of the names and contents of a folder's files."""
     if path.is_file():
-        return files.sha256(path)
-    named = [[each.relative_to(path).as_posix(), files.sha256(each)] for each in _files(path)]
+        return atomic.sha256(path)
+    named = [[each.relative_to(path).as_posix(), atomic.sha256(each)] for each in _files(path)]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()

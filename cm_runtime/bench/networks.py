@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cm_runtime.bounded import exists
 from cm_runtime.errors import OutputError, RequestError
+from cm_runtime.files.streams import exists
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cm_runtime.checkpoint import Checkpoint
-    from cm_runtime.model import ModelConfig
+    from cm_runtime.checkpoints.native import Checkpoint
+    from cm_runtime.networks.consistency import ModelConfig
 
 SEED, VERSION = 0, 1  # another way to make the weights is another version, and so another file
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ def standing(name: str, folder: Path) -> Path:
     path = folder / f"{name}-seed{SEED}-{VERSION}.pt"
     if exists(path):
         return path
-    from cm_runtime.checkpoint import save_checkpoint
+    from cm_runtime.checkpoints.native import save_checkpoint
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,16 +63,16 @@ def standing(name: str, folder: Path) -> Path:
 
 def config(name: str) -> ModelConfig:
     """The config of a standing network: a consistency model of the boundary form."""
-    from cm_runtime.model import ModelConfig
-    from cm_runtime.unet import UNetConfig
+    from cm_runtime.networks.consistency import ModelConfig
+    from cm_runtime.networks.unet import UNetConfig
 
     return ModelConfig(network=UNetConfig(**NETWORKS[name]), precond="boundary", sigma_boundary=0.002)
 
 
 def made(config: ModelConfig, seed: int = SEED) -> Checkpoint:
     """A checkpoint of ``config`` whose every weight is random, so that no layer is silent."""
-    from cm_runtime.artifact import TrainingSummary
-    from cm_runtime.checkpoint import Checkpoint
+    from cm_runtime.checkpoints.native import Checkpoint
+    from cm_runtime.manifest import TrainingSummary
 
     training = TrainingSummary(method="none", data="random weights", steps=0, config={"seed": seed})
     return Checkpoint(config, "0", {"0": _weights(config, seed)}, training)
@@ -82,7 +82,7 @@ def _weights(config: ModelConfig, seed: int) -> Mapping[str, Tensor]:
     """Normal by the inverse root of the fan-in, which keeps F of order 1; 0.1 for biases, and 1 +- 0.1 for norms."""
     import torch
 
-    from cm_runtime.model import build
+    from cm_runtime.networks.consistency import build
 
     generator = torch.Generator().manual_seed(seed)
     weights = {}

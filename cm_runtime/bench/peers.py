@@ -23,13 +23,13 @@ from cm_runtime.backends.ort import open_session
 from cm_runtime.bench.scenario import PEERS, Peer
 from cm_runtime.errors import CheckpointError, EngineError, RequestError
 from cm_runtime.extras import require
-from cm_runtime.process import engine_threads
 from cm_runtime.steps import Array, to_nhwc
+from cm_runtime.subprocesses import engine_threads
 
 if TYPE_CHECKING:
     import torch
 
-    from cm_runtime.checkpoint import Checkpoint
+    from cm_runtime.checkpoints.native import Checkpoint
 
 Label = NDArray[np.int64] | None
 MOST_STEPS = 1000
@@ -137,16 +137,16 @@ def _given(z: Array, device: str) -> Iterator[None]:
 def _read(path: Path) -> Checkpoint:
     if path.suffix == ".onnx":
         require("onnx", f"reading the weights of {path}")
-        from cm_runtime.export.recover import recovered
+        from cm_runtime.export.from_onnx import recovered
 
         return recovered(path)
-    from cm_runtime.importers import load_checkpoint
+    from cm_runtime.checkpoints.load import load_checkpoint
 
     return load_checkpoint(path)
 
 
 def _diffusers(checkpoint: Checkpoint, folder: Path, device: str) -> Drawer:
-    from cm_runtime.export.diffusers_folder import diffusers
+    from cm_runtime.export.to_diffusers import diffusers
 
     try:
         diffusers(checkpoint, folder / "pipeline")
@@ -238,7 +238,7 @@ def _openvino(checkpoint: Checkpoint, folder: Path, device: str, threads: int) -
 
 
 def _plain(checkpoint: Checkpoint, folder: Path) -> Path:
-    from cm_runtime.export.by_torch import plain
+    from cm_runtime.export.torch_exporter import plain
 
     path = folder / "model.onnx"
     plain(checkpoint, path)

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import FailFast, Field, ValidationError, model_validator
 
-from cm_runtime import bounded, files
 from cm_runtime.bench.scenario import MOST_SCENARIOS, Backend, Frozen, Kind
 from cm_runtime.errors import ArtifactError
+from cm_runtime.files import atomic, streams
 
 FORMAT_VERSION = 1
 MOST_BYTES = 16 << 20  # a hundred times what forty scenarios with their peers take
@@ -287,13 +287,13 @@ def schema() -> str:
 
 def write(result: Result, path: str | os.PathLike[str]) -> None:
     """Replaces ``path`` in one step. Raises OutputError."""
-    with files.written(path) as temporary:
+    with atomic.written(path) as temporary:
         temporary.write_text(result.model_dump_json(indent=1, exclude_defaults=False) + "\n", encoding="utf-8")
 
 
 def read(path: str | os.PathLike[str]) -> Result:
     """A result file of this version or an older one. Raises ArtifactError."""
-    content = bounded.read_bytes(path, ArtifactError, MOST_BYTES)
+    content = streams.read_bytes(path, ArtifactError, MOST_BYTES)
     try:
         return Result.model_validate_json(content)
     except ValidationError as error:

@@ -8,22 +8,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cm_runtime import __version__, files, schedule
-from cm_runtime.artifact import Manifest
+from cm_runtime import __version__, schedule
 from cm_runtime.backends.ort import has_cuda
-from cm_runtime.bench import machine, outcome, peaks
+from cm_runtime.bench import machine, peaks, summary
 from cm_runtime.bench.builds import Build, base_build, this_build
-from cm_runtime.bench.contest import Limits, Observer, contest
+from cm_runtime.bench.conditions import Watch
+from cm_runtime.bench.contenders import Side
 from cm_runtime.bench.models import Model, Models
 from cm_runtime.bench.results import BASE, SUBJECT, Peaks, Result, ScenarioResult, Settings
+from cm_runtime.bench.rounds import Limits, Observer, contest
 from cm_runtime.bench.samples import Samples
 from cm_runtime.bench.scenario import Scenario, title
-from cm_runtime.bench.sides import Side
-from cm_runtime.bench.watch import Watch
 from cm_runtime.errors import CmRuntimeError, OutputError, RequestError
 from cm_runtime.extras import NVIDIA_DRIVER
-from cm_runtime.process import cores
-from cm_runtime.workspaces import scratch
+from cm_runtime.files import atomic
+from cm_runtime.files.workspaces import scratch
+from cm_runtime.manifest import Manifest
+from cm_runtime.subprocesses import cores
 
 Tell = Callable[[float, str], None]
 
@@ -58,7 +59,7 @@ def run(
     A finished result that is there stays until this one is finished. The samples go to a file beside it. A scenario
     that fails is reported as failed, and the others are measured. Raises RequestError, OutputError.
     """
-    files.check_writable(output)
+    atomic.check_writable(output)
     with scratch("cm-bench") as work, Samples(output, force) as kept:
         base = None if against is None else base_build(against, work)
         shared = Shared(settings, work, Models(work), kept, Watch(), this_build(), base, tell)
@@ -117,7 +118,7 @@ def _measured(scenario: Scenario, shared: Shared, measured: Sequence[Peaks], num
         shared.tell(number + share, f"{title(scenario.name)}: {doing}")
 
     def keep(side: str, block: int, answer: dict[str, Any]) -> None:
-        shared.samples.write(outcome.line(scenario.name, side, block, answer))
+        shared.samples.write(summary.line(scenario.name, side, block, answer))
 
     try:
         tell(0, "preparing the model")
@@ -137,7 +138,7 @@ def _measured(scenario: Scenario, shared: Shared, measured: Sequence[Peaks], num
     except CmRuntimeError as error:
         return ScenarioResult(**common, status="failed", reason=str(error))
     peak = next(each for each in measured if (each.threads, each.device) == (threads, device))
-    found = tuple(outcome.contender(side, sides[0], scenario, model.gflop, peak) for side in sides)
+    found = tuple(summary.contender(side, sides[0], scenario, model.gflop, peak) for side in sides)
     return ScenarioResult(**common, engine=sides[0].facts["engine"], status="measured", contenders=found)
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cm_runtime import files
 from cm_runtime.bench import results
 from cm_runtime.errors import ArtifactError, OutputError
+from cm_runtime.files import atomic
 
 NAMES = ".samples.jsonl", ".samples-2.jsonl"  # in place of the result's .json
 
@@ -33,12 +33,12 @@ class Samples:
         self._bytes = 0
         self._is_named = False
         paths = [result.with_suffix(name) for name in NAMES]
-        with _named(result), files.locked(result.parent):
+        with _named(result), atomic.locked(result.parent):
             for path in paths:
-                files.check_writable(path)
+                atomic.check_writable(path)
                 if _is_in_use(path):
                     raise OutputError(f"{path} is being written by another run; give another output with -o")
-            files.check_output(result, force=force)
+            atomic.check_output(result, force=force)
             older, self._is_over_finished = _older(result)
             if older == paths[0].name:
                 paths.reverse()

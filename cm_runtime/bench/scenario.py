@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cm_runtime import bounded, toml
 from cm_runtime.errors import ConfigError
-from cm_runtime.wording import quantity
+from cm_runtime.errors.wording import quantity
+from cm_runtime.files import streams, toml
 
 Kind = Literal["single-stream", "offline", "server"]
 Backend = Literal["auto", "ort", "openvino", "torch", "torch.compile"]
@@ -203,7 +203,7 @@ def named_suites() -> list[str]:
 def read_suite(name: str) -> Suite:
     """The suite called ``name``, or in the TOML file of that path. Raises ConfigError."""
     path = SUITES / f"{name}.toml" if name in named_suites() else Path(name)
-    if not bounded.exists(path):
+    if not streams.exists(path):
         known = ", ".join(named_suites())
         raise ConfigError(f"there is no suite {name}: give a .toml file, or one of {known}")
     try:

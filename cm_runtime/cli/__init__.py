@@ -1,4 +1,4 @@
-"""The command line: one file a command, each of which parses, calls and prints; `boundary` has the errors."""
+"""The command line: one file a command, each of which parses, calls and prints; `errors.boundary` has the errors."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def options(
     if trust:
         os.environ["CM_RUNTIME_TRUST"] = "1"  # for child processes too
     if untrusted:
-        from cm_runtime.cli.limited import run
+        from cm_runtime.cli.sandbox import run
 
         words = list(context.obj or ())
         words.remove("--untrusted")
@@ -103,8 +103,8 @@ def options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exit status: 0 done, 1 a one-line error, 2 usage, 130 interrupted, 143 terminated."""
-    from cm_runtime import boundary
     from cm_runtime.cli import progress
+    from cm_runtime.errors import boundary
 
     words = sys.argv[1:] if arguments is None else arguments
     progress.begin(quiet="--quiet" in words)

@@ -29,10 +29,10 @@ def doctor(
     import json
 
     if forget:
-        from cm_runtime.backends import choice
-        from cm_runtime.wording import quantity
+        from cm_runtime.backends import auto
+        from cm_runtime.errors.wording import quantity
 
-        typer.echo(f"{'auto':{WIDTH}} forgot {quantity(choice.forget(), 'remembered choice')}")
+        typer.echo(f"{'auto':{WIDTH}} forgot {quantity(auto.forget(), 'remembered choice')}")
         return
     content = _examined()
     if as_json:
@@ -56,7 +56,7 @@ def _examined() -> dict[str, Any]:
 
     from cm_runtime import __version__
     from cm_runtime.extras import EXTRAS, TWO_RUNTIMES, has_cpu_runtime, has_two_runtimes
-    from cm_runtime.process import cores
+    from cm_runtime.subprocesses import cores
 
     packages = {purpose: {name: _version(name) for name in names} for purpose, names in PURPOSES.items()}
     install = {}
@@ -83,19 +83,19 @@ def _examined() -> dict[str, Any]:
 
 def _bundled() -> dict[str, str]:
     """How the bundled model would be drawn here."""
-    from cm_runtime.artifact import read_manifest
-    from cm_runtime.backends import DEFAULT_MODEL, auto_device, choice, precisions
+    from cm_runtime.backends import DEFAULT_MODEL, auto, auto_device, precisions
     from cm_runtime.errors import CmRuntimeError
+    from cm_runtime.manifest import read_manifest
 
     try:
         manifest = read_manifest(DEFAULT_MODEL)
-        asked = choice.question(DEFAULT_MODEL, manifest, auto_device("auto"))
-        auto = f"the bundled model runs on {choice.said(asked)}"
+        asked = auto.question(DEFAULT_MODEL, manifest, auto_device("auto"))
+        words = f"the bundled model runs on {auto.said(asked)}"
         able = ", ".join(f"{name}: {what}" for name, what in precisions().items())
     except CmRuntimeError as error:
         return {"auto": str(error), "precision": "", "model": ""}
     shape = "x".join(map(str, manifest.image_shape))
-    return {"auto": auto, "precision": able, "model": f"the bundled model draws {shape} images"}
+    return {"auto": words, "precision": able, "model": f"the bundled model draws {shape} images"}
 
 
 def _version(package: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cm_runtime.cli import judged, values
+from cm_runtime.cli import image_sources, parsing
 from cm_runtime.cli.options import (
     BACKENDS,
     ExtractorFile,
@@ -23,7 +23,7 @@ from cm_runtime.cli.options import (
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from cm_runtime.evaluate.measure import Report
+    from cm_runtime.evaluate.metrics import Report
 
 
 def evaluate(
@@ -81,37 +81,38 @@ def evaluate(
     for path, suffix in ((save_statistics, ".npz"), (output, ".json")):
         if path is not None and path.suffix != suffix:
             raise RequestError(f"{path}: the name must end in {suffix}")
-    from cm_runtime import __version__, backends, files
+    from cm_runtime import __version__, backends
     from cm_runtime.cli.progress import waiting
-    from cm_runtime.evaluate import measure, statistics
-    from cm_runtime.evaluate.features import Extractor
+    from cm_runtime.evaluate import metrics, statistics
+    from cm_runtime.evaluate.extractor import Extractor
+    from cm_runtime.files import atomic
 
     for path in (save_statistics, output):
         if path is not None:
-            files.check_output(path, force=force)
+            atomic.check_output(path, force=force)
     if manifold < 4:
         raise RequestError(f"--manifold must be at least 4, one more than the neighbours, not {manifold}")
-    workers = values.threads(threads)
-    drawing = judged.Drawing(steps, sigmas, ts, timesteps, grid, count, seed, labels, micro_batch, backend)
+    workers = parsing.threads(threads)
+    drawing = image_sources.Drawing(steps, sigmas, ts, timesteps, grid, count, seed, labels, micro_batch, backend)
     if images is None or backends.is_model(Path(images)):
         if split is not None:
             raise RequestError("--split is for data sets, and a model is measured; leave it out")
-        found = judged.drawn(Path(images) if images else None, drawing, device, workers)
+        found = image_sources.drawn(Path(images) if images else None, drawing, device, workers)
     else:
         drawing.refuse(images)
-        found = judged.collected(images, split)
+        found = image_sources.collected(images, split)
     network = Extractor(extractor, value_range=value_range, output_name=output_name, device=device, threads=workers)
     network.check(found.shape)
-    expected: measure.Observation | None = None
+    expected: metrics.Observation | None = None
     described: dict[str, Any] | None = None
     if reference is not None or save_statistics is None:
-        expected, described = judged.reference(reference, network, found.manifest, manifold)
+        expected, described = image_sources.reference(reference, network, found.manifest, manifold)
     known = None if expected is None else expected.statistics
-    seen = judged.observed(found, network, manifold, "images", reference=known)
+    seen = image_sources.observed(found, network, manifold, "images", reference=known)
     with waiting("precision and recall"):
-        figures = measure.compare(seen, expected)
-    few = measure.few_images(seen, expected)
-    report = measure.Report(
+        figures = metrics.compare(seen, expected)
+    few = metrics.few_images(seen, expected)
+    report = metrics.Report(
         cm_runtime=__version__,
         images=found.description,
         reference=described,
@@ -122,14 +123,14 @@ def evaluate(
     if save_statistics is not None:
         statistics.write_statistics(save_statistics, seen.statistics)
     if output is not None:
-        with files.written(output, force=force) as temporary:
+        with atomic.written(output, force=force) as temporary:
             temporary.write_text(report.model_dump_json(indent=2) + "\n")
     _print(report)
 
 
 def _print(report: Report) -> None:
+    from cm_runtime.errors.wording import quantity
     from cm_runtime.schedule import level_text
-    from cm_runtime.wording import quantity
 
     figures, images, reference, extractor = report.figures, report.images, report.reference, report.extractor
     how = ""

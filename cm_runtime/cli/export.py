@@ -14,9 +14,9 @@ from cm_runtime.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cm_runtime.checkpoint import Checkpoint
-    from cm_runtime.export.comparison import Comparison
-    from cm_runtime.export.onnx_file import Exported
+    from cm_runtime.checkpoints.native import Checkpoint
+    from cm_runtime.export.speed import Comparison
+    from cm_runtime.export.to_onnx import Exported
 
 Format = Literal["onnx", "tensorrt", "tensorrt-rtx", "diffusers"]
 
@@ -107,10 +107,10 @@ def export(
     for package in ("torch", "onnx", *["onnxscript"] * (compare and form == "onnx")):
         require(package, "cm-runtime export")
     from cm_runtime import export as exporting
-    from cm_runtime import files
-    from cm_runtime.bounded import exists
-    from cm_runtime.cli import values
-    from cm_runtime.importers import load_checkpoint
+    from cm_runtime.checkpoints.load import load_checkpoint
+    from cm_runtime.cli import parsing
+    from cm_runtime.files import atomic
+    from cm_runtime.files.streams import exists
 
     def load() -> Checkpoint:
         with progress.waiting(f"reading {checkpoint}"):
@@ -131,10 +131,10 @@ def export(
     ending = ".onnx" if form == "onnx" else ".engine"
     target = output or (checkpoint if checkpoint.name else name).with_suffix(ending)
     if exists(checkpoint):
-        files.check_output(target, force=force)  # before minutes of reading
+        atomic.check_output(target, force=force)  # before minutes of reading
 
     def write(path: Path, *, force: bool) -> Exported:
-        levels = values.numbers("--sigmas", sigmas) if sigmas else None
+        levels = parsing.numbers("--sigmas", sigmas) if sigmas else None
         whole = load()
         with progress.waiting("building the graph, and proving it equal to the torch model"):
             return exporting.onnx(
@@ -147,7 +147,7 @@ def export(
     made = write(target, force=force)
     comparison = None
     if compare:
-        from cm_runtime.export.comparison import with_plain
+        from cm_runtime.export.speed import with_plain
 
         whole = load()
         with progress.waiting("timing it against a plain export"):
@@ -181,15 +181,15 @@ def _build_engine(
 ) -> None:
     """The graph in a temporary folder, and the engine that TensorRT makes of it."""
     from cm_runtime.backends import engine_file
-    from cm_runtime.export import tensorrt
-    from cm_runtime.workspaces import scratch
+    from cm_runtime.export import to_tensorrt
+    from cm_runtime.files.workspaces import scratch
 
     profile = engine_file.profile(batch) if batch else None
     with scratch("cm-export") as folder:
         path = folder / "graph.onnx"
         write(path, force=False)
         with progress.waiting("building the engine"):
-            made = tensorrt.build(
+            made = to_tensorrt.build(
                 path,
                 target,
                 "tensorrt" if form == "tensorrt" else "tensorrt_rtx",
@@ -208,8 +208,8 @@ def _build_engine(
 
 
 def _summarise(target: Path, made: Exported, plain: Comparison | None) -> None:
+    from cm_runtime.errors.wording import quantity
     from cm_runtime.schedule import level_text
-    from cm_runtime.wording import quantity
 
     manifest, parity = made.manifest, made.manifest.parity
     assert parity is not None  # no file is written without its proof

@@ -10,7 +10,7 @@ import typer
 from cm_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from cm_runtime.artifact import Manifest
+    from cm_runtime.manifest import Manifest
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
@@ -38,15 +38,15 @@ def info(
     import json
 
     from cm_runtime import onnx_graph
-    from cm_runtime.artifact import read_manifest
-    from cm_runtime.backends import DEFAULT_MODEL, auto_device, choice, engine_file, is_checkpoint
+    from cm_runtime.backends import DEFAULT_MODEL, auto, auto_device, engine_file, is_checkpoint
+    from cm_runtime.manifest import read_manifest
 
     where, chosen = path or DEFAULT_MODEL, ""
     if is_checkpoint(where):
         from cm_runtime.extras import require
 
         require("torch", f"reading the checkpoint {where}")
-        from cm_runtime.importers import load_checkpoint
+        from cm_runtime.checkpoints.load import load_checkpoint
 
         checkpoint = load_checkpoint(where)
         content = describe(checkpoint.manifest())
@@ -55,13 +55,13 @@ def info(
     elif where.suffix == engine_file.SUFFIX:
         content = engine_file.read_engine_manifest(where).model_dump(mode="json", exclude_none=True)
     elif where.suffix.lower() in (".png", ".npz"):
-        from cm_runtime.images import provenance
+        from cm_runtime.files.image_writer import provenance
 
         content = provenance(where)
     else:
         manifest = read_manifest(where)
         content = describe(manifest)
-        chosen = choice.said(choice.question(where, manifest, auto_device("auto")))
+        chosen = auto.said(auto.question(where, manifest, auto_device("auto")))
         try:
             if foreign := onnx_graph.check(where, manifest).foreign:
                 chosen = f"ort alone: cm-runtime export did not write this graph, for {foreign}"

@@ -38,7 +38,7 @@ Labels = Annotated[
 MicroBatch = Annotated[
     str, typer.Option(metavar="auto|M", help="How many images the engine sees at once; decides memory.")
 ]
-# Three ways to name noise levels in place of --steps: ours, OpenAI's and diffusers'; `values.levels` reads them.
+# Three ways to name noise levels in place of --steps: ours, OpenAI's and diffusers'; `parsing.levels` reads them.
 Sigmas = Annotated[str | None, typer.Option(metavar="80,1.4", help="Noise levels in place of --steps, descending.")]
 Ts = Annotated[
     str | None,

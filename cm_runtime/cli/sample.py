@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cm_runtime.cli import shards, values
+from cm_runtime.cli import parsing, shards
 from cm_runtime.cli.options import (
     Backend,
     Device,
@@ -27,8 +27,8 @@ from cm_runtime.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cm_runtime.artifact import Manifest
     from cm_runtime.backends import base
+    from cm_runtime.manifest import Manifest
     from cm_runtime.sampling import Batch, Denoiser, Request
 
 
@@ -100,9 +100,10 @@ def sample(
     at_once = 256 if batch is None else batch
     if at_once < 1:
         raise RequestError(f"--batch must be at least 1, not {batch}")
-    from cm_runtime import backends, files, sampling
+    from cm_runtime import backends, sampling
+    from cm_runtime.files import atomic
 
-    classes = values.labels(labels)
+    classes = parsing.labels(labels)
     total = sampling.counted(classes, count, at_once)
 
     def request(engine: base.Backend, size: int) -> Request:
@@ -110,7 +111,7 @@ def sample(
             engine.manifest,
             total,
             steps,
-            sigmas=values.levels(engine.manifest, steps, sigmas, ts, timesteps, grid),
+            sigmas=parsing.levels(engine.manifest, steps, sigmas, ts, timesteps, grid),
             seed=seed,
             start=start,
             labels=classes,
@@ -122,10 +123,10 @@ def sample(
         opening = shards.Opening(model or backends.DEFAULT_MODEL, backend, device, threads, precision, micro_batch)
         shards.draw(wanted, opening, total, request)
         return
-    files.check_output(name)
+    atomic.check_output(name)
     most = at_once if micro_batch == "auto" else min(at_once, int(micro_batch) if micro_batch.isdigit() else at_once)
-    engine = backends.load(model, backend, device, values.threads(threads), precision, most)  # type: ignore[arg-type]
-    chosen = request(engine, values.micro_batch(micro_batch, at_once, engine.micro_batch))
+    engine = backends.load(model, backend, device, parsing.threads(threads), precision, most)  # type: ignore[arg-type]
+    chosen = request(engine, parsing.micro_batch(micro_batch, at_once, engine.micro_batch))
     _write(engine, chosen, at_once, name)
 
 
@@ -134,24 +135,25 @@ def _write(engine: Denoiser, chosen: Request, batch: int, output: Path) -> None:
 
     import numpy as np
 
-    from cm_runtime import images, sampling
+    from cm_runtime import sampling
     from cm_runtime.cli.progress import tracked
-    from cm_runtime.wording import quantity
+    from cm_runtime.errors.wording import quantity
+    from cm_runtime.files import image_writer
 
     channels, height, width = engine.manifest.image_shape
     if output.suffix == ".png":
-        images.check_grid(chosen.count, height, width)
+        image_writer.check_grid(chosen.count, height, width)
     text = _description(chosen, engine.manifest)
     requests = sampling.split(chosen, batch)
     drawn = chain.from_iterable(sampling.batches(engine, each) for each in requests)
     parts: Iterator[Batch] = tracked(drawn, chosen.count, "images")
     if output.suffix == ".npz":
-        with images.NpzWriter(output, chosen.count, (height, width, channels), chosen.output, text) as file:
+        with image_writer.NpzWriter(output, chosen.count, (height, width, channels), chosen.output, text) as file:
             for part in parts:
                 file.write(part.images, part.labels)
     else:
-        picture = images.grid(np.concatenate([part.images for part in parts]))
-        images.save_png(picture, output, text)
+        picture = image_writer.grid(np.concatenate([part.images for part in parts]))
+        image_writer.save_png(picture, output, text)
     typer.echo(
         f"{output}: {quantity(chosen.count, 'image')}, {quantity(len(chosen.sigmas), 'step')}, seed {chosen.seed}"
     )

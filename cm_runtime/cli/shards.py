@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cm_runtime.cli import values
+from cm_runtime.cli import parsing
 from cm_runtime.cli.progress import counted
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from cm_runtime.backends.base import Backend
-    from cm_runtime.job import Job
-    from cm_runtime.requests import Request
+    from cm_runtime.generation.job import Job
+    from cm_runtime.request import Request
 
 KINDS = ("npz", "png", "wds", "parquet")
 FILES = (".png", ".npz")  # what names end in that are of no folder
@@ -87,26 +87,28 @@ def wanted(
 
 def draw(asked: Shards, opening: Opening, count: int, request: Callable[[Backend, int], Request]) -> None:
     """Draws those of ``count`` images' shards that are not there; request: of an engine, with a micro-batch."""
-    from cm_runtime import backends, cluster, files, job
-    from cm_runtime.bounded import exists
-    from cm_runtime.process import cores
-    from cm_runtime.wording import quantity
+    from cm_runtime import backends
+    from cm_runtime.errors.wording import quantity
+    from cm_runtime.files import atomic
+    from cm_runtime.files.streams import exists
+    from cm_runtime.generation import job, ray_runner
+    from cm_runtime.subprocesses import cores
 
     if not exists(opening.model):
         raise RequestError(f"{opening.model}: no such model")
-    files.check_writable(asked.folder / job.MANIFEST if os.path.isdir(asked.folder) else asked.folder)
+    atomic.check_writable(asked.folder / job.MANIFEST if os.path.isdir(asked.folder) else asked.folder)
     old = job.kept(asked.folder)
     if old is not None and not asked.force and old.file_sha256 == job.identity(opening.model):
         opening = opening.as_of(old)
-    threads = values.threads(opening.threads) or cores()
+    threads = parsing.threads(opening.threads) or cores()
     each = min(asked.size, max(count, 1))
     how: Any = (opening.backend, opening.device, threads, opening.precision, each)
     engine = backends.load(opening.model, *how)
-    chosen = request(engine, values.micro_batch(opening.micro_batch, each, engine.micro_batch))
+    chosen = request(engine, parsing.micro_batch(opening.micro_batch, each, engine.micro_batch))
     whole = job.of(engine, chosen, opening.model, asked.kind, asked.size, threads)
     with job.opened(whole, asked.folder, force=asked.force) as todo:
         made = (
-            cluster.run(opening.model, whole, asked.folder, todo, address=asked.address)
+            ray_runner.run(opening.model, whole, asked.folder, todo, address=asked.address)
             if asked.is_on_ray
             else job.run(engine, whole, asked.folder, todo)
         )

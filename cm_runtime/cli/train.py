@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from cm_runtime.cli import progress, values
+from cm_runtime.cli import parsing, progress
 from cm_runtime.cli.options import replacing
 
 if TYPE_CHECKING:
@@ -48,14 +48,14 @@ def train(
     from cm_runtime.backends.torch import set_threads
     from cm_runtime.training.config import load_config
     from cm_runtime.training.data import open_data
+    from cm_runtime.training.distributed import is_lead
     from cm_runtime.training.loop import train as run
-    from cm_runtime.training.workers import is_lead
 
     if Path(preset).is_dir():
         raise RequestError(f"{preset} is a folder: name a preset or a TOML file, and images by --data {preset}")
     if resume and force:
         raise RequestError("--resume goes on with a run and --force starts it over; give one of them")
-    set_threads(values.threads(threads))
+    set_threads(parsing.threads(threads))
     source = [f"data.source={json.dumps(data, ensure_ascii=False)}"] if data else []
     config = load_config(preset, [*(settings or []), *source])
     folder = out or Path("runs") / Path(preset).stem
@@ -75,7 +75,7 @@ def _plan(config: TrainConfig, images: ImageSet, folder: Path) -> str:
     import torch
 
     from cm_runtime.backends.torch import chosen_device
-    from cm_runtime.wording import quantity
+    from cm_runtime.errors.wording import quantity
 
     phases = ", ".join(
         f"{phase.method} {quantity(phase.steps, 'step')} of {quantity(phase.batch, 'image')}" for phase in config.phase
@@ -124,7 +124,7 @@ class _Progress:
             self._bar.start()
             self._task = self._bar.add_task(method, total=steps, completed=step, loss=0.0, rate=0.0)
         elif self._place == "lines":
-            from cm_runtime.wording import quantity
+            from cm_runtime.errors.wording import quantity
 
             at = f" from step {step}" if step else ""
             progress.say(f"phase {phase + 1} of {len(self._config.phase)}: {method}, {quantity(steps, 'step')}{at}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cm_runtime.cli import judged, values
+from cm_runtime.cli import image_sources, parsing
 from cm_runtime.cli.options import Backend, ExtractorFile, Labels, MicroBatch, OutputName, ValueRange, replacing
 from cm_runtime.errors import RequestError
 
@@ -48,9 +48,10 @@ def tune(
 
     Example: cm-runtime tune model.onnx --steps 2 -o tuned.onnx
     """
-    from cm_runtime import backends, files, sampling
-    from cm_runtime.artifact import read_manifest, write_manifest
+    from cm_runtime import backends, sampling
     from cm_runtime.backends import engine_file
+    from cm_runtime.files import atomic
+    from cm_runtime.manifest import read_manifest, write_manifest
 
     wanted = _steps(steps)
     if model is not None and backends.is_checkpoint(model):
@@ -68,27 +69,27 @@ def tune(
         raise RequestError(f"{output}: an ONNX file's name ends in .onnx")
     from cm_runtime.cli import progress
     from cm_runtime.cli.progress import tracked
+    from cm_runtime.errors.wording import quantity
     from cm_runtime.evaluate import tuning
-    from cm_runtime.evaluate.features import Extractor
+    from cm_runtime.evaluate.extractor import Extractor
     from cm_runtime.evaluate.objective import FirstStep, FrechetObjective
     from cm_runtime.schedule import level_text
-    from cm_runtime.wording import quantity
 
     source = model or backends.DEFAULT_MODEL
     target = output or source
-    files.check_output(target, force=force)
+    atomic.check_output(target, force=force)
     if samples < 2:
         raise RequestError(f"--samples must be at least 2, not {samples}")
-    workers = values.threads(threads)
+    workers = parsing.threads(threads)
     engine = backends.load(source, backend, device, workers)  # type: ignore[arg-type]
     manifest = engine.manifest
     network = Extractor(extractor, value_range=value_range, output_name=output_name, device=device, threads=workers)
-    size = values.micro_batch(micro_batch, min(samples, 256), engine.micro_batch)
-    asked = values.labels(labels)
+    size = parsing.micro_batch(micro_batch, min(samples, 256), engine.micro_batch)
+    asked = parsing.labels(labels)
     sampling.request(manifest, samples, seed=seed, labels=asked, micro_batch=size)  # refused now, if ever
     channels, height, width = manifest.image_shape
     network.check((height, width, channels))
-    expected, _ = judged.reference(reference, network, manifest, manifold=0)
+    expected, _ = image_sources.reference(reference, network, manifest, manifold=0)
 
     left = 0
 
@@ -121,8 +122,8 @@ def _steps(text: str) -> list[int]:
 
 
 def _print(found: Tuned) -> None:
+    from cm_runtime.errors.wording import quantity
     from cm_runtime.schedule import level_text
-    from cm_runtime.wording import quantity
 
     steps = quantity(len(found.sigmas), "step")
     typer.echo(f"{steps}, default {level_text(found.default)}: Frechet distance {found.default_value:.4g}")

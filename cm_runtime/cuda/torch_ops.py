@@ -27,10 +27,10 @@ from torch.nn import functional
 from cm_runtime import noise
 from cm_runtime.cuda.torch_launch import launch
 from cm_runtime.errors import RequestError
+from cm_runtime.errors.wording import quantity
 from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import Images, Type
 from cm_runtime.precond import Precond, precond
-from cm_runtime.wording import quantity
 
 TYPES: dict[torch.dtype, Type] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime import sampling
-from cm_runtime.artifact import Manifest
-from cm_runtime.evaluate.features import Extractor
-from cm_runtime.evaluate.measure import Observation, compare, observe
+from cm_runtime.evaluate.extractor import Extractor
+from cm_runtime.evaluate.metrics import Observation, compare, observe
+from cm_runtime.manifest import Manifest
 from cm_runtime.sampling import Batch, Denoiser
 from cm_runtime.steps import Array
 

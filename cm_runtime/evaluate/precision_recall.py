@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.errors import DataError
-from cm_runtime.evaluate.moments import Float64
-from cm_runtime.wording import quantity
+from cm_runtime.errors.wording import quantity
+from cm_runtime.evaluate.frechet import Float64
 
 K = 3
 _BLOCK = 1 << 20  # distances held at once

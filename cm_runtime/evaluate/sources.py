@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import bounded
 from cm_runtime.errors import data_error
-from cm_runtime.npz import Member, blocks, header, keys, opened
+from cm_runtime.errors.wording import quantity
+from cm_runtime.files import streams
+from cm_runtime.files.npz import Member, blocks, header, keys, opened
 from cm_runtime.sampling import Batch
 from cm_runtime.steps import to_uint8
-from cm_runtime.wording import quantity
 
 _BLOCK = 1 << 24  # bytes of pixels read at once
 MAX_SIDE = 4096
@@ -52,7 +52,7 @@ class Samples:
 
 def is_samples(path: Path) -> bool:
     """Whether ``path`` is an npz with ``arr_0``, and without the ``images`` of a data set. Raises DataError."""
-    return path.suffix == ".npz" and bounded.exists(path) and {"arr_0", "images"} & keys(path) == {"arr_0"}
+    return path.suffix == ".npz" and streams.exists(path) and {"arr_0", "images"} & keys(path) == {"arr_0"}
 
 
 def open_samples(path: Path) -> Samples:

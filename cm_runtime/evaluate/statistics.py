@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import bounded, files
 from cm_runtime.errors import DataError, data_error
-from cm_runtime.evaluate.moments import MAX_DIMENSION, Float64
-from cm_runtime.npz import array, header, keys, opened
-from cm_runtime.wording import quantity
+from cm_runtime.errors.wording import quantity
+from cm_runtime.evaluate.frechet import MAX_DIMENSION, Float64
+from cm_runtime.files import atomic, streams
+from cm_runtime.files.npz import array, header, keys, opened
 
 SHIPPED = Path(__file__).parent.parent / "models" / "fashion-mnist-statistics.npz"
 LARGEST = 1e100  # a number of statistics; its square is finite
@@ -50,7 +50,7 @@ class Statistics:
 
 def is_statistics(path: Path) -> bool:
     """Whether ``path`` is an npz with ``mu`` and ``sigma``. Raises DataError for one that cannot be read."""
-    return path.suffix == ".npz" and bounded.exists(path) and {"mu", "sigma"} <= keys(path)
+    return path.suffix == ".npz" and streams.exists(path) and {"mu", "sigma"} <= keys(path)
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -82,7 +82,7 @@ def write_statistics(path: str | os.PathLike[str], statistics: Statistics, dtype
         content["count"] = np.array(statistics.count, np.int64)
     if statistics.extractor_sha256 is not None:
         content["extractor_sha256"] = np.frombuffer(bytes.fromhex(statistics.extractor_sha256), np.uint8)
-    with files.written(path) as temporary:
+    with atomic.written(path) as temporary:
         np.savez(temporary, allow_pickle=False, **content)
 
 

@@ -13,10 +13,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from cm_runtime.artifact import Manifest, data_path
 from cm_runtime.errors import ArtifactError
-from cm_runtime.onnx_graph import foreign, message, own
-from cm_runtime.wording import quantity
+from cm_runtime.errors.wording import quantity
+from cm_runtime.manifest import Manifest, data_path
+from cm_runtime.onnx_graph import bounds, message, operators
 
 TRUST = "CM_RUNTIME_TRUST"  # in the environment, 1 lets foreign graphs run on every engine, in child processes too
 MOST_IMAGES = 1024  # that an extractor takes together, where its graph says how many
@@ -55,13 +55,13 @@ def check(model: str | os.PathLike[str] | bytes, manifest: Manifest, *, trust: b
     data = None if isinstance(model, bytes) else data_path(where, manifest)
     graph = message.read(model, where)
     try:
-        own.check(graph, manifest)
+        operators.check(graph, manifest)
         reason = ""
-    except own.NotOwn as error:
+    except operators.NotOwn as error:
         reason = str(error)
     message.check_external(graph, where, data.name if data else None, is_any=bool(reason) and data is None)
     if reason:
-        foreign.check(graph, where)
+        bounds.check(graph, where)
         if trust or os.environ.get(TRUST) == "1":
             reason = ""
     return Verdict(reason)
@@ -85,4 +85,4 @@ def check_extractor(path: Path) -> None:
             raise ArtifactError(
                 f"{path}: takes {quantity(first, 'image')} together; an extractor takes at most {MOST_IMAGES}"
             )
-    foreign.check(graph, where)
+    bounds.check(graph, where)

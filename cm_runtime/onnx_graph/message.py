@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from cm_runtime import bounded, protobuf
 from cm_runtime.errors import ArtifactError
-from cm_runtime.protobuf import MalformedError
+from cm_runtime.files import protobuf, streams
+from cm_runtime.files.protobuf import MalformedError
 
 FLOAT, UINT8, INT32, INT64, BOOL, HALF, DOUBLE, BFLOAT = 1, 2, 6, 7, 9, 10, 11, 16  # of TensorProto.DataType
 _BITS = (32, 8, 8, 16, 16, 32, 64, 0, 8, 16, 64, 32, 64, 64, 128, 16, 8, 8, 8, 8, 4, 4, 4, 8, 2)
@@ -156,7 +156,7 @@ def read(model: str | os.PathLike[str] | bytes, where: str) -> Graph:
     try:
         if isinstance(model, bytes):
             return _Reader(io.BytesIO(model), where).model(len(model))
-        with bounded.opened(model, ArtifactError) as file:
+        with streams.opened(model, ArtifactError) as file:
             return _Reader(file, where).model(os.fstat(file.fileno()).st_size)
     except (MalformedError, IndexError, struct.error) as error:
         raise ArtifactError(f"{where} is not an ONNX file, or is truncated or damaged ({error})") from error
@@ -183,7 +183,7 @@ def check_external(graph: Graph, where: str, data_file: str | None, *, is_any: b
         if name != data_file and not (is_any and _is_plain(name)):
             raise ArtifactError(f"{where}: its weights are to be in {name!r}, which is no data file beside it")
         if name not in sizes:
-            sizes[name] = bounded.regular(Path(where).with_name(name), ArtifactError).st_size
+            sizes[name] = streams.regular(Path(where).with_name(name), ArtifactError).st_size
         numbers = [place.get("offset", "0"), place.get("length", str(size_of(tensor)))]
         if not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
             raise ArtifactError(f"{where}: its weights are damaged: {tensor.name!r} lies at no number of bytes")

@@ -1,7 +1,7 @@
 """What a training run is: a TOML file, checked whole before anything starts. Unknown keys are refused.
 
 A run is a list of phases, each a method with its own budget. A phase starts from the averaged weights of the one
-before, the first from ``init`` where there is one (anybody's checkpoint, see `importers`); cd takes that same model
+before, the first from ``init`` where there is one (anybody's checkpoint, see `checkpoints`); cd takes that same model
 for its teacher.
 """
 
@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cm_runtime import bounded, toml
 from cm_runtime.errors import ConfigError
+from cm_runtime.files import streams, toml
+from cm_runtime.networks.unet import NetworkShape
 from cm_runtime.precond import Form
 from cm_runtime.schedule import GRID_LIMIT
-from cm_runtime.unet import NetworkShape
 
 PRESETS = Path(__file__).parent / "presets"
 MOST_STEPS = 10**9
@@ -226,7 +226,7 @@ def load_config(preset_or_path: str | os.PathLike[str], settings: Sequence[str] 
     """
     name = str(preset_or_path)
     path = PRESETS / f"{name}.toml" if name in preset_names() else Path(name)
-    if not bounded.exists(path):
+    if not streams.exists(path):
         raise ConfigError(f"no preset or file {name}; the presets are {', '.join(preset_names())}")
     tree = toml.read(path)
     for setting in settings:

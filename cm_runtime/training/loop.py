@@ -14,22 +14,22 @@ import torch
 from pydantic import ValidationError
 
 from cm_runtime import schedule
-from cm_runtime.artifact import TrainingSummary
-from cm_runtime.checkpoint import Checkpoint, read_checkpoint
+from cm_runtime.checkpoints.load import load_checkpoint
+from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
 from cm_runtime.errors import Interrupted, TrainingError
-from cm_runtime.importers import load_checkpoint
-from cm_runtime.model import ConsistencyModel, ModelConfig, build
-from cm_runtime.training import grids, ode, record
+from cm_runtime.manifest import TrainingSummary
+from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
+from cm_runtime.networks.unet import NetworkShape, UNetConfig
+from cm_runtime.training import preview, provenance, second_points
+from cm_runtime.training.batches import Stream
 from cm_runtime.training.config import Phase, TrainConfig
 from cm_runtime.training.data import ImageSet
+from cm_runtime.training.distributed import Workers, joined
 from cm_runtime.training.ema import mu_of
-from cm_runtime.training.run import RunFolder
+from cm_runtime.training.run_folder import RunFolder
+from cm_runtime.training.signals import stop_signals
 from cm_runtime.training.state import check_fit
-from cm_runtime.training.step import Stepper, dtype_of, finite, learning_rate_factor
-from cm_runtime.training.stopping import stop_signals
-from cm_runtime.training.stream import Stream
-from cm_runtime.training.workers import Workers, joined
-from cm_runtime.unet import NetworkShape, UNetConfig
+from cm_runtime.training.stepper import Stepper, dtype_of, finite, learning_rate_factor
 
 GRID_IMAGES = 64
 _LOG_EVERY = 10
@@ -78,7 +78,7 @@ def train(
         for index, phase in enumerate(config.phase):
             _check_memory(index, phase, model_config_of(config, data, phase), workers)
         folder = RunFolder(out)
-        inputs = {"data": record.fingerprint(data), "init": "" if start is None else start.sha256}
+        inputs = {"data": provenance.fingerprint(data), "init": "" if start is None else start.sha256}
         opened = folder.open(config, inputs, resume=resume, force=force) if workers.lead else nullcontext()
         with opened as found, stop_signals() as stopping:
             if found is not None:
@@ -87,7 +87,7 @@ def train(
             run = _Run(config, data, inputs, folder, report, milestone, stopping, workers)
             if workers.lead:
                 images = 0 if state is None else state["images"]
-                folder.begin(record.session(data, workers), images, tensorboard=config.tensorboard)
+                folder.begin(provenance.session(data, workers), images, tensorboard=config.tensorboard)
             run.phases(state, start)
     return folder.checkpoint
 
@@ -240,7 +240,7 @@ class _Run:
         """What trains ``phase``, its weights those of ``before`` or fresh ones."""
         torch.manual_seed(self.config.seed)
         model = build(model_config_of(self.config, self.data, phase))
-        teacher: ode.Denoise | None = None
+        teacher: second_points.Denoise | None = None
         if before is not None:
             if difference := _difference(before, model):
                 raise TrainingError(f"{self.config.init} is of another network: {difference}")
@@ -249,7 +249,7 @@ class _Run:
             if phase.method == "cd":
                 teacher = self._placed(start, phase)
         if phase.method == "cd" and phase.teacher == "gaussian":
-            teacher = ode.gaussian(self.stream.rms())
+            teacher = second_points.gaussian(self.stream.rms())
         return Stepper(phase, self.config, self._placed(model, phase), teacher, self.workers)
 
     def _placed(self, model: ConsistencyModel, phase: Phase) -> ConsistencyModel:
@@ -303,7 +303,7 @@ class _Run:
             return
         averaged = build(config).to(self.workers.device)
         averaged.load_state_dict(stepper.averages.state()[f"{phase.ema[0]:g}"])
-        pictures = grids.draw(averaged, phase.method, GRID_IMAGES, self.config.seed)
+        pictures = preview.draw(averaged, phase.method, GRID_IMAGES, self.config.seed)
         name = f"{index}-{phase.method}-{step:06d}"
         self.folder.grid(name, pictures, {"seed": self.config.seed, "images": self.images})
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from cm_runtime.training.config import CdPhase, ConsistencyPhase, EdmPhase, Phase
 from cm_runtime.training.distances import Distance, distance_of
-from cm_runtime.training.draws import DROPOUT, NOISE, Draws
-from cm_runtime.training.ode import Denoise, Second, from_data, from_teacher, wide
-from cm_runtime.training.pairs import Pairs, lognormal, pairs_of
+from cm_runtime.training.noise import DROPOUT, NOISE, Draws
+from cm_runtime.training.noise_pairs import Pairs, lognormal, pairs_of
+from cm_runtime.training.second_points import Denoise, Second, from_data, from_teacher, wide
 
 # lambda(t, r): (n,) each
 Weighting = Callable[[Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cm_runtime.checkpoint import is_dense, load_safetensors, load_torch
+from cm_runtime.checkpoints.native import is_dense, load_safetensors, load_torch
 from cm_runtime.errors import CheckpointError
 
 CHANNELS = (64, 128, 256, 512, 512)  # of the five stages

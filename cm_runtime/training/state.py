@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm_runtime import bounded
-from cm_runtime.checkpoint import check_tensors, load_plain, shapes_of
+from cm_runtime.checkpoints.native import check_tensors, load_plain, shapes_of
 from cm_runtime.errors import CheckpointError, ConfigError, TrainingError
-from cm_runtime.model import ModelConfig, build
+from cm_runtime.files import streams
+from cm_runtime.networks.consistency import ModelConfig, build
 from cm_runtime.training.config import TrainConfig, parse_config
 from cm_runtime.training.ema import mu_of
 
@@ -27,7 +27,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainConfig]:
 
     Its place in the run fits that configuration; its tensors are for `check_fit`. Raises TrainingError.
     """
-    bounded.regular(path, TrainingError)
+    streams.regular(path, TrainingError)
     try:
         state = load_plain(path)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""The exported files that these tests share; see tests/exported.py."""
+"""The exported files that these tests share; see tests/exports.py."""
 
 import sys
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import exported
+import exports
 
 
 @pytest.fixture(scope="session")
-def boundary(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
-    return exported.Files("boundary", tmp_path_factory)
+def boundary(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files("boundary", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def edm(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
-    return exported.Files("edm", tmp_path_factory)
+def edm(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files("edm", tmp_path_factory)

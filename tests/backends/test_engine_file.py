@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from cm_runtime.artifact import Manifest
 from cm_runtime.backends import engine_file
 from cm_runtime.backends.engine_file import EngineManifest, Profile, profile, read_engine_manifest, verified
 from cm_runtime.errors import ArtifactError, RequestError
+from cm_runtime.manifest import Manifest
 
 CONTENT = bytes(range(256)) * 16
 HERE = ("tensorrt_rtx", "1.7.1.116", "8.9")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import onnx
 import onnxruntime
@@ -17,10 +17,10 @@ from onnx import TensorProto, helper
 
 import cm_runtime as cm
 from cm_runtime import editing
-from cm_runtime.artifact import read_manifest
 from cm_runtime.backends import DEFAULT_MODEL
-from cm_runtime.checkpoint import save_checkpoint
+from cm_runtime.checkpoints.native import save_checkpoint
 from cm_runtime.errors import ArtifactError, CheckpointError, CmRuntimeError, EngineError, RequestError
+from cm_runtime.manifest import read_manifest
 
 
 def one_line(error: BaseException) -> str:
@@ -29,7 +29,7 @@ def one_line(error: BaseException) -> str:
     return message
 
 
-def test_reprs_are_a_line(boundary: exported.Files, edm: exported.Files) -> None:
+def test_reprs_are_a_line(boundary: exports.Files, edm: exports.Files) -> None:
     """Without weights, numbers and configurations."""
     model = cm.load(boundary.onnx, backend="ort", device="cpu")
     assert repr(model) == "<model.onnx on ort, cpu: 3x8x8, 5 classes>"
@@ -51,14 +51,14 @@ def test_reprs_are_a_line(boundary: exported.Files, edm: exported.Files) -> None
 # The choice
 
 
-def test_an_onnx_file_runs_on_an_engine_and_a_checkpoint_on_torch(boundary: exported.Files) -> None:
+def test_an_onnx_file_runs_on_an_engine_and_a_checkpoint_on_torch(boundary: exports.Files) -> None:
     assert cm.load(boundary.onnx).name in ("ort", "openvino")  # whichever measured faster
     assert cm.load(str(boundary.checkpoint)).name == "torch"
     assert cm.load(boundary.onnx, backend="ort", device="cpu").name == "ort"
     assert cm.load(boundary.checkpoint, backend="torch", device="cpu").name == "torch"
 
 
-def test_all_engines_draw_the_same_images(boundary: exported.Files) -> None:
+def test_all_engines_draw_the_same_images(boundary: exports.Files) -> None:
     models = [cm.load(boundary.onnx, backend=name) for name in ("ort", "openvino")] + [cm.load(boundary.checkpoint)]
     first, *others = (cm.sample(model, count=7, steps=2, output="float32") for model in models)
     assert first.std() > 0.1
@@ -66,7 +66,7 @@ def test_all_engines_draw_the_same_images(boundary: exported.Files) -> None:
         assert np.abs(first - other).max() < 1e-4
 
 
-def test_all_engines_edit_alike(boundary: exported.Files) -> None:
+def test_all_engines_edit_alike(boundary: exports.Files) -> None:
     y = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     models = [cm.load(boundary.onnx, backend=name) for name in ("ort", "openvino")] + [cm.load(boundary.checkpoint)]
     how: Any = {"label": [1, 4], "answers": 2, "steps": 3, "output": "float32"}
@@ -80,7 +80,7 @@ def test_all_engines_edit_alike(boundary: exported.Files) -> None:
         assert max(np.abs(first - other).max() for other in others) < 1e-4
 
 
-def test_what_an_engine_cannot_compute_in_is_refused_by_what_can(boundary: exported.Files) -> None:
+def test_what_an_engine_cannot_compute_in_is_refused_by_what_can(boundary: exports.Files) -> None:
     with pytest.raises(RequestError, match="take --backend openvino"):
         cm.load(boundary.onnx, backend="ort", precision="bf16")
     with pytest.raises(RequestError, match="fp32 or bf16, not in fp16"):
@@ -89,13 +89,13 @@ def test_what_an_engine_cannot_compute_in_is_refused_by_what_can(boundary: expor
         cm.load(boundary.onnx, precision="half")  # type: ignore[arg-type]
 
 
-@exported.needs_bf16
-def test_bf16_on_the_cpu_is_openvinos(boundary: exported.Files) -> None:
+@exports.needs_bf16
+def test_bf16_on_the_cpu_is_openvinos(boundary: exports.Files) -> None:
     assert cm.load(boundary.onnx, precision="bf16").name == "openvino"
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
-def test_a_graph_is_no_engine_and_an_engine_no_graph(boundary: exported.Files, tmp_path: Path, backend: Any) -> None:
+def test_a_graph_is_no_engine_and_an_engine_no_graph(boundary: exports.Files, tmp_path: Path, backend: Any) -> None:
     with pytest.raises(RequestError, match=f"cm-runtime export CKPT --format {backend}"):
         cm.load(boundary.onnx, backend=backend)
     (tmp_path / "m.engine").write_bytes(b"native code")
@@ -105,14 +105,14 @@ def test_a_graph_is_no_engine_and_an_engine_no_graph(boundary: exported.Files, t
         cm.load(tmp_path / "m.engine", backend=backend)
 
 
-def test_the_precision_of_torch_is_asked_for(boundary: exported.Files) -> None:
+def test_the_precision_of_torch_is_asked_for(boundary: exports.Files) -> None:
     full, half = (cm.load(boundary.checkpoint, precision=p) for p in ("fp32", "bf16"))  # type: ignore[arg-type]
     x = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
     apart = np.abs(full.denoise(x, 1.0, 1) - half.denoise(x, 1.0, 1)).max()
     assert 1e-5 < apart < 0.1
 
 
-def test_they_describe_themselves_alike_but_for_the_parity(boundary: exported.Files) -> None:
+def test_they_describe_themselves_alike_but_for_the_parity(boundary: exports.Files) -> None:
     exported_file, checkpoint = (cm.load(p).manifest for p in (boundary.onnx, boundary.checkpoint))
     assert exported_file.model_copy(update={"parity": None}) == checkpoint
     assert len(checkpoint.source_sha256) == 64
@@ -128,18 +128,18 @@ def test_the_default_is_the_bundled_model() -> None:
     assert images.std() > 10
 
 
-def test_a_checkpoint_on_onnx_runtime_names_the_command_that_makes_one(boundary: exported.Files) -> None:
+def test_a_checkpoint_on_onnx_runtime_names_the_command_that_makes_one(boundary: exports.Files) -> None:
     with pytest.raises(RequestError, match="cm-runtime export"):
         cm.load(boundary.checkpoint, backend="ort")
 
 
-def test_an_exported_file_on_torch_is_refused(boundary: exported.Files) -> None:
+def test_an_exported_file_on_torch_is_refused(boundary: exports.Files) -> None:
     with pytest.raises(RequestError, match="checkpoints"):
         cm.load(boundary.onnx, backend="torch")
 
 
 @pytest.mark.parametrize("backend", ["", "ORT", "tensorflow", None])
-def test_an_unknown_backend_is_named(boundary: exported.Files, backend: Any) -> None:
+def test_an_unknown_backend_is_named(boundary: exports.Files, backend: Any) -> None:
     with pytest.raises(
         RequestError, match=r"backend must be one of auto, ort, openvino, torch, torch\.compile, tensorrt"
     ):
@@ -148,7 +148,7 @@ def test_an_unknown_backend_is_named(boundary: exported.Files, backend: Any) -> 
 
 @pytest.mark.parametrize("threads", [-1, 1 << 40])
 @pytest.mark.parametrize("form", ["onnx", "checkpoint"])
-def test_an_impossible_number_of_threads_is_one_error(boundary: exported.Files, form: str, threads: int) -> None:
+def test_an_impossible_number_of_threads_is_one_error(boundary: exports.Files, form: str, threads: int) -> None:
     before = torch.get_num_threads()
     try:
         with pytest.raises(CmRuntimeError, match="threads") as caught:
@@ -158,7 +158,7 @@ def test_an_impossible_number_of_threads_is_one_error(boundary: exported.Files, 
     one_line(caught.value)
 
 
-def test_torch_takes_the_threads_it_is_given(boundary: exported.Files) -> None:
+def test_torch_takes_the_threads_it_is_given(boundary: exports.Files) -> None:
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -172,7 +172,7 @@ def test_torch_takes_the_threads_it_is_given(boundary: exported.Files) -> None:
 @pytest.mark.parametrize("form", ["onnx", "checkpoint"])
 @pytest.mark.parametrize("device", ["cuda:0", "nonsense"])
 def test_a_device_that_is_not_there_is_one_error_and_no_fallback(
-    boundary: exported.Files, form: str, device: str
+    boundary: exports.Files, form: str, device: str
 ) -> None:
     with pytest.raises(EngineError) as caught:
         cm.load(getattr(boundary, form), device=device)
@@ -240,7 +240,7 @@ def lengths(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("place", range(9))
-def test_a_truncated_file_is_an_artifact_error(boundary: exported.Files, tmp_path: Path, place: int) -> None:
+def test_a_truncated_file_is_an_artifact_error(boundary: exports.Files, tmp_path: Path, place: int) -> None:
     cut = tmp_path / "cut.onnx"
     cut.write_bytes(boundary.onnx.read_bytes()[: lengths(boundary.onnx)[place]])
     with pytest.raises(ArtifactError) as caught:
@@ -249,7 +249,7 @@ def test_a_truncated_file_is_an_artifact_error(boundary: exported.Files, tmp_pat
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_a_checkpoint_error(boundary: exported.Files, tmp_path: Path, share: float) -> None:
+def test_a_truncated_checkpoint_is_a_checkpoint_error(boundary: exports.Files, tmp_path: Path, share: float) -> None:
     content = boundary.checkpoint.read_bytes()
     cut = text(tmp_path, "cut.pt", content[: int(len(content) * share)])
     with pytest.raises(CheckpointError) as caught:
@@ -287,7 +287,7 @@ print(outcomes["ran"], outcomes["refused"])
 
 @pytest.mark.parametrize(("what", "seeds"), [("anywhere", 30), ("nodes", 120), ("end", 120)])
 def test_flipped_bits_end_in_an_error_of_ours_or_in_images(
-    boundary: exported.Files, tmp_path: Path, what: str, seeds: int
+    boundary: exports.Files, tmp_path: Path, what: str, seeds: int
 ) -> None:
     """In a process of its own, so that a crash of the engine would be seen.
 
@@ -296,7 +296,7 @@ def test_flipped_bits_end_in_an_error_of_ours_or_in_images(
     nodes = sum(node.ByteSize() for node in onnx.load(boundary.onnx).graph.node)
     script = FLIP_AND_RUN.replace("NODES", str(nodes))
     words = [sys.executable, "-c", script, str(boundary.onnx), str(tmp_path / "flipped.onnx"), what, str(seeds)]
-    done = subprocess.run(words, capture_output=True, text=True, env=exported.environment(), timeout=240)
+    done = subprocess.run(words, capture_output=True, text=True, env=exports.environment(), timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     ran, refused = map(int, done.stdout.split())
     assert ran + refused == seeds
@@ -306,9 +306,9 @@ def test_flipped_bits_end_in_an_error_of_ours_or_in_images(
 # Manifests that lie
 
 
-def lied(boundary: exported.Files, folder: Path, **changes: Any) -> Path:
+def lied(boundary: exports.Files, folder: Path, **changes: Any) -> Path:
     manifest = json.loads(onnx.load(boundary.onnx).metadata_props[0].value)
-    return exported.with_metadata(boundary.onnx, folder / "lie.onnx", json.dumps({**manifest, **changes}))
+    return exports.with_metadata(boundary.onnx, folder / "lie.onnx", json.dumps({**manifest, **changes}))
 
 
 LIES: dict[str, dict[str, Any]] = {
@@ -340,7 +340,7 @@ LIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("lie", LIES)
-def test_a_manifest_that_lies_ends_in_one_line(boundary: exported.Files, tmp_path: Path, lie: str) -> None:
+def test_a_manifest_that_lies_ends_in_one_line(boundary: exports.Files, tmp_path: Path, lie: str) -> None:
     path = lied(boundary, tmp_path, **LIES[lie])
     with pytest.raises(CmRuntimeError) as caught:
         cm.sample(cm.load(path), count=1000 if lie == "more classes" else 3, steps=2)
@@ -350,14 +350,14 @@ def test_a_manifest_that_lies_ends_in_one_line(boundary: exported.Files, tmp_pat
 @pytest.mark.parametrize(
     "manifest", ["", "{}", "null", "[1]", "not json", '{"format_version": 1', "\x00", "[" * 100_000, "9" * 100_000]
 )
-def test_a_manifest_that_is_none_is_an_artifact_error(boundary: exported.Files, tmp_path: Path, manifest: str) -> None:
-    path = exported.with_metadata(boundary.onnx, tmp_path / "m.onnx", manifest)
+def test_a_manifest_that_is_none_is_an_artifact_error(boundary: exports.Files, tmp_path: Path, manifest: str) -> None:
+    path = exports.with_metadata(boundary.onnx, tmp_path / "m.onnx", manifest)
     with pytest.raises(ArtifactError, match=r"m\.onnx") as caught:
         cm.load(path)
     one_line(caught.value)
 
 
-def test_a_teacher_is_not_sampled_in_a_few_steps(boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_teacher_is_not_sampled_in_a_few_steps(boundary: exports.Files, tmp_path: Path) -> None:
     manifest = json.loads(onnx.load(boundary.onnx).metadata_props[0].value)
     teacher = lied(boundary, tmp_path, training={**manifest["training"], "method": "edm"})
     model = cm.load(teacher)
@@ -367,7 +367,7 @@ def test_a_teacher_is_not_sampled_in_a_few_steps(boundary: exported.Files, tmp_p
 
 
 def test_a_teachers_checkpoint_is_not_sampled_in_a_few_steps(tmp_path: Path) -> None:
-    save_checkpoint(exported.checkpoint("edm", method="edm"), tmp_path / "teacher.pt")
+    save_checkpoint(exports.checkpoint("edm", method="edm"), tmp_path / "teacher.pt")
     with pytest.raises(RequestError, match="teacher"):
         cm.sample(cm.load(tmp_path / "teacher.pt"), count=1)
 
@@ -405,7 +405,7 @@ OUTPUTS: dict[str, tuple[list[Any], int, list[Any]]] = {
 @pytest.mark.parametrize("what", OUTPUTS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_graph_whose_output_is_no_image_ends_in_one_line(
-    boundary: exported.Files, tmp_path: Path, what: str, steps: int
+    boundary: exports.Files, tmp_path: Path, what: str, steps: int
 ) -> None:
     nodes, kind, shape = OUTPUTS[what]
     inputs = [

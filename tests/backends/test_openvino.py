@@ -9,27 +9,27 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from cm_runtime import export, noise, onnx_graph, sampling
-from cm_runtime.artifact import Manifest, read_manifest
 from cm_runtime.backends import openvino as module
 from cm_runtime.backends.openvino import OpenVinoBackend, split
 from cm_runtime.backends.torch import TorchBackend
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
+from cm_runtime.manifest import Manifest, read_manifest
 
 Array = np.ndarray[Any, Any]
 LEVELS = np.geomspace(0.002, 80, 7).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=exported.KINDS)
-def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
-    return exported.Files(request.param, tmp_path_factory)
+@pytest.fixture(scope="module", params=exports.KINDS)
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files(request.param, tmp_path_factory)
 
 
 def inputs(manifest: Manifest, n: int) -> tuple[Array, Array, Array | None]:
@@ -39,7 +39,7 @@ def inputs(manifest: Manifest, n: int) -> tuple[Array, Array, Array | None]:
     return x, sigma, np.arange(n) % manifest.num_classes if manifest.num_classes else None
 
 
-def reference(files: exported.Files) -> TorchBackend:
+def reference(files: exports.Files) -> TorchBackend:
     ours = read_checkpoint(files.checkpoint)
     return TorchBackend(ours.model(), ours.manifest())
 
@@ -51,7 +51,7 @@ def psnr(found: Array, wanted: Array) -> Array:
 
 
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
-def test_every_form_of_a_file_computes_what_torch_computes(each: exported.Files, form: str) -> None:
+def test_every_form_of_a_file_computes_what_torch_computes(each: exports.Files, form: str) -> None:
     """In batches that grow and shrink; float32 is float32, whatever the processor would rather."""
     engine, torch = OpenVinoBackend(getattr(each, form)), reference(each)
     for n in (1, 3, 7, 1):
@@ -59,8 +59,8 @@ def test_every_form_of_a_file_computes_what_torch_computes(each: exported.Files,
         assert np.abs(engine.denoise(*given) - torch.denoise(*given)).max() < 1e-5
 
 
-@pytest.mark.parametrize("precision", exported.HALVES)
-def test_a_file_of_half_types_computes_in_full_or_half(each: exported.Files, tmp_path: Path, precision: Any) -> None:
+@pytest.mark.parametrize("precision", exports.HALVES)
+def test_a_file_of_half_types_computes_in_full_or_half(each: exports.Files, tmp_path: Path, precision: Any) -> None:
     export.onnx(read_checkpoint(each.checkpoint), tmp_path / "m.onnx", precision=precision)
     torch = reference(each)
     for computed in ("fp32", "bf16") if module.has_bf16() else ("fp32",):
@@ -72,8 +72,8 @@ def test_a_file_of_half_types_computes_in_full_or_half(each: exported.Files, tmp
             assert psnr(found, torch.denoise(*given)).min() >= 40
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=exported.needs_bf16)])
-def test_a_sampler_draws_what_the_loop_draws(each: exported.Files, tmp_path: Path, precision: Any) -> None:
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=exports.needs_bf16)])
+def test_a_sampler_draws_what_the_loop_draws(each: exports.Files, tmp_path: Path, precision: Any) -> None:
     """In fp32 to one grey level."""
     export.onnx(read_checkpoint(each.checkpoint), tmp_path / "m.onnx", graph="sampler", sigmas=(80.0, 1.5))
     engine, torch = OpenVinoBackend(tmp_path / "m.onnx", precision=precision), reference(each)
@@ -90,7 +90,7 @@ def test_a_sampler_draws_what_the_loop_draws(each: exported.Files, tmp_path: Pat
             assert psnr(found / 127.5, wanted / 127.5).min() >= 40
 
 
-def test_it_computes_with_the_threads_it_is_given(boundary: exported.Files) -> None:
+def test_it_computes_with_the_threads_it_is_given(boundary: exports.Files) -> None:
     for precision in ("fp32", "bf16") if module.has_bf16() else ("fp32",):
         for threads in (1, 2):
             engine = OpenVinoBackend(boundary.onnx, threads=threads, precision=precision)  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def test_it_computes_with_the_threads_it_is_given(boundary: exported.Files) -> N
             OpenVinoBackend(boundary.onnx, threads=threads)
 
 
-def test_an_answer_is_the_callers_and_inputs_may_be_read_only(boundary: exported.Files) -> None:
+def test_an_answer_is_the_callers_and_inputs_may_be_read_only(boundary: exports.Files) -> None:
     engine = OpenVinoBackend(boundary.onnx)
     x, sigma, label = inputs(engine.manifest, 3)
     before = x.copy()
@@ -115,7 +115,7 @@ def test_an_answer_is_the_callers_and_inputs_may_be_read_only(boundary: exported
     assert np.array_equal(engine.denoise(x, sigma, label), kept)
 
 
-def test_threads_take_turns(boundary: exported.Files) -> None:
+def test_threads_take_turns(boundary: exports.Files) -> None:
     """A request of OpenVINO serves one at a time, and would raise for the other."""
     engine = OpenVinoBackend(boundary.onnx, threads=1)
     given = inputs(engine.manifest, 7)
@@ -137,9 +137,9 @@ def test_threads_take_turns(boundary: exported.Files) -> None:
     assert wrong == []
 
 
-@exported.needs_bf16
+@exports.needs_bf16
 @pytest.mark.parametrize("form", ["onnx", "inline", "apart"])
-def test_bfloat16_keeps_40_dB_at_every_noise_level(each: exported.Files, form: str) -> None:
+def test_bfloat16_keeps_40_dB_at_every_noise_level(each: exports.Files, form: str) -> None:
     engine, torch = OpenVinoBackend(getattr(each, form), precision="bf16"), reference(each)
     given = inputs(engine.manifest, 7)
     wanted, found = torch.denoise(*given), engine.denoise(*given)
@@ -147,8 +147,8 @@ def test_bfloat16_keeps_40_dB_at_every_noise_level(each: exported.Files, form: s
     assert np.abs(found - wanted).max() > 1e-4  # and is bfloat16
 
 
-@exported.needs_bf16
-def test_without_the_split_bfloat16_loses_the_noise_level(boundary: exported.Files) -> None:
+@exports.needs_bf16
+def test_without_the_split_bfloat16_loses_the_noise_level(boundary: exports.Files) -> None:
     """What the split is for: 1095, which c_noise is at sigma 80, lies between two numbers of bfloat16."""
     core = module.core()
     whole = core.compile_model(module.read(boundary.onnx), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
@@ -159,7 +159,7 @@ def test_without_the_split_bfloat16_loses_the_noise_level(boundary: exported.Fil
     assert psnr(engine.denoise(x, sigma, label), wanted).min() > 45
 
 
-def test_the_split_is_where_the_images_come_in(each: exported.Files) -> None:
+def test_the_split_is_where_the_images_come_in(each: exports.Files) -> None:
     """Both parts together compute the whole, and the second knows neither sigma nor label."""
     core = module.core()
     before, rest, names = split(module.read(each.onnx), "x")
@@ -176,7 +176,7 @@ def test_the_split_is_where_the_images_come_in(each: exported.Files) -> None:
     assert np.abs(found - reference(each).denoise(x, sigma, label)).max() < 1e-5
 
 
-def test_the_rest_is_of_the_images_alone(each: exported.Files) -> None:
+def test_the_rest_is_of_the_images_alone(each: exports.Files) -> None:
     """What it is given goes into nodes that the images go into too: nothing else could have been computed before."""
     before, rest, names = split(module.read(each.onnx), "x")
     assert [port.get_any_name() for port in rest.inputs] == ["x", *names]
@@ -192,8 +192,8 @@ def test_the_rest_is_of_the_images_alone(each: exported.Files) -> None:
             assert not sources & given, node.get_friendly_name()
 
 
-@exported.needs_bf16
-def test_nodes_of_one_name_are_split_apart(boundary: exported.Files, tmp_path: Path) -> None:
+@exports.needs_bf16
+def test_nodes_of_one_name_are_split_apart(boundary: exports.Files, tmp_path: Path) -> None:
     model = onnx.load(boundary.onnx)
     for node in model.graph.node:
         node.name = "same"
@@ -203,8 +203,8 @@ def test_nodes_of_one_name_are_split_apart(boundary: exported.Files, tmp_path: P
     assert np.array_equal(plain.denoise(*given), same.denoise(*given))
 
 
-@exported.needs_bf16
-def test_a_sampler_without_classes_has_nothing_to_split_off(tmp_path: Path, edm: exported.Files) -> None:
+@exports.needs_bf16
+def test_a_sampler_without_classes_has_nothing_to_split_off(tmp_path: Path, edm: exports.Files) -> None:
     export.onnx(read_checkpoint(edm.checkpoint), tmp_path / "m.onnx", graph="sampler", steps=2)
     engine = OpenVinoBackend(tmp_path / "m.onnx", precision="bf16")
     assert engine._apart == []
@@ -217,33 +217,33 @@ def test_a_sampler_without_classes_has_nothing_to_split_off(tmp_path: Path, edm:
 # What is refused
 
 
-def test_another_device_is_one_line(boundary: exported.Files) -> None:
+def test_another_device_is_one_line(boundary: exports.Files) -> None:
     for device in ("cuda:0", "GPU", "nonsense"):
         with pytest.raises(RequestError, match="OpenVINO runs on the CPU here"):
             OpenVinoBackend(boundary.onnx, device=device)
 
 
-def test_a_processor_without_bfloat16_is_one_line(boundary: exported.Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_bfloat16_is_one_line(boundary: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_bf16", lambda: False)
     with pytest.raises(EngineError, match="this one does not: use fp32"):
         OpenVinoBackend(boundary.onnx, precision="bf16")
 
 
-def test_a_missing_package_names_the_pip_command(boundary: exported.Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_pip_command(boundary: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"needs openvino: pip install 'cm-runtime\[openvino\]'"):
         OpenVinoBackend(boundary.onnx)
 
 
-def test_a_table_smaller_than_the_manifests_classes_is_refused(boundary: exported.Files) -> None:
+def test_a_table_smaller_than_the_manifests_classes_is_refused(boundary: exports.Files) -> None:
     """OpenVINO itself makes zeros of a label beyond it."""
     honest = OpenVinoBackend(boundary.onnx).manifest
-    for classes in (exported.CLASSES + 1, 1000, exported.CLASSES - 1):
+    for classes in (exports.CLASSES + 1, 1000, exports.CLASSES - 1):
         with pytest.raises(ArtifactError, match=f"not for the {classes} classes"):
             OpenVinoBackend(boundary.onnx, honest.model_copy(update={"num_classes": classes}))
 
 
-def test_a_truncated_file_is_one_line(boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_truncated_file_is_one_line(boundary: exports.Files, tmp_path: Path) -> None:
     """In the graph, a weight, the manifest and just before the end, with and without a manifest to believe."""
     content, manifest, path = boundary.onnx.read_bytes(), read_manifest(boundary.onnx), tmp_path / "m.onnx"
     start = content.index(b'{"format_version"')
@@ -256,9 +256,9 @@ def test_a_truncated_file_is_one_line(boundary: exported.Files, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", ["a page short", "a byte short", "empty", "gone"])
-def test_a_damaged_data_file_is_one_line(boundary: exported.Files, tmp_path: Path, damage: str) -> None:
-    path = exported.copied(boundary.apart, tmp_path)
-    data = exported.data_file(path)
+def test_a_damaged_data_file_is_one_line(boundary: exports.Files, tmp_path: Path, damage: str) -> None:
+    path = exports.copied(boundary.apart, tmp_path)
+    data = exports.data_file(path)
     whole = data.read_bytes()
     data.write_bytes({"a page short": whole[: -(1 << 12)], "a byte short": whole[:-1]}.get(damage, b""))
     if damage == "gone":
@@ -273,11 +273,11 @@ BEYOND = [("offset", "-4096"), ("offset", str((1 << 64) - 4096)), ("offset", "9"
 
 
 @pytest.mark.parametrize(("key", "value"), [*ELSEWHERE, *BEYOND, ("length", "4"), ("length", "-1"), ("length", "x")])
-def test_weights_that_lie_elsewhere_are_refused(boundary: exported.Files, tmp_path: Path, key: str, value: str) -> None:
+def test_weights_that_lie_elsewhere_are_refused(boundary: exports.Files, tmp_path: Path, key: str, value: str) -> None:
     """Nothing is read outside of the file's own folder, or beyond the data file's end."""
     (tmp_path / "m").mkdir()
-    path = exported.copied(boundary.apart, tmp_path / "m")
-    (tmp_path / "out.data").write_bytes(exported.data_file(path).read_bytes())
+    path = exports.copied(boundary.apart, tmp_path / "m")
+    (tmp_path / "out.data").write_bytes(exports.data_file(path).read_bytes())
     (tmp_path / "m" / "link.data").symlink_to("../out.data")
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
@@ -302,7 +302,7 @@ NODES: dict[str, tuple[str, str, list[str]]] = {
 
 
 @pytest.mark.parametrize("what", NODES)
-def test_a_node_that_would_end_the_process_is_refused(boundary: exported.Files, tmp_path: Path, what: str) -> None:
+def test_a_node_that_would_end_the_process_is_refused(boundary: exports.Files, tmp_path: Path, what: str) -> None:
     kind, domain, given = NODES[what]
     for in_function in (False, True):
         model = onnx.load(boundary.onnx)
@@ -313,7 +313,7 @@ def test_a_node_that_would_end_the_process_is_refused(boundary: exported.Files, 
             OpenVinoBackend(tmp_path / "m.onnx")
 
 
-def test_a_graph_inside_a_node_is_refused(boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_graph_inside_a_node_is_refused(boundary: exports.Files, tmp_path: Path) -> None:
     model = onnx.load(boundary.onnx)
     out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     branch = helper.make_graph([helper.make_node("Conv", [], ["y"])], "branch", [], [out])
@@ -325,7 +325,7 @@ def test_a_graph_inside_a_node_is_refused(boundary: exported.Files, tmp_path: Pa
 
 @pytest.mark.parametrize("port", ["x", "sigma", "label", "denoised"])
 def test_other_inputs_or_outputs_than_the_manifests_are_refused(
-    boundary: exported.Files, tmp_path: Path, port: str
+    boundary: exports.Files, tmp_path: Path, port: str
 ) -> None:
     model = onnx.load(boundary.onnx)
     for value in (*model.graph.input, *model.graph.output):
@@ -338,7 +338,7 @@ def test_other_inputs_or_outputs_than_the_manifests_are_refused(
         OpenVinoBackend(tmp_path / "m.onnx")
 
 
-def test_a_table_that_is_a_number_is_refused(boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_table_that_is_a_number_is_refused(boundary: exports.Files, tmp_path: Path) -> None:
     model = onnx.load(boundary.onnx)
     (table,) = (tensor for tensor in model.graph.initializer if tensor.name == "F.label_emb.weight")
     table.CopyFrom(helper.make_tensor(table.name, TensorProto.FLOAT, [], [1.0]))
@@ -348,7 +348,7 @@ def test_a_table_that_is_a_number_is_refused(boundary: exported.Files, tmp_path:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_of_what_it_says_the_line_that_tells_is_told(boundary: exported.Files, tmp_path: Path) -> None:
+def test_of_what_it_says_the_line_that_tells_is_told(boundary: exports.Files, tmp_path: Path) -> None:
     model = onnx.load(boundary.onnx)
     model.graph.node[5].input[0] = "nothing"
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
@@ -360,7 +360,7 @@ def test_of_what_it_says_the_line_that_tells_is_told(boundary: exported.Files, t
 FLIP = """
 import random, sys
 import numpy as np
-from cm_runtime.artifact import read_manifest
+from cm_runtime.manifest import read_manifest
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.errors import CmRuntimeError
 
@@ -387,31 +387,31 @@ print(ran, refused)
 
 
 @pytest.mark.parametrize("form", ["onnx", "inline", "apart"])
-def test_flipped_bits_end_in_an_error_of_ours_or_in_images(boundary: exported.Files, tmp_path: Path, form: str) -> None:
+def test_flipped_bits_end_in_an_error_of_ours_or_in_images(boundary: exports.Files, tmp_path: Path, form: str) -> None:
     """In a process of its own, so that a crash of the engine would be seen, and what it prints."""
-    path = exported.copied(getattr(boundary, form), tmp_path)
+    path = exports.copied(getattr(boundary, form), tmp_path)
     words = [sys.executable, "-c", FLIP, str(path), str(tmp_path / "m.onnx"), "60"]
-    done = subprocess.run(words, capture_output=True, text=True, env=exported.environment(), timeout=240)
+    done = subprocess.run(words, capture_output=True, text=True, env=exports.environment(), timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     ran, refused = map(int, done.stdout.split())
     assert ran + refused == 60
     assert refused > 5
 
 
-def test_nothing_is_sent_or_written_or_printed(boundary: exported.Files, tmp_path: Path) -> None:
+def test_nothing_is_sent_or_written_or_printed(boundary: exports.Files, tmp_path: Path) -> None:
     """Its telemetry would leave files in the home folder."""
     code = (
         "import sys; from cm_runtime.backends.openvino import OpenVinoBackend, has_bf16; has_bf16();"
         "OpenVinoBackend(sys.argv[1]); assert 'openvino_telemetry' not in sys.modules"
     )
-    environment = {**exported.environment(), "HOME": str(tmp_path)}
+    environment = {**exports.environment(), "HOME": str(tmp_path)}
     words = [sys.executable, "-c", code, str(boundary.onnx)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_finds_its_stack_when_engines_have_come_and_gone(boundary: exported.Files) -> None:
+def test_a_signal_finds_its_stack_when_engines_have_come_and_gone(boundary: exports.Files) -> None:
     """Two plugins would leave the main thread with an unmapped stack for its signal handlers."""
     code = (
         "import os, signal, sys; from cm_runtime.backends.openvino import OpenVinoBackend, has_bf16; has_bf16();"
@@ -419,11 +419,11 @@ def test_a_signal_finds_its_stack_when_engines_have_come_and_gone(boundary: expo
         "signal.signal(signal.SIGUSR1, lambda *_: print('handled')); os.kill(os.getpid(), signal.SIGUSR1)"
     )
     words = [sys.executable, "-c", code, str(boundary.onnx)]
-    done = subprocess.run(words, capture_output=True, text=True, env=exported.environment(), timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, env=exports.environment(), timeout=120)
     assert (done.returncode, done.stdout) == (0, "handled\n")
 
 
-def test_memory_does_not_grow_with_every_new_batch_size(boundary: exported.Files) -> None:
+def test_memory_does_not_grow_with_every_new_batch_size(boundary: exports.Files) -> None:
     """A cache of what is made for each shape would take 3 MB a size here, and far more of a real network."""
 
     def resident() -> float:

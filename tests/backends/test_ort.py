@@ -6,26 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import onnxruntime
 import pytest
 
-from cm_runtime.backends import on_device
 from cm_runtime.backends import ort as ort_module
 from cm_runtime.backends.ort import Bound, OrtBackend
+from cm_runtime.cuda import sampler
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
 
 SHAPE = (3, 8, 8)
 
 
 @pytest.fixture(scope="module")
-def backend(boundary: exported.Files) -> OrtBackend:
+def backend(boundary: exports.Files) -> OrtBackend:
     return OrtBackend(boundary.onnx)
 
 
 @pytest.fixture(scope="module")
-def unlabelled(edm: exported.Files) -> OrtBackend:
+def unlabelled(edm: exports.Files) -> OrtBackend:
     return OrtBackend(edm.onnx)
 
 
@@ -34,9 +34,9 @@ def image(n: int = 2, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n", [1, 3, 7])
-def test_it_computes_what_onnx_runtime_computes(backend: OrtBackend, boundary: exported.Files, n: int) -> None:
+def test_it_computes_what_onnx_runtime_computes(backend: OrtBackend, boundary: exports.Files, n: int) -> None:
     session = onnxruntime.InferenceSession(str(boundary.onnx))
-    sigma, label = np.geomspace(80, 0.01, n).astype(np.float32), np.arange(n) % exported.CLASSES
+    sigma, label = np.geomspace(80, 0.01, n).astype(np.float32), np.arange(n) % exports.CLASSES
     (expected,) = session.run(None, {"x": image(n), "sigma": sigma, "label": label})
     assert np.allclose(backend.denoise(image(n), sigma, label), expected, rtol=0, atol=1e-6)
 
@@ -149,15 +149,15 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_engine_of_n_threads_starts_one_less_beside_the_callers(boundary: exported.Files, threads: int) -> None:
+def test_an_engine_of_n_threads_starts_one_less_beside_the_callers(boundary: exports.Files, threads: int) -> None:
     words = [sys.executable, "-c", COUNT_THREADS, str(boundary.onnx), str(threads)]
-    environment = exported.environment()
+    environment = exports.environment()
     found = subprocess.run(words, capture_output=True, text=True, check=True, env=environment, timeout=120)
     assert int(found.stdout) == threads - 1
 
 
 @pytest.mark.parametrize("threads", [-1, 1 << 40])
-def test_a_number_of_threads_no_engine_takes_is_one_error(boundary: exported.Files, threads: int) -> None:
+def test_a_number_of_threads_no_engine_takes_is_one_error(boundary: exports.Files, threads: int) -> None:
     with pytest.raises(CmRuntimeError, match="thread"):
         OrtBackend(boundary.onnx, threads=threads)
 
@@ -166,9 +166,9 @@ def test_a_number_of_threads_no_engine_takes_is_one_error(boundary: exported.Fil
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has CUDA"
 )
 def test_cuda_without_its_provider_is_an_error_and_not_the_cpu(
-    boundary: exported.Files, monkeypatch: pytest.MonkeyPatch
+    boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (ort_module, on_device):
+    for module in (ort_module, sampler):
         monkeypatch.setattr(module, "has_driver", lambda: True)
     with pytest.raises(EngineError, match=r"cuda:0: pip install 'cm-runtime\[gpu\]'") as caught:
         OrtBackend(boundary.onnx, device="cuda:0")
@@ -176,12 +176,12 @@ def test_cuda_without_its_provider_is_an_error_and_not_the_cpu(
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "CPU", "", "cpu:0", "tpu:0"])
-def test_a_device_that_is_no_device_is_one_error(boundary: exported.Files, device: str) -> None:
+def test_a_device_that_is_no_device_is_one_error(boundary: exports.Files, device: str) -> None:
     with pytest.raises(EngineError, match=r"device|CUDA"):
         OrtBackend(boundary.onnx, device=device)
 
 
-def test_the_micro_batch_follows_the_size_of_the_images(boundary: exported.Files) -> None:
+def test_the_micro_batch_follows_the_size_of_the_images(boundary: exports.Files) -> None:
     """64 images of 32x32 at once on a CPU, as many pixels of other sizes, at most 256 images and at least one."""
     backend = OrtBackend(boundary.onnx)
     sizes = {8: 256, 16: 256, 28: 83, 32: 64, 64: 16, 256: 1, 1024: 1}
@@ -193,7 +193,7 @@ def test_the_micro_batch_follows_the_size_of_the_images(boundary: exported.Files
 # Graphs that are not what their manifest says
 
 
-def test_bytes_are_taken_with_a_manifest(boundary: exported.Files, backend: OrtBackend) -> None:
+def test_bytes_are_taken_with_a_manifest(boundary: exports.Files, backend: OrtBackend) -> None:
     from_bytes = OrtBackend(boundary.onnx.read_bytes(), backend.manifest)
     assert np.array_equal(from_bytes.denoise(image(), 1.0, 0), backend.denoise(image(), 1.0, 0))
 
@@ -207,14 +207,14 @@ def test_bytes_that_are_no_graph_are_an_artifact_error(backend: OrtBackend, cont
 # Weights in a file beside the graph
 
 
-def test_weights_beside_the_graph_compute_what_those_inside_do(backend: OrtBackend, boundary: exported.Files) -> None:
+def test_weights_beside_the_graph_compute_what_those_inside_do(backend: OrtBackend, boundary: exports.Files) -> None:
     beside = OrtBackend(boundary.apart)
     assert np.array_equal(beside.denoise(image(3), 2.0, 1), backend.denoise(image(3), 2.0, 1))
 
 
-def test_a_missing_data_file_is_one_line_that_names_it(boundary: exported.Files, tmp_path: Path) -> None:
-    path = exported.copied(boundary.apart, tmp_path)
-    data = exported.data_file(path)
+def test_a_missing_data_file_is_one_line_that_names_it(boundary: exports.Files, tmp_path: Path) -> None:
+    path = exports.copied(boundary.apart, tmp_path)
+    data = exports.data_file(path)
     data.unlink()
     for line in (rf"apart\.onnx: its weights are not there: put {data.name} ", rf"{data.name}: is a folder, not"):
         with pytest.raises(ArtifactError, match=line) as caught:
@@ -225,11 +225,11 @@ def test_a_missing_data_file_is_one_line_that_names_it(boundary: exported.Files,
 
 @pytest.mark.parametrize("damage", ["cut in half", "a byte short", "empty", "another file"])
 def test_a_damaged_data_file_is_one_line_that_names_it(
-    boundary: exported.Files, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
+    boundary: exports.Files, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "m").mkdir()
-    path = exported.copied(boundary.apart, tmp_path / "m")
-    data = exported.data_file(path)
+    path = exports.copied(boundary.apart, tmp_path / "m")
+    data = exports.data_file(path)
     whole = data.read_bytes()
     given = {"cut in half": whole[: len(whole) // 2], "a byte short": whole[:-1], "another file": b"<html>not found"}
     data.write_bytes(given.get(damage, b""))
@@ -256,7 +256,7 @@ def test_bound_inputs_and_outputs_compute_the_same(backend: OrtBackend) -> None:
 
 
 def test_memory_is_kept_for_a_few_batch_sizes_and_graphs_are_numbered_apart(
-    boundary: exported.Files, monkeypatch: pytest.MonkeyPatch
+    boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = OrtBackend(boundary.onnx)
     made: list[tuple[int, int]] = []
@@ -273,7 +273,7 @@ def test_memory_is_kept_for_a_few_batch_sizes_and_graphs_are_numbered_apart(
 
 @pytest.mark.parametrize("captures", [True, False])
 def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
-    boundary: exported.Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, captures: bool
+    boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, captures: bool
 ) -> None:
     """With a session that stands in for the CUDA provider's, which no machine of ours has."""
     asked: list[str] = []
@@ -296,7 +296,7 @@ def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    for module in (ort_module, on_device):
+    for module in (ort_module, sampler):
         monkeypatch.setattr(module, "has_driver", lambda: True)
     OrtBackend(path, device="cuda:0")
     assert asked == (["1"] if captures else ["1", "0"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import onnx
 import pytest
@@ -18,13 +18,13 @@ from onnx import TensorProto, helper
 
 import cm_runtime as cm
 from cm_runtime import cuda
-from cm_runtime.artifact import METADATA_KEY, Manifest, read_manifest
 from cm_runtime.backends import engine_file, tensorrt
 from cm_runtime.backends.engine_file import EngineManifest, Profile
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
 from cm_runtime.extras import EXTRAS
+from cm_runtime.manifest import METADATA_KEY, Manifest, read_manifest
 
 CONTENT = b"what the builder made"
 SHAPE = (3, 8, 8)
@@ -37,13 +37,13 @@ def gpu() -> Iterator[stand_in_gpu.Gpu]:
 
 
 @pytest.fixture
-def engine(boundary: exported.Files, tmp_path: Path) -> Path:
+def engine(boundary: exports.Files, tmp_path: Path) -> Path:
     return written(tmp_path / "model.engine", read_manifest(boundary.onnx))
 
 
 @pytest.fixture
 def trt(
-    gpu: stand_in_gpu.Gpu, boundary: exported.Files, engine: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> stand_in_gpu.TensorRt:
     made = stand_in_gpu.TensorRt(gpu, boundary.onnx, engine_file.read_engine_manifest(engine))
     monkeypatch.setattr(tensorrt, "module", lambda package: made)
@@ -79,10 +79,10 @@ def image(n: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8])
 def test_inputs_reach_the_engine_and_outputs_come_back(
-    backend: TensorRtBackend, boundary: exported.Files, n: int
+    backend: TensorRtBackend, boundary: exports.Files, n: int
 ) -> None:
     """At every size of batch; those below the profile's least are filled up, and the rest is dropped."""
-    sigma, label = np.geomspace(80, 0.01, n).astype(np.float32), np.arange(n) % exported.CLASSES
+    sigma, label = np.geomspace(80, 0.01, n).astype(np.float32), np.arange(n) % exports.CLASSES
     made = backend.denoise(image(n), sigma, label)
     expected = OrtBackend(boundary.onnx).denoise(image(n), sigma, label)
     assert made.shape == (n, *SHAPE)
@@ -90,7 +90,7 @@ def test_inputs_reach_the_engine_and_outputs_come_back(
     assert made.flags.writeable and made.flags.owndata
 
 
-def test_it_says_what_it_is(backend: TensorRtBackend, boundary: exported.Files) -> None:
+def test_it_says_what_it_is(backend: TensorRtBackend, boundary: exports.Files) -> None:
     assert (backend.name, backend.device) == ("tensorrt-rtx", "cuda:0")
     assert backend.version == f"tensorrt_rtx {stand_in_gpu.VERSION} on Stand-in 4090"
     assert backend.manifest == read_manifest(boundary.onnx)
@@ -120,7 +120,7 @@ def test_memory_is_taken_once_and_used_again(backend: TensorRtBackend, gpu: stan
 
 
 def test_the_micro_batch_is_within_the_profile(
-    trt: stand_in_gpu.TensorRt, boundary: exported.Files, tmp_path: Path
+    trt: stand_in_gpu.TensorRt, boundary: exports.Files, tmp_path: Path
 ) -> None:
     """A GPU sees 256 images of 8x8 at once, if the engine takes them; never less than it is best at."""
     for text, expected in {"1:4:8": 8, "1:64:512": 256, "1:300:512": 300, "2:2:2": 2}.items():
@@ -135,7 +135,7 @@ def test_a_batch_above_the_profile_names_it(backend: TensorRtBackend, gpu: stand
     assert gpu.log == []
 
 
-def test_images_are_drawn_as_on_any_engine(backend: TensorRtBackend, boundary: exported.Files) -> None:
+def test_images_are_drawn_as_on_any_engine(backend: TensorRtBackend, boundary: exports.Files) -> None:
     """cm.sample by its own micro-batches, the last of which is below the profile's least."""
     made = cm.sample(backend, count=17, steps=2, seed=3)
     expected = cm.sample(cm.load(boundary.onnx), count=17, steps=2, seed=3)
@@ -244,7 +244,7 @@ def test_an_engine_of_the_other_package_is_refused(
 
 
 def test_an_engine_with_other_tensors_than_its_manifest_says_is_refused(
-    trt: stand_in_gpu.TensorRt, boundary: exported.Files, engine: Path
+    trt: stand_in_gpu.TensorRt, boundary: exports.Files, engine: Path
 ) -> None:
     rewritten(engine, model=read_manifest(boundary.onnx).model_copy(update={"image_shape": (3, 16, 16)}))
     with pytest.raises(ArtifactError, match="are not those of its manifest"):

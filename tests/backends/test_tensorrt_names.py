@@ -52,9 +52,9 @@ PLUGIN = {
     "extras": "plugin.SymIntExprs",
 }
 FILES = {
-    "export/tensorrt.py": BUILDER,
+    "export/to_tensorrt.py": BUILDER,
     "cm_runtime/backends/tensorrt.py": RUNTIME,
-    "export/plugin.py": PLUGIN,
+    "export/tensorrt_plugin.py": PLUGIN,
 }
 # `plugin.register` of ours builds for `tensorrt` alone, and the targets that need no GPU are of `tensorrt_rtx` alone.
 RTX_ONLY = {
@@ -137,17 +137,17 @@ def test_no_object_of_theirs_is_in_a_variable_that_is_not_watched(file: str) -> 
 @pytest.mark.parametrize(
     ("file", "ours", "misspelt", "found"),
     [
-        ("export/tensorrt.py", "trt.BuilderFlag.TF32", "trt.BuilderFlag.FP23", "BuilderFlag.FP23"),
-        ("export/tensorrt.py", "trt.OnnxParser", "trt.OnnxReader", "tensorrt.OnnxReader"),
-        ("export/tensorrt.py", "parser.num_errors", "parser.number_of_errors", "OnnxParser.number_of_errors"),
-        ("export/tensorrt.py", "wrong.node_name()", "wrong.node_title()", "ParserError.node_title"),
-        ("export/tensorrt.py", "builder.create_builder_config", "builder.create_config", "Builder.create_config"),
+        ("export/to_tensorrt.py", "trt.BuilderFlag.TF32", "trt.BuilderFlag.FP23", "BuilderFlag.FP23"),
+        ("export/to_tensorrt.py", "trt.OnnxParser", "trt.OnnxReader", "tensorrt.OnnxReader"),
+        ("export/to_tensorrt.py", "parser.num_errors", "parser.number_of_errors", "OnnxParser.number_of_errors"),
+        ("export/to_tensorrt.py", "wrong.node_name()", "wrong.node_title()", "ParserError.node_title"),
+        ("export/to_tensorrt.py", "builder.create_builder_config", "builder.create_config", "Builder.create_config"),
         ("cm_runtime/backends/tensorrt.py", "set_tensor_address", "set_tensor_adress", "set_tensor_adress"),
         ("cm_runtime/backends/tensorrt.py", "base.Severity.VERBOSE", "base.Severity.LOUD", "ILogger.Severity.LOUD"),
         ("cm_runtime/backends/tensorrt.py", "execute_async_v3", "execute_async_v2", "execute_async_v2"),
-        ("export/plugin.py", "trtp.cdiv", "trtp.ceil_div", "plugin.ceil_div"),
-        ("export/plugin.py", "launch.grid_y", "launch.grid_Y", "plugin.KernelLaunchParams.grid_Y"),
-        ("export/plugin.py", "x.shape_expr", "x.shape_exprs", "plugin.TensorDesc.shape_exprs"),
+        ("export/tensorrt_plugin.py", "trtp.cdiv", "trtp.ceil_div", "plugin.ceil_div"),
+        ("export/tensorrt_plugin.py", "launch.grid_y", "launch.grid_Y", "plugin.KernelLaunchParams.grid_Y"),
+        ("export/tensorrt_plugin.py", "x.shape_expr", "x.shape_exprs", "plugin.TensorDesc.shape_exprs"),
     ],
 )
 def test_a_misspelt_name_is_found(file: str, ours: str, misspelt: str, found: str) -> None:
@@ -159,7 +159,7 @@ def test_a_misspelt_name_is_found(file: str, ours: str, misspelt: str, found: st
         assert all(line.endswith(found) for line in lines)
 
 
-@pytest.mark.parametrize("file", ["export/tensorrt.py", "cm_runtime/backends/tensorrt.py"])
+@pytest.mark.parametrize("file", ["export/to_tensorrt.py", "cm_runtime/backends/tensorrt.py"])
 def test_tensorrt_rtx_has_them_too(file: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     for line, name in used((ROOT / file).read_text(), FILES[file]):

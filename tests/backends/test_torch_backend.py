@@ -3,18 +3,18 @@
 import warnings
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import pytest
 import torch
 
 from cm_runtime.backends.torch import TorchBackend, ieee
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import EngineError, RequestError
 
 
 @pytest.fixture
-def backend(boundary: exported.Files) -> TorchBackend:
+def backend(boundary: exports.Files) -> TorchBackend:
     ours = read_checkpoint(boundary.checkpoint)
     return TorchBackend(ours.model(), ours.manifest())
 
@@ -23,7 +23,7 @@ def image(n: int = 3) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((n, 3, 8, 8)).astype(np.float32)
 
 
-def test_it_computes_c_skip_x_plus_c_out_F_in_float64(backend: TorchBackend, boundary: exported.Files) -> None:
+def test_it_computes_c_skip_x_plus_c_out_F_in_float64(backend: TorchBackend, boundary: exports.Files) -> None:
     """The network itself in float64, and arXiv 2303.01469's coefficients written out."""
     sigma, label = np.array([80.0, 1.5, 0.01]), np.array([4, 0, 2])
     F = boundary.model().F.double()
@@ -46,7 +46,7 @@ def test_one_sigma_and_one_label_serve_every_image(backend: TorchBackend) -> Non
     assert np.array_equal(backend.denoise(image(), 2.0, 1), each)
 
 
-def test_dropout_is_off_while_it_is_asked_and_the_module_stays_as_it_was(boundary: exported.Files) -> None:
+def test_dropout_is_off_while_it_is_asked_and_the_module_stays_as_it_was(boundary: exports.Files) -> None:
     """Training draws its sample grids through this backend, from a module in training mode."""
     ours = read_checkpoint(boundary.checkpoint)
     model = ours.model().train()
@@ -59,7 +59,7 @@ def test_dropout_is_off_while_it_is_asked_and_the_module_stays_as_it_was(boundar
     assert all(module.training for module in model.modules())
 
 
-def test_a_refused_input_leaves_the_module_as_it_was(boundary: exported.Files) -> None:
+def test_a_refused_input_leaves_the_module_as_it_was(boundary: exports.Files) -> None:
     ours = read_checkpoint(boundary.checkpoint)
     model = ours.model().train()
     with pytest.raises(RequestError, match="sigma"):
@@ -78,7 +78,7 @@ def test_the_answer_belongs_to_the_caller_and_inputs_may_be_read_only(backend: T
     assert np.abs(backend.denoise(x, 2.0, 1)).max() > 0.1
 
 
-def test_no_gradient_is_kept(boundary: exported.Files) -> None:
+def test_no_gradient_is_kept(boundary: exports.Files) -> None:
     ours = read_checkpoint(boundary.checkpoint)
     model = ours.model().requires_grad_(True)
     x0 = TorchBackend(model, ours.manifest()).denoise(image(), 2.0, 1)
@@ -88,7 +88,7 @@ def test_no_gradient_is_kept(boundary: exported.Files) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("device", ["cuda:0", "cuda", "cuda:99"])
-def test_cuda_without_a_gpu_is_one_error_and_not_the_cpu(boundary: exported.Files, device: str) -> None:
+def test_cuda_without_a_gpu_is_one_error_and_not_the_cpu(boundary: exports.Files, device: str) -> None:
     ours = read_checkpoint(boundary.checkpoint)
     with pytest.raises(EngineError, match=f"torch cannot use device {device}") as caught:
         TorchBackend(ours.model(), ours.manifest(), device)
@@ -96,14 +96,14 @@ def test_cuda_without_a_gpu_is_one_error_and_not_the_cpu(boundary: exported.File
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cpu:x", "0", "tpu", "xla", "meta", "mps", "xpu"])
-def test_a_device_that_is_no_device_is_one_error(boundary: exported.Files, device: str) -> None:
+def test_a_device_that_is_no_device_is_one_error(boundary: exports.Files, device: str) -> None:
     ours = read_checkpoint(boundary.checkpoint)
     with pytest.raises(EngineError, match="device") as caught:
         TorchBackend(ours.model(), ours.manifest(), device)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_network_of_another_shape_than_the_manifest_says_is_an_engine_error(boundary: exported.Files) -> None:
+def test_a_network_of_another_shape_than_the_manifest_says_is_an_engine_error(boundary: exports.Files) -> None:
     ours = read_checkpoint(boundary.checkpoint)
     lying = ours.manifest().model_copy(update={"image_shape": (4, 8, 8)})
     with pytest.raises(EngineError, match="torch: ") as caught:
@@ -120,21 +120,21 @@ def test_large_images_come_in_small_batches(backend: TorchBackend) -> None:
 
 @pytest.mark.parametrize(("precision", "least"), [("bf16", 40), ("fp16", 55)])
 def test_half_precision_keeps_its_decibels_at_every_noise_level(
-    boundary: exported.Files, precision: Any, least: float
+    boundary: exports.Files, precision: Any, least: float
 ) -> None:
     """By autocast, with the last convolution in float32."""
     full = TorchBackend(boundary.model(), read_checkpoint(boundary.checkpoint).manifest())
     half = TorchBackend(boundary.model(), full.manifest, precision=precision)
     sigma = np.geomspace(0.002, 80, 7).astype(np.float32)
     x = np.random.default_rng(0).standard_normal((7, 3, 8, 8)) * np.hypot(sigma, 0.5)[:, None, None, None]
-    label = np.arange(7) % exported.CLASSES
+    label = np.arange(7) % exports.CLASSES
     error = half.denoise(x.astype(np.float32), sigma, label) - full.denoise(x.astype(np.float32), sigma, label)
     assert np.abs(error).max() > 1e-5
     assert 10 * np.log10(4 / np.maximum(np.mean(error**2, axis=(1, 2, 3)), 1e-20)).min() >= least
     assert half._model.F.out[-1].layer.weight.dtype == torch.float32
 
 
-def test_a_module_may_serve_two_backends(boundary: exported.Files) -> None:
+def test_a_module_may_serve_two_backends(boundary: exports.Files) -> None:
     """It is wrapped once, and in fp32 computes what it did."""
     manifest, model = read_checkpoint(boundary.checkpoint).manifest(), boundary.model()
     full = TorchBackend(model, manifest)
@@ -146,7 +146,7 @@ def test_a_module_may_serve_two_backends(boundary: exported.Files) -> None:
     assert (full.name, full.version) == ("torch", f"torch {torch.__version__}")
 
 
-def test_a_compiler_that_fails_is_one_line(boundary: exported.Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_one_line(boundary: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(*_: object, **__: object) -> object:
         raise OSError("backend='inductor' raised:\nno C++ compiler was found\nand more")
 
@@ -162,7 +162,7 @@ def test_a_compiler_that_fails_is_one_line(boundary: exported.Files, monkeypatch
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # ten compilations
 def test_compiled_it_computes_the_same_for_more_batch_sizes_than_torch_allows_by_itself(
-    boundary: exported.Files,
+    boundary: exports.Files,
 ) -> None:
     ours = read_checkpoint(boundary.checkpoint)
     eager, compiled = (TorchBackend(ours.model(), ours.manifest(), is_compiled=c) for c in (False, True))

@@ -1,7 +1,7 @@
-"""The exported files that these tests share; see tests/exported.py."""
+"""The exported files that these tests share; see tests/exports.py."""
 
 import pytest
-from exported import Files
+from exports import Files
 
 
 @pytest.fixture(scope="session")

@@ -18,16 +18,16 @@ import jsonschema
 import numpy as np
 import onnx
 import pytest
-from exported import ROOT, Files, command, environment
+from exports import ROOT, Files, command, environment
 
 from cm_runtime import backends
-from cm_runtime.bench import compare, contest, results
+from cm_runtime.bench import compare, results, rounds
+from cm_runtime.bench.contenders import Side
 from cm_runtime.bench.report.environment import troubles as environment_of
 from cm_runtime.bench.report.markdown import summary
 from cm_runtime.bench.results import Result, Settings
 from cm_runtime.bench.run import run
 from cm_runtime.bench.scenario import Scenario, title
-from cm_runtime.bench.sides import Side
 from cm_runtime.errors import OutputError, RequestError
 
 SLOW = """
@@ -203,10 +203,10 @@ def test_bytes_are_held_to_one_grey_level_on_either_side(subject: bool, base: bo
         return Side(role, role, {}, facts={"is_quantised": is_quantised}, images=images)
 
     first, second = side("subject", 0.1, subject), side("base", 0.1 + apart, base)
-    contest._compare(second, first.images, "subject", first.is_quantised)
+    rounds._compare(second, first.images, "subject", first.is_quantised)
     assert (second.out is None) == ((subject or base) and apart < 0.01)
     allowed = side("base", 0.1 + apart, base)
-    contest._compare(allowed, first.images, "subject", first.is_quantised, is_allowed=True)
+    rounds._compare(allowed, first.images, "subject", first.is_quantised, is_allowed=True)
     assert allowed.out is None and allowed.found["agreement"].is_allowed == (second.out is not None)
 
 
@@ -352,10 +352,15 @@ def test_bad_requests(tmp_path: Path, words: list[str], wrong: str) -> None:
 
 def test_compare_exit_status(tmp_path: Path) -> None:
     """0, 3 and 4 from files; 1 for what cannot be compared; 2 for usage."""
-    from bench import made
+    from bench import example_results
 
     def write(name: str, *blocks: float) -> None:
-        results.write(made.result(made.scenario(2, 8, made.subject(10.0, 8, block_ms=blocks * 10))), tmp_path / name)
+        results.write(
+            example_results.result(
+                example_results.scenario(2, 8, example_results.subject(10.0, 8, block_ms=blocks * 10))
+            ),
+            tmp_path / name,
+        )
 
     write("base.json", 10.0, 10.1)
     write("slow.json", 11.0, 11.1)

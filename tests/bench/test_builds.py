@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from exported import ROOT
+from exports import ROOT
 
 from cm_runtime import backends
 from cm_runtime.bench.builds import base_build, commit_of, this_build

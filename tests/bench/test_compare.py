@@ -1,4 +1,4 @@
-"""Verdicts: from made-up blocks whose truth is known, and of results that cannot be compared."""
+"""Verdicts: from example_results-up blocks whose truth is known, and of results that cannot be compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench import made
+from bench import example_results
 
 from cm_runtime.bench import compare
 from cm_runtime.bench import results as r
@@ -27,13 +27,13 @@ def alone(block_ms: tuple[float, ...], drift: float = 0.0, matrix: float = 300.0
         library="numpy",
         drift=drift,
     )
-    scenario = made.scenario(2, 8, made.subject(10.0, 8, block_ms=block_ms))
-    return made.result(scenario, peaks=(peaks,), **changes)
+    scenario = example_results.scenario(2, 8, example_results.subject(10.0, 8, block_ms=block_ms))
+    return example_results.result(scenario, peaks=(peaks,), **changes)
 
 
 def pair(new: tuple[float, ...], base: tuple[float, ...]) -> r.Result:
-    sides = made.subject(10.0, 8, block_ms=new), made.side(r.BASE, block_ms=base)
-    return made.result(made.scenario(2, 8, *sides))
+    sides = example_results.subject(10.0, 8, block_ms=new), example_results.side(r.BASE, block_ms=base)
+    return example_results.result(example_results.scenario(2, 8, *sides))
 
 
 @pytest.mark.parametrize(
@@ -105,36 +105,41 @@ def test_other_work_is_not_compared() -> None:
     printed = scenario.model_copy(update={"sigmas": (80.0, 1.1200000001)})
     (verdict,) = compare.between(base, base.model_copy(update={"scenarios": (printed,)}), 0.05)
     assert verdict.ratio is not None  # the same levels, as they are printed
-    larger = scenario.model_copy(update={"facts": made.facts(image_shape=(1, 32, 32))})
+    larger = scenario.model_copy(update={"facts": example_results.facts(image_shape=(1, 32, 32))})
     (verdict,) = compare.between(base, base.model_copy(update={"scenarios": (larger,)}), 0.05)
     assert verdict.word == "INCONCLUSIVE" and "sizes" in verdict.reason
 
 
 def test_what_one_side_lacks() -> None:
     base = alone(blocks(10))
-    failed = made.result(made.scenario(2, 8, status="failed", reason="its images differ from those of torch by 0.3"))
+    failed = example_results.result(
+        example_results.scenario(2, 8, status="failed", reason="its images differ from those of torch by 0.3")
+    )
     (verdict,) = compare.between(base, failed, 0.05)
     assert verdict.word == "REGRESSION" and "differ" in verdict.reason  # it worked before
     (verdict,) = compare.between(failed, base, 0.05)
     assert verdict.word == "INCONCLUSIVE"
     (verdict,) = compare.within(pair(blocks(10), blocks(10)), 0.05)
     assert verdict.word == "PASS"
-    more = made.scenario(4, 8, made.subject(10.0, 8, block_ms=blocks(10)))
+    more = example_results.scenario(4, 8, example_results.subject(10.0, 8, block_ms=blocks(10)))
     both = base.model_copy(update={"scenarios": (*base.scenarios, more)})
     assert [each.word for each in compare.between(base, both, 0.05)] == ["PASS", "INCONCLUSIVE"]
     assert [each.word for each in compare.between(both, base, 0.05)] == ["PASS", "INCONCLUSIVE"]
     with pytest.raises(RequestError, match="share no scenario"):
-        compare.between(base, made.result(more), 0.05)
+        compare.between(base, example_results.result(more), 0.05)
     with pytest.raises(RequestError, match="one build only"):
         compare.within(base, 0.05)
 
 
 def test_a_base_that_failed() -> None:
-    sides = made.subject(10.0, 8, block_ms=blocks(10)), made.side(r.BASE, status="failed", reason="it ended")
-    (verdict,) = compare.within(made.result(made.scenario(2, 8, *sides)), 0.05)
+    sides = (
+        example_results.subject(10.0, 8, block_ms=blocks(10)),
+        example_results.side(r.BASE, status="failed", reason="it ended"),
+    )
+    (verdict,) = compare.within(example_results.result(example_results.scenario(2, 8, *sides)), 0.05)
     assert verdict.word == "INCONCLUSIVE" and "it ended" in verdict.reason
-    failed = made.scenario(4, 8, status="failed", reason="no such model")
-    both = made.result(made.scenario(2, 8, *sides), failed)
+    failed = example_results.scenario(4, 8, status="failed", reason="no such model")
+    both = example_results.result(example_results.scenario(2, 8, *sides), failed)
     assert [each.word for each in compare.within(both, 0.05)] == ["INCONCLUSIVE", "REGRESSION"]
 
 
@@ -173,7 +178,11 @@ def renamed(result: r.Result, *models: str, **facts: Any) -> r.Result:
     scenario = result.scenarios[0]
     named = [
         scenario.model_copy(
-            update={"model": model, "name": f"{Path(model).name} single-stream 2x8", "facts": made.facts(**facts)}
+            update={
+                "model": model,
+                "name": f"{Path(model).name} single-stream 2x8",
+                "facts": example_results.facts(**facts),
+            }
         )
         for model in models
     ]

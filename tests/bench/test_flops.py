@@ -8,29 +8,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm_runtime.artifact import METADATA_KEY, Manifest, read_manifest
 from cm_runtime.backends import DEFAULT_MODEL
 from cm_runtime.bench.flops import gflop
 from cm_runtime.errors import ArtifactError, MissingExtraError
-from cm_runtime.model import ConsistencyModel, ModelConfig, build
-from cm_runtime.unet import ResBlock, Upsample
+from cm_runtime.manifest import METADATA_KEY, Manifest, read_manifest
+from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
+from cm_runtime.networks.unet import ResBlock, Upsample
 
 
-@pytest.fixture(scope="session", params=exported.KINDS)
-def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
-    return exported.Files(request.param, tmp_path_factory)
+@pytest.fixture(scope="session", params=exports.KINDS)
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def boundary(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
-    return exported.Files("boundary", tmp_path_factory)
+def boundary(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files("boundary", tmp_path_factory)
 
 
 def counted_by_torch(model: ConsistencyModel) -> float:
@@ -56,7 +56,7 @@ def counted_by_torch(model: ConsistencyModel) -> float:
 
 
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
-def test_a_graph_takes_what_its_network_takes(each: exported.Files, form: str) -> None:
+def test_a_graph_takes_what_its_network_takes(each: exports.Files, form: str) -> None:
     assert gflop(getattr(each, form)) == pytest.approx(counted_by_torch(each.model()), rel=1e-9)
 
 
@@ -68,7 +68,7 @@ def test_the_bundled_model_takes_what_its_network_takes() -> None:
     assert gflop(DEFAULT_MODEL) == pytest.approx(counted_by_torch(build(config).eval()), rel=1e-9)
 
 
-def test_the_weights_beside_a_graph_are_not_read(boundary: exported.Files, tmp_path: Path) -> None:
+def test_the_weights_beside_a_graph_are_not_read(boundary: exports.Files, tmp_path: Path) -> None:
     alone = Path(shutil.copy(boundary.apart, tmp_path / "alone.onnx"))
     assert gflop(alone) == gflop(boundary.onnx)
 
@@ -129,7 +129,7 @@ def test_arithmetic_that_is_not_counted_is_not_left_out(graph: Callable[..., Pat
         gflop(graph("Einsum", ["N", 3], [3, 5], equation="ij,jk->ik"))
 
 
-def test_a_damaged_file_is_refused(boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(boundary: exports.Files, tmp_path: Path) -> None:
     cut = tmp_path / "cut.onnx"
     cut.write_bytes(boundary.onnx.read_bytes()[:-100_000])
     for path, words in ((cut, "truncated"), (tmp_path / "none.onnx", "no such file")):

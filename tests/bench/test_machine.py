@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from cm_runtime.bench import conditions as watch_module
 from cm_runtime.bench import nvidia
-from cm_runtime.bench import watch as watch_module
+from cm_runtime.bench.conditions import Watch
 from cm_runtime.bench.machine import PACKAGES, differences, free_bytes, machine
 from cm_runtime.bench.nvidia import device_memory
 from cm_runtime.bench.results import Gpu, Machine
-from cm_runtime.bench.watch import Watch
 
 XEON = """\
 processor	: {0}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from cm_runtime import backends
-from cm_runtime.artifact import read_manifest
 from cm_runtime.bench import models
-from cm_runtime.bench.process import WorkerError
+from cm_runtime.bench.worker_process import WorkerError
+from cm_runtime.manifest import read_manifest
 
 
 @pytest.mark.parametrize("is_absence", [True, False])

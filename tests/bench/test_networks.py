@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cm_runtime.bench import networks
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.load import load_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import OutputError, RequestError
-from cm_runtime.importers import load_checkpoint
-from cm_runtime.model import build
+from cm_runtime.networks.consistency import build
 from cm_runtime.training.config import load_config
 
 

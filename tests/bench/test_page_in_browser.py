@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-import made
+import example_results
 
 from cm_runtime.bench.report import page as pages
 from cm_runtime.bench.report import quality
@@ -41,8 +41,8 @@ def browser() -> Iterator[Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with everything, and one of a run that went wrong in every way."""
     place = tmp_path_factory.mktemp("pages")
-    found = [quality.Quality.model_validate(made.evaluated(steps, 2.0 / steps)) for steps in (1, 2, 4)]
-    for name, result, judged in (("full", made.full(), found), ("awkward", made.awkward(), [])):
+    found = [quality.Quality.model_validate(example_results.evaluated(steps, 2.0 / steps)) for steps in (1, 2, 4)]
+    for name, result, judged in (("full", example_results.full(), found), ("awkward", example_results.awkward(), [])):
         (place / f"{name}.html").write_text(pages.html(result, drawn(result, judged), judged))
     return place
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import pytest
 import torch
@@ -18,7 +18,7 @@ import cm_runtime as cm
 from cm_runtime.backends import DEFAULT_MODEL
 from cm_runtime.bench import peers
 from cm_runtime.bench.scenario import PEERS, Peer
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import EngineError, MissingExtraError, RequestError
 from cm_runtime.schedule import karras_sigmas
 
@@ -28,28 +28,28 @@ SLOW = {"torch.compile": [pytest.mark.slow]}  # 40 seconds for each size of batc
 CASES = [
     pytest.param((name, kind), marks=SLOW.get(name, []), id=f"{name}-{kind}")
     for name in PEERS
-    for kind in KINDS.get(name, exported.KINDS)
+    for kind in KINDS.get(name, exports.KINDS)
 ]
 
 
 @pytest.fixture(scope="module")
-def boundary(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
-    return exported.Files("boundary", tmp_path_factory)
+def boundary(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files("boundary", tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def drawn(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[peers.Drawer, exported.Files]:
+) -> tuple[peers.Drawer, exports.Files]:
     """A peer, and the files of the model that it draws."""
     name, kind = request.param
-    files, work = exported.Files(kind, tmp_path_factory), tmp_path_factory.mktemp("work")
+    files, work = exports.Files(kind, tmp_path_factory), tmp_path_factory.mktemp("work")
     made = peers.peer(name, files.checkpoint, work / "made", threads=1)
     assert list((work / "made").iterdir()) == []
     return made, files
 
 
-def given(files: exported.Files, steps: int, batch: int) -> tuple[Any, Any, Any]:
+def given(files: exports.Files, steps: int, batch: int) -> tuple[Any, Any, Any]:
     """Our model, noise for it, and the labels that it takes by itself: i mod classes."""
     model = cm.load(files.onnx, threads=1)
     manifest = model.manifest
@@ -68,7 +68,7 @@ def apart(model: Any, drawer: peers.Drawer, z: Any, sigmas: Sequence[float], lab
 
 @pytest.mark.parametrize("steps", LEVELS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_peer_draws_our_images(drawn: tuple[peers.Drawer, exported.Files], steps: int, batch: int) -> None:
+def test_a_peer_draws_our_images(drawn: tuple[peers.Drawer, exports.Files], steps: int, batch: int) -> None:
     drawer, files = drawn
     model, z, label = given(files, steps, batch)
     kept = z.copy()
@@ -76,7 +76,7 @@ def test_a_peer_draws_our_images(drawn: tuple[peers.Drawer, exported.Files], ste
     assert np.array_equal(z, kept)
 
 
-def test_a_peer_that_is_given_something_else_draws_something_else(drawn: tuple[peers.Drawer, exported.Files]) -> None:
+def test_a_peer_that_is_given_something_else_draws_something_else(drawn: tuple[peers.Drawer, exports.Files]) -> None:
     """So the test above can fail: other noise at either step, another level, other labels."""
     drawer, files = drawn
     model, z, label = given(files, 2, 3)
@@ -92,7 +92,7 @@ def test_a_peer_that_is_given_something_else_draws_something_else(drawn: tuple[p
         assert np.abs(drawer(z, LEVELS[2], label[::-1].copy()) - ours).max() > 0.02
 
 
-def test_its_packages_are_named(drawn: tuple[peers.Drawer, exported.Files], request: pytest.FixtureRequest) -> None:
+def test_its_packages_are_named(drawn: tuple[peers.Drawer, exports.Files], request: pytest.FixtureRequest) -> None:
     drawer, _ = drawn
     name = request.node.callspec.params["drawn"][0]
     first = {"diffusers": "diffusers ", "onnx": "onnxruntime ", "openvino": "openvino "}.get(name, "torch ")
@@ -100,7 +100,7 @@ def test_its_packages_are_named(drawn: tuple[peers.Drawer, exported.Files], requ
     assert f"torch {torch.__version__}" in drawer.version
 
 
-def test_many_steps_on_the_sampler_grid(boundary: exported.Files, tmp_path: Path) -> None:
+def test_many_steps_on_the_sampler_grid(boundary: exports.Files, tmp_path: Path) -> None:
     """More than diffusers' own grid of 40 has points."""
     drawer = peers.peer("diffusers", boundary.half_checkpoint, tmp_path, threads=1)
     model, z, label = given(boundary, 50, 1)
@@ -108,7 +108,7 @@ def test_many_steps_on_the_sampler_grid(boundary: exported.Files, tmp_path: Path
     assert apart(model, drawer, z, sigmas, label) < 1e-4
 
 
-def test_diffusers_is_left_as_it_was(boundary: exported.Files, tmp_path: Path) -> None:
+def test_diffusers_is_left_as_it_was(boundary: exports.Files, tmp_path: Path) -> None:
     modules = [importlib.import_module(f"diffusers.{name}") for name in peers.RANDN]
     before = [module.randn_tensor for module in modules]
     drawer = peers.peer("diffusers", read_checkpoint(boundary.checkpoint), tmp_path)
@@ -124,11 +124,11 @@ def test_diffusers_refuses_what_it_cannot_express(
     kind: str, reason: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with pytest.raises(RequestError, match=reason):
-        peers.peer("diffusers", exported.Files(kind, tmp_path_factory).checkpoint, tmp_path)
+        peers.peer("diffusers", exports.Files(kind, tmp_path_factory).checkpoint, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_diffusers_refuses_patches(boundary: exported.Files, tmp_path: Path) -> None:
+def test_diffusers_refuses_patches(boundary: exports.Files, tmp_path: Path) -> None:
     whole = read_checkpoint(boundary.checkpoint)
     network = whole.config.network.model_copy(update={"patch": 2})
     patched = replace(whole, config=whole.config.model_copy(update={"network": network}))
@@ -144,13 +144,13 @@ def test_an_exported_file_gives_its_weights(tmp_path: Path) -> None:
     assert apart(model, drawer, z, (80.0, 1.1), np.arange(2)) < 1e-4
 
 
-def test_what_is_missing_is_named(boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_named(boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingExtraError, match=r"peer diffusers needs diffusers: pip install 'cm-runtime\[bench\]'"):
         peers.peer("diffusers", boundary.checkpoint, tmp_path)
 
 
-def test_an_unknown_peer_or_device_is_one_error(boundary: exported.Files, tmp_path: Path) -> None:
+def test_an_unknown_peer_or_device_is_one_error(boundary: exports.Files, tmp_path: Path) -> None:
     unknown: Peer = "jax"  # type: ignore[assignment]
     with pytest.raises(RequestError, match="no peer 'jax'; they are diffusers, torch"):
         peers.peer(unknown, boundary.checkpoint, tmp_path)
@@ -159,7 +159,7 @@ def test_an_unknown_peer_or_device_is_one_error(boundary: exported.Files, tmp_pa
 
 
 def test_a_compiler_that_is_missing_is_one_error(
-    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.compiler.reset()
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))

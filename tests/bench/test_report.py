@@ -16,11 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
-import made
+import example_results
 import table as readme_table  # type: ignore[import-not-found]
 
 from cm_runtime.bench import results
-from cm_runtime.bench.report import environment, markdown, numbers, quality, tables
+from cm_runtime.bench.report import environment, formatting, markdown, quality, tables
 from cm_runtime.bench.report import page as pages
 from cm_runtime.bench.report.plots import drawn
 from cm_runtime.cli.bench.report import report
@@ -85,12 +85,12 @@ def page(result: results.Result, found: tuple[quality.Quality, ...] = ()) -> str
 
 @pytest.fixture(scope="module")
 def full() -> Page:
-    return Page(page(made.full()))
+    return Page(page(example_results.full()))
 
 
 @pytest.fixture(scope="module")
 def awkward() -> Page:
-    return Page(page(made.awkward()))
+    return Page(page(example_results.awkward()))
 
 
 # The numbers
@@ -98,7 +98,7 @@ def awkward() -> Page:
 
 def test_the_headline_table_holds_the_results_numbers(full: Page) -> None:
     """Value and interval of every scenario, to the digits that are shown."""
-    result = made.full()
+    result = example_results.full()
     for shown, scenario in zip(full.column("headline", "p50, ms"), result.scenarios, strict=True):
         latency = scenario.contenders[0].latency
         assert latency is not None
@@ -106,7 +106,7 @@ def test_the_headline_table_holds_the_results_numbers(full: Page) -> None:
         assert (value, low, high) == pytest.approx((latency.p50.value, latency.p50.low, latency.p50.high), rel=1e-3)
     rates = [float(shown.split()[0]) for shown in full.column("headline", "images/s")[:-1]]
     assert rates == pytest.approx([s.contenders[0].images_per_s.value for s in result.scenarios[:-1]], rel=1e-3)  # type: ignore[union-attr]
-    assert full.column("headline", "p99, ms") == [numbers.DASH] * 8
+    assert full.column("headline", "p99, ms") == [formatting.DASH] * 8
     assert tables.UNBOUNDED in full.text and tables.ALONE in full.text and tables.NO_OPERATIONS not in full.text
     (row,) = [row for row in full.tables["headline"] if row[0].startswith("1 step, batch 64")]
     assert row[6:] == ["1.82 (1.79 to 1.90)", "0.0815", "212 MB", "3.1%", "84.2", "41.2%", row[12]]
@@ -126,22 +126,22 @@ def test_peers_stand_beside_with_their_ratios_and_reasons(full: Page) -> None:
 def test_the_server_table_says_whether_the_bound_was_kept(full: Page) -> None:
     head, row = full.tables["served"]
     assert dict(zip(head, row, strict=True))["kept"] == "no"
-    assert row[1:3] == ["19.7", "21.50 [21.29, 21.71]"] and row[5:7] == [numbers.DASH, "30.0"]
-    kept = made.result(made.server().model_copy(update={"contenders": (_kept(),)}))
+    assert row[1:3] == ["19.7", "21.50 [21.29, 21.71]"] and row[5:7] == [formatting.DASH, "30.0"]
+    kept = example_results.result(example_results.server().model_copy(update={"contenders": (_kept(),)}))
     assert tables.served(kept).rows[0].cells[7].text == "yes"
 
 
 def test_what_was_not_compared_says_why() -> None:
     """A side that was measured may still have a reason: why there is no parity beside its numbers."""
-    side = made.subject(3.0, 1, agreement=None, reason="not compared with torch: it is not installed")
-    shown = Page(page(made.result(made.scenario(2, 1, side))))
-    assert shown.column("headline", "parity") == [numbers.DASH]
+    side = example_results.subject(3.0, 1, agreement=None, reason="not compared with torch: it is not installed")
+    shown = Page(page(example_results.result(example_results.scenario(2, 1, side))))
+    assert shown.column("headline", "parity") == [formatting.DASH]
     assert "not compared with torch: it is not installed" in shown.text
 
 
 def _kept() -> results.Contender:
     served = results.Served(rate=20, bound_ms=300, met=True, mean_batch=2)
-    return made.side(latency=made.latency(21.5), served=served)
+    return example_results.side(latency=example_results.latency(21.5), served=served)
 
 
 def test_the_environment_is_told(full: Page) -> None:
@@ -149,7 +149,7 @@ def test_the_environment_is_told(full: Page) -> None:
         assert told in full.text
     for told in ("1.1%", "0.10%", "0123456789abcdef", "onnxruntime 1.32.0", "result.samples, 123 kB", "2.5e-6"):
         assert told in full.text
-    assert environment.troubles(made.full()) == []
+    assert environment.troubles(example_results.full()) == []
 
 
 def test_troubles_come_first(awkward: Page) -> None:
@@ -173,37 +173,39 @@ def test_troubles_come_first(awkward: Page) -> None:
 
 def test_an_empty_run_has_a_page() -> None:
     """Stopped before its first scenario."""
-    empty = Page(page(made.result(complete=False, conditions=None, peaks=(), samples=None)))
+    empty = Page(page(example_results.result(complete=False, conditions=None, peaks=(), samples=None)))
     assert "stopped after 0 scenarios" in empty.text and "No scenario was finished." in empty.text
     assert empty.images == [] and empty.tables == {}
-    assert "stopped after 0 scenarios" in markdown.summary(made.result(complete=False))
+    assert "stopped after 0 scenarios" in markdown.summary(example_results.result(complete=False))
 
 
 # The plots
 
 
 def test_plots_that_have_something_to_show() -> None:
-    assert [plot.name for plot in drawn(made.full())] == list(FULL)
-    lone = made.result(made.scenario(2, 1, made.side(latency=made.latency(3.0))))
+    assert [plot.name for plot in drawn(example_results.full())] == list(FULL)
+    lone = example_results.result(
+        example_results.scenario(2, 1, example_results.side(latency=example_results.latency(3.0)))
+    )
     assert drawn(lone) == []  # one point is no line
-    suffixed = {plot.name for plot in drawn(made.awkward())}
+    suffixed = {plot.name for plot in drawn(example_results.awkward())}
     assert suffixed and all(re.fullmatch(r"[a-z-]+-fashion-mnist-torch-cuda-0", name) for name in suffixed)
 
 
 def test_quality_by_steps() -> None:
     """Reports of one extractor and reference share a plot; real images are a level; one report alone is no plot."""
-    found = [quality.Quality.model_validate(made.evaluated(steps, 2.0 / steps)) for steps in (1, 2, 4)]
+    found = [quality.Quality.model_validate(example_results.evaluated(steps, 2.0 / steps)) for steps in (1, 2, 4)]
     real = {"kind": "data", "path": "fashion-mnist", "sigmas": [], "sampler": "", "sha256": ""}
-    found.append(quality.Quality.model_validate(made.evaluated(1, 0.06, **real)))
-    names = [plot.name for plot in drawn(made.full(), found)]
+    found.append(quality.Quality.model_validate(example_results.evaluated(1, 0.06, **real)))
+    names = [plot.name for plot in drawn(example_results.full(), found)]
     assert names == [*FULL, "quality-by-steps"]
-    (plot,) = [plot for plot in drawn(made.full(), found) if plot.name == "quality-by-steps"]
+    (plot,) = [plot for plot in drawn(example_results.full(), found) if plot.name == "quality-by-steps"]
     assert "fashion-mnist: 1: 2.000, 2: 1.000, 4: 0.5000" in plot.alt and "fashion-mnist" in plot.alt
-    assert [plot.name for plot in drawn(made.full(), found[:1])] == list(FULL)
-    shown = Page(page(made.full(), tuple(found)))
+    assert [plot.name for plot in drawn(example_results.full(), found[:1])] == list(FULL)
+    shown = Page(page(example_results.full(), tuple(found)))
     assert shown.column("qualities", "Frechet distance") == ["2.00", "1.00", "0.500", "0.0600"]
     other = [each.model_copy(update={"extractor": quality.Source(sha256="99" * 32)}) for each in found]
-    assert [plot.name for plot in drawn(made.full(), found + other)][-1] == "quality-by-steps-2"
+    assert [plot.name for plot in drawn(example_results.full(), found + other)][-1] == "quality-by-steps-2"
 
 
 def test_figures_have_their_numbers_in_words(full: Page) -> None:
@@ -213,22 +215,31 @@ def test_figures_have_their_numbers_in_words(full: Page) -> None:
 
 def test_a_value_that_no_axis_can_hold_is_left_out() -> None:
     """Numbers of a file are anybody's: zero, negative, huge."""
-    huge, odd = (1 << 63) - 1, made.scenario((1 << 63) - 1, 1 << 62, made.subject(1.0, 1), made.peer("torch", 1.0, 0.0))
-    nothing = made.scenario(1, 1, made.subject(1.0, 1, gflop_per_s=0.0, outside_network=7.0, peak_host_bytes=huge))
-    negative = made.scenario(2, 1, made.side(latency=made.latency(0.0), images_per_s=made.estimate(1e99)))
-    broken = made.result(odd, nothing, negative, made.server())
+    huge, odd = (
+        (1 << 63) - 1,
+        example_results.scenario(
+            (1 << 63) - 1, 1 << 62, example_results.subject(1.0, 1), example_results.peer("torch", 1.0, 0.0)
+        ),
+    )
+    nothing = example_results.scenario(
+        1, 1, example_results.subject(1.0, 1, gflop_per_s=0.0, outside_network=7.0, peak_host_bytes=huge)
+    )
+    negative = example_results.scenario(
+        2, 1, example_results.side(latency=example_results.latency(0.0), images_per_s=example_results.estimate(1e99))
+    )
+    broken = example_results.result(odd, nothing, negative, example_results.server())
     assert {plot.name for plot in drawn(broken)} <= {"outside-network", "gflops", "server"}
     assert "9223372 TB" in page(broken) and "1.000e99" in markdown.summary(broken)
 
 
 def test_plots_are_of_the_first_setups_and_tables_of_all() -> None:
     """A plot takes a tenth of a second, and a result may hold a thousand models."""
-    many = [made.scenario(1, 1, made.subject(1.0, 1), model=f"m{n}") for n in range(14)]
-    many.append(made.scenario(1, 8, made.subject(2.0, 8), model="m0"))
-    plots = drawn(made.result(*many))
+    many = [example_results.scenario(1, 1, example_results.subject(1.0, 1), model=f"m{n}") for n in range(14)]
+    many.append(example_results.scenario(1, 8, example_results.subject(2.0, 8), model="m0"))
+    plots = drawn(example_results.result(*many))
     assert {plot.name.rpartition("-")[2] for plot in plots} == {f"m{n}" for n in range(12)}
     assert "first 12 setups" in plots[0].caption and "other 2 too" in plots[0].caption
-    assert "m13" in markdown.summary(made.result(*many))
+    assert "m13" in markdown.summary(example_results.result(*many))
 
 
 # Hostile text
@@ -238,7 +249,7 @@ def test_names_stay_text(awkward: Page) -> None:
     """Mark-up from a file is shown, never obeyed: in the page, its attributes and its plots."""
     assert "script" not in awkward.tags and "<script>alert(1)</script>" in awkward.text
     assert not any(name.startswith("on") for name, _ in awkward.attributes)
-    assert "\u202e" not in page(made.awkward())
+    assert "\u202e" not in page(example_results.awkward())
     allowed = {"data:image/svg+xml", None}
     assert {(image["src"] or "").split(";")[0] or None for image in awkward.images} <= allowed
     assert all((value or "").startswith("#") for name, value in awkward.attributes if name == "href")
@@ -247,7 +258,7 @@ def test_names_stay_text(awkward: Page) -> None:
 
 def test_markdown_is_escaped() -> None:
     """A hostile name breaks no table, adds no line, no mark-up, no mathematics and no mention."""
-    text = markdown.summary(made.awkward())
+    text = markdown.summary(example_results.awkward())
     assert "<script" not in text and "$" not in text
     lines = text.splitlines()
     for n, line in enumerate(lines):
@@ -261,7 +272,7 @@ def test_markdown_is_escaped() -> None:
 
 
 def test_markdown_says_the_same(full: Page) -> None:
-    text = markdown.summary(made.full())
+    text = markdown.summary(example_results.full())
     assert "3.210 \\[3.178, 3.242\\]" in text and "absent: there is no C++ compiler" in text
     assert "1.3e-6 (0 of 255, from diffusers)" in text and "| torch (0.35.1) | 1.300 \\[1.261, 1.339\\] |" in text
     assert "### Server" in text and "### Quality" not in text
@@ -272,36 +283,39 @@ def test_markdown_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither matplotlib nor jinja2; a page names the extra that brings them."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert markdown.summary(made.full())
+    assert markdown.summary(example_results.full())
     with pytest.raises(MissingExtraError, match=r"needs matplotlib: pip install 'cm-runtime\[report\]'"):
-        drawn(made.full())
+        drawn(example_results.full())
     with pytest.raises(MissingExtraError, match=r"needs jinja2: pip install 'cm-runtime\[report\]'"):
-        pages.html(made.full(), [])
+        pages.html(example_results.full(), [])
 
 
 def test_the_same_result_gives_the_same_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not the day, nor the user's matplotlib settings."""
     import matplotlib
 
-    first = page(made.awkward())
+    first = page(example_results.awkward())
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 20)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
-    assert page(made.awkward()) == first
+    assert page(example_results.awkward()) == first
 
 
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
         *((0, "0"), (3, "3"), (0.0, "0"), (12.34, "12.3"), (0.001234, "0.00123"), (1.23e-6, "1.23e-6")),
-        *((123456.0, "123456"), (1e9, "1.00e9"), (10**400, "∞"), (-2.5, "-2.50"), (None, numbers.DASH)),
+        *((123456.0, "123456"), (1e9, "1.00e9"), (10**400, "∞"), (-2.5, "-2.50"), (None, formatting.DASH)),
     ],
 )
 def test_digits(value: float | None, shown: str) -> None:
-    assert numbers.digits(value) == shown
+    assert formatting.digits(value) == shown
 
 
 def test_a_commit_with_changes_says_so() -> None:
-    assert (numbers.short("0123456789abcdef+"), numbers.short("0123456789abcdef")) == ("0123456789+", "0123456789")
+    assert (formatting.short("0123456789abcdef+"), formatting.short("0123456789abcdef")) == (
+        "0123456789+",
+        "0123456789",
+    )
 
 
 # The command
@@ -311,9 +325,9 @@ def test_a_commit_with_changes_says_so() -> None:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`cm-runtime bench report` in a folder with a result and two eval reports."""
     monkeypatch.chdir(tmp_path)
-    results.write(made.full(), "result.json")
+    results.write(example_results.full(), "result.json")
     for steps in (1, 2):
-        Path(f"eval{steps}.json").write_text(json.dumps(made.evaluated(steps, 2.0 / steps)))
+        Path(f"eval{steps}.json").write_text(json.dumps(example_results.evaluated(steps, 2.0 / steps)))
     app = typer.Typer()
     app.command()(report)
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
@@ -332,7 +346,7 @@ def test_by_default_the_page_lies_beside_the_result(bench: Callable[..., Any]) -
 
 
 def test_plots_are_pictures(bench: Callable[..., Any]) -> None:
-    """1040 pixels wide, named as in the page; the folder is made."""
+    """1040 pixels wide, named as in the page; the folder is example_results."""
     assert bench("result.json", "--plots", "pictures", "-o", "page.html").exit_code == 0
     assert sorted(path.stem for path in Path("pictures").iterdir()) == sorted(FULL)
     sizes = {path.stem: Image.open(path).size for path in Path("pictures").iterdir()}
@@ -344,7 +358,7 @@ def test_plots_are_pictures(bench: Callable[..., Any]) -> None:
 def test_markdown_is_printed(bench: Callable[..., Any]) -> None:
     """In place of the page, or beside it with -o."""
     done = bench("result.json", "--markdown")
-    assert (done.exit_code, done.output) == (0, markdown.summary(made.full()))
+    assert (done.exit_code, done.output) == (0, markdown.summary(example_results.full()))
     assert names() == ["result.json"]
     assert bench("result.json", "--markdown", "-o", "page.html").output == done.output
     assert names() == ["page.html", "result.json"]
@@ -379,8 +393,8 @@ def test_what_is_refused(bench: Callable[..., Any], words: list[str], error: typ
 def readme(tmp_path: Path) -> Path:
     path = tmp_path / "README.md"
     path.write_text(f"# Speed\n\n{readme_table.BEGIN}\nold\n{readme_table.END}\n\nMore.\n")
-    results.write(made.full(), tmp_path / "a.json")
-    results.write(made.awkward(), tmp_path / "b.json")
+    results.write(example_results.full(), tmp_path / "a.json")
+    results.write(example_results.awkward(), tmp_path / "b.json")
     return path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from bench import made
+from bench import example_results
 
 from cm_runtime.bench import results
 from cm_runtime.bench.report import quality
@@ -28,7 +28,9 @@ def test_the_published_schema_is_that_of_the_models() -> None:
 
 def test_what_is_written_fits_the_schema_and_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    whole = made.result(made.scenario(2, 8, made.subject(10.0, 8), made.peer("onnx", 11.0, 1.1)))
+    whole = example_results.result(
+        example_results.scenario(2, 8, example_results.subject(10.0, 8), example_results.peer("onnx", 11.0, 1.1))
+    )
     results.write(whole, path)
     jsonschema.validate(json.loads(path.read_text()), json.loads(results.schema()))
     assert results.read(path) == whole
@@ -88,7 +90,7 @@ def test_missing_unreadable_and_huge_files(tmp_path: Path) -> None:
 
 def test_unknown_keys_and_infinite_times_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    results.write(made.result(made.scenario(2, 8, made.subject(10.0, 8))), path)
+    results.write(example_results.result(example_results.scenario(2, 8, example_results.subject(10.0, 8))), path)
     text = path.read_text()
     for before, after, wrong in (
         ('"complete"', '"completely"', "complete"),
@@ -114,7 +116,9 @@ def test_unknown_keys_and_infinite_times_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_that_no_run_measures(tmp_path: Path, change: dict[str, object], wrong: str) -> None:
-    raw = made.result(made.scenario(2, 8, made.subject(10.0, 8))).model_dump(mode="json")
+    raw = example_results.result(example_results.scenario(2, 8, example_results.subject(10.0, 8))).model_dump(
+        mode="json"
+    )
     raw["scenarios"][0]["contenders"][0] |= change
     (tmp_path / "bench.json").write_text(json.dumps(raw))
     with pytest.raises(ArtifactError, match=wrong) as caught:
@@ -124,7 +128,7 @@ def test_numbers_that_no_run_measures(tmp_path: Path, change: dict[str, object],
 
 @pytest.mark.parametrize("value", [0.0, 1e-320, -1.0, 1e300])
 def test_peaks_that_no_machine_has(tmp_path: Path, value: float) -> None:
-    raw = made.result().model_dump(mode="json")
+    raw = example_results.result().model_dump(mode="json")
     raw["peaks"][0]["matrix_gflop_per_s"] = {"value": value}
     (tmp_path / "bench.json").write_text(json.dumps(raw))
     with pytest.raises(ArtifactError, match=r"peaks\.0"):
@@ -132,7 +136,7 @@ def test_peaks_that_no_machine_has(tmp_path: Path, value: float) -> None:
 
 
 def test_scenarios_have_names_of_their_own_and_are_few(tmp_path: Path) -> None:
-    raw = made.result(made.scenario(2, 8)).model_dump(mode="json")
+    raw = example_results.result(example_results.scenario(2, 8)).model_dump(mode="json")
     for count, wrong in ((2, "two scenarios are called"), (1001, "at most 1000 items")):
         (tmp_path / "bench.json").write_text(json.dumps(raw | {"scenarios": raw["scenarios"] * count}))
         with pytest.raises(ArtifactError, match=wrong):
@@ -141,4 +145,4 @@ def test_scenarios_have_names_of_their_own_and_are_few(tmp_path: Path) -> None:
 
 def test_a_result_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no folder"):
-        results.write(made.result(), tmp_path / "missing" / "bench.json")
+        results.write(example_results.result(), tmp_path / "missing" / "bench.json")

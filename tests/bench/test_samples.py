@@ -8,7 +8,7 @@ from pathlib import Path
 
 import kills
 import pytest
-from bench import made
+from bench import example_results
 
 from cm_runtime.bench import results
 from cm_runtime.bench.samples import NAMES, Samples
@@ -17,13 +17,13 @@ from cm_runtime.errors import OutputError
 
 def run(output: Path, force: bool = False, scenarios: int = 2, word: str = "new") -> None:
     """A run of two scenarios, or what a kill after the first leaves."""
-    one, two = (made.scenario(2, batch, made.subject(10.0, batch)) for batch in (8, 64))
+    one, two = (example_results.scenario(2, batch, example_results.subject(10.0, batch)) for batch in (8, 64))
     with Samples(output, force) as kept:
         for number in range(1, scenarios + 1):
             kept.write(f"{word} {number}\n")
-            kept.keep(made.result(*(one, two)[:number], complete=False, command=word, samples=kept.so_far()))
+            kept.keep(example_results.result(*(one, two)[:number], complete=False, command=word, samples=kept.so_far()))
         if scenarios == 2:
-            kept.keep(made.result(one, two, complete=True, command=word, samples=kept.so_far()))
+            kept.keep(example_results.result(one, two, complete=True, command=word, samples=kept.so_far()))
 
 
 def read(output: Path) -> tuple[str, bool, int]:

@@ -17,7 +17,7 @@ DRAW = """
 import time
 import numpy as np
 from cm_runtime import sample
-from cm_runtime.artifact import Manifest
+from cm_runtime.manifest import Manifest
 
 class Slow:
     manifest = Manifest(graph="denoiser", image_shape=(1, 3, 7), num_classes=0, precond="edm", sigma_boundary=0)

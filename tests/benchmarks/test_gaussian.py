@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cm_runtime import cli
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.training.config import Phase, load_config
 
 ROOT = Path(__file__).resolve().parents[2]

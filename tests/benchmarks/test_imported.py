@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import imported  # type: ignore[import-not-found]
 
 import cm_runtime as cm
-from cm_runtime.importers.unet2d_options import network_of
+from cm_runtime.checkpoints.diffusers_options import network_of
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ def test_a_command_that_fails_ends_the_run() -> None:
 def test_the_networks_are_the_published_ones(name: str, parameters: int) -> None:
     import torch
 
-    from cm_runtime.unet import UNet
+    from cm_runtime.networks.unet import UNet
 
     with torch.device("meta"):
         network = UNet(network_of(imported.NETWORKS[name]))

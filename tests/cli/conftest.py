@@ -1,4 +1,4 @@
-"""The command line in this process, and the exported files that these tests share; see tests/exported.py."""
+"""The command line in this process, and the exported files that these tests share; see tests/exports.py."""
 
 import sys
 from collections.abc import Callable
@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import exported
+import exports
 
 from cm_runtime.cli import main
 
 
 @pytest.fixture(scope="session")
-def boundary(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
-    return exported.Files("boundary", tmp_path_factory)
+def boundary(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files("boundary", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def grey(tmp_path_factory: pytest.TempPathFactory) -> exported.Files:
+def grey(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
     """One channel, no classes."""
-    return exported.Files("edm", tmp_path_factory)
+    return exports.Files("edm", tmp_path_factory)
 
 
 @dataclass(frozen=True)

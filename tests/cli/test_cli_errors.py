@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import onnx
 import pytest
@@ -19,9 +19,9 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from cm_runtime.cli import judged, main
+from cm_runtime.cli import image_sources, main
 from cm_runtime.errors import ArtifactError, EngineError
-from cm_runtime.files import claimed
+from cm_runtime.files.atomic import claimed
 
 Cli = Callable[..., Any]
 LONG = "x" * 100_000
@@ -29,10 +29,10 @@ Words = list[object]
 
 
 @pytest.fixture
-def place(boundary: exported.Files, tmp_path: Path) -> Path:
+def place(boundary: exports.Files, tmp_path: Path) -> Path:
     """The folder that `cli` works in, with a model and a checkpoint of somebody's."""
-    exported.copied(boundary.onnx, tmp_path)
-    exported.copied(boundary.checkpoint, tmp_path)
+    exports.copied(boundary.onnx, tmp_path)
+    exports.copied(boundary.checkpoint, tmp_path)
     return tmp_path
 
 
@@ -307,7 +307,7 @@ def test_a_folder_of_another_job_or_run_is_refused(cli: Cli, place: Path) -> Non
     assert contents(place) == before
 
 
-def test_labels_for_a_model_without_classes_are_refused(cli: Cli, grey: exported.Files) -> None:
+def test_labels_for_a_model_without_classes_are_refused(cli: Cli, grey: exports.Files) -> None:
     for labels in ("all", "0", "random"):
         outcome = cli("sample", grey.onnx, "--labels", labels)
         assert (outcome.code, outcome.err) == (1, "error: this model has no classes; leave the labels out\n")
@@ -316,7 +316,7 @@ def test_labels_for_a_model_without_classes_are_refused(cli: Cli, grey: exported
 def test_a_teacher_is_refused(cli: Cli, place: Path) -> None:
     manifest = json.loads(onnx.load(place / "model.onnx").metadata_props[0].value)
     manifest["training"]["method"] = "edm"
-    exported.with_metadata(place / "model.onnx", place / "teacher.onnx", json.dumps(manifest))
+    exports.with_metadata(place / "model.onnx", place / "teacher.onnx", json.dumps(manifest))
     outcome = cli("sample", "teacher.onnx")
     assert outcome.code == 1
     assert "EDM teacher" in outcome.err
@@ -339,9 +339,9 @@ def test_weights_that_make_nonsense_write_no_picture(cli: Cli, place: Path) -> N
 
 @pytest.mark.parametrize("engine", ["ort", "openvino", "auto"])
 def test_a_sampler_that_makes_nonsense_writes_nothing(
-    cli: Cli, boundary: exported.Files, tmp_path: Path, engine: str
+    cli: Cli, boundary: exports.Files, tmp_path: Path, engine: str
 ) -> None:
-    exported.with_weight(boundary.sampler, tmp_path / "nan.onnx", exported.LAST, np.nan, 1)
+    exports.with_weight(boundary.sampler, tmp_path / "nan.onnx", exports.LAST, np.nan, 1)
     before = contents(tmp_path)
     for words in (("-o", "x.png"), ("-o", "x.npz"), ("-o", "shards/", "--shards", "npz")):
         outcome = cli("sample", "nan.onnx", "--count", 3, "--backend", engine, *words)
@@ -350,7 +350,9 @@ def test_a_sampler_that_makes_nonsense_writes_nothing(
         assert not [name for name in contents(tmp_path) if name.endswith((".png", ".npz"))]
     assert contents(tmp_path).keys() - before.keys() <= {"shards/manifest.json"}  # of a job that may be resumed
     with pytest.raises(EngineError, match="not finite"):  # what eval measures
-        list(judged.drawn(tmp_path / "nan.onnx", judged.Drawing(count=8, backend=engine), "cpu", 1).batches)
+        list(
+            image_sources.drawn(tmp_path / "nan.onnx", image_sources.Drawing(count=8, backend=engine), "cpu", 1).batches
+        )
 
 
 # Outputs that cannot be written
@@ -422,13 +424,13 @@ print(json.dumps(outcomes))
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.png"])
-def test_a_disk_that_fills_up_at_any_byte_leaves_no_file(boundary: exported.Files, tmp_path: Path, name: str) -> None:
-    assert exported.command("sample", boundary.onnx, "--count", 7, "-o", name, cwd=tmp_path).returncode == 0
+def test_a_disk_that_fills_up_at_any_byte_leaves_no_file(boundary: exports.Files, tmp_path: Path, name: str) -> None:
+    assert exports.command("sample", boundary.onnx, "--count", 7, "-o", name, cwd=tmp_path).returncode == 0
     whole = (tmp_path / name).stat().st_size
     (tmp_path / name).unlink()
     words = [sys.executable, "-c", FILL_THE_DISK, str(boundary.onnx), name, str(whole)]
     done = subprocess.run(
-        words, cwd=tmp_path, env=exported.environment(), capture_output=True, text=True, timeout=240, check=True
+        words, cwd=tmp_path, env=exports.environment(), capture_output=True, text=True, timeout=240, check=True
     )
     *full, enough = json.loads(done.stdout)
     assert enough == [whole, 0, "", [name]]
@@ -484,20 +486,20 @@ def test_debug_shows_where_an_error_comes_from_in_any_position(cli: Cli, positio
 
 
 def test_debug_prints_a_traceback_in_a_process_and_the_exit_status_stays_1(tmp_path: Path) -> None:
-    done = exported.command("info", "no.onnx", "--debug", cwd=tmp_path)
+    done = exports.command("info", "no.onnx", "--debug", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback (most recent call last)" in done.stderr
     assert "ArtifactError: no.onnx: no such file" in done.stderr
-    plain = exported.command("info", "no.onnx", cwd=tmp_path)
+    plain = exports.command("info", "no.onnx", cwd=tmp_path)
     assert (plain.returncode, plain.stdout, plain.stderr) == (1, "", "error: no.onnx: no such file\n")
 
 
-def test_a_reader_that_stops_listening_is_no_traceback(boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_reader_that_stops_listening_is_no_traceback(boundary: exports.Files, tmp_path: Path) -> None:
     """As in ``cm-runtime info model.onnx --json | head -0``."""
     read, write = os.pipe()
     os.close(read)
     words = [sys.executable, "-m", "cm_runtime", "info", str(boundary.onnx), "--json"]
-    environment = exported.environment()
+    environment = exports.environment()
     done = subprocess.run(words, cwd=tmp_path, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 1
@@ -525,7 +527,7 @@ def test_a_missing_extra_is_one_line_with_the_pip_command(
     place: Path, hidden: str, words: list[str], message: str
 ) -> None:
     before = contents(place)
-    done = exported.command(*words, cwd=place, start=exported.hiding(hidden))
+    done = exports.command(*words, cwd=place, start=exports.hiding(hidden))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -536,7 +538,7 @@ def test_a_missing_extra_is_one_line_with_the_pip_command(
 
 @pytest.mark.parametrize("use", ["cm.load_checkpoint('ckpt.pt')", "cm.export.onnx(None, 'm.onnx')"])
 def test_python_names_that_need_torch_say_so_too(place: Path, use: str) -> None:
-    hide = exported.hiding("torch")[2].rpartition("from cm_runtime.cli")[0]
+    hide = exports.hiding("torch")[2].rpartition("from cm_runtime.cli")[0]
     script = f"{hide}\nimport cm_runtime as cm\ntry:\n    {use}\nexcept cm.errors.MissingExtraError as e:\n    print(e)"
-    done = exported.command(cwd=place, start=[sys.executable, "-c", script])
+    done = exports.command(cwd=place, start=[sys.executable, "-c", script])
     assert "needs torch: pip install 'cm-runtime[train]'" in done.stdout, done.stderr

@@ -9,12 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import exported
+import exports
 import pytest
 
-from cm_runtime.backends import on_device, ort
+from cm_runtime.backends import ort
+from cm_runtime.cuda import sampler
 from cm_runtime.extras import EXTRAS
-from cm_runtime.process import cores
+from cm_runtime.subprocesses import cores
 
 Cli = Callable[..., Any]
 
@@ -65,8 +66,8 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(cli: Cli, mo
 
 
 def test_it_works_where_nothing_optional_is_installed(tmp_path: Path) -> None:
-    start = exported.hiding("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "pooch", "tomli_w", "scipy")
-    done = exported.command("doctor", cwd=tmp_path, start=start)
+    start = exports.hiding("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "pooch", "tomli_w", "scipy")
+    done = exports.command("doctor", cwd=tmp_path, start=start)
     assert (done.returncode, done.stderr) == (0, "")
     assert "pip install 'cm-runtime[cpu]'" in lines(done.stdout)["auto"]
 
@@ -97,7 +98,7 @@ def test_two_onnx_runtimes_are_told_with_the_cure(cli: Cli, monkeypatch: pytest.
 def test_without_a_driver_that_is_what_is_missing(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    for module in (ort, on_device):
+    for module in (ort, sampler):
         monkeypatch.setattr(module, "has_driver", lambda: False)
     outcome = cli("sample", *words, "--count", 1)
     assert outcome.code == 1 and outcome.err.count("\n") == 1

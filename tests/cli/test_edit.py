@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -24,9 +24,9 @@ OWN: dict[str, list[object]] = {"inpaint": ["--box", "2,2,3,3"]}
 
 
 @pytest.fixture
-def place(cli: Cli, boundary: exported.Files, tmp_path: Path, rng: np.random.Generator) -> Path:
+def place(cli: Cli, boundary: exports.Files, tmp_path: Path, rng: np.random.Generator) -> Path:
     """model.onnx (8x8, colour, 5 classes), a.png and b.png of its size, big.jpg, small.png (4x4), given.npz."""
-    exported.copied(boundary.onnx, tmp_path)
+    exports.copied(boundary.onnx, tmp_path)
     (tmp_path / boundary.onnx.name).rename(tmp_path / "model.onnx")
     for name, size in (("a.png", (8, 8)), ("b.png", (8, 8)), ("small.png", (4, 4)), ("big.jpg", (60, 30))):
         Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / name)
@@ -193,7 +193,7 @@ def test_an_interpolation_is_a_strip_an_animation_or_arrays(cli: Cli, place: Pat
 
 
 @pytest.mark.parametrize("edit", [*EDITS, "interpolate"])
-def test_help_shows_an_example_that_works(cli: Cli, edit: str, boundary: exported.Files, tmp_path: Path) -> None:
+def test_help_shows_an_example_that_works(cli: Cli, edit: str, boundary: exports.Files, tmp_path: Path) -> None:
     outcome = cli("edit", edit, "--help")
     said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", outcome.out).split())
     example = re.search(r"Example: (cm-runtime edit .*?) (?:Arguments|Options)", said)
@@ -304,7 +304,7 @@ def test_what_cannot_be_edited_is_one_line_and_nothing_is_written(cli: Cli, plac
     assert {path.name for path in place.iterdir()} == before
 
 
-def test_colours_are_not_for_a_grey_model(cli: Cli, grey: exported.Files, place: Path) -> None:
+def test_colours_are_not_for_a_grey_model(cli: Cli, grey: exports.Files, place: Path) -> None:
     outcome = cli("edit", "colorize", grey.onnx, "a.png", "--backend", "ort")
     assert (outcome.code, outcome.err) == (1, "error: colorization is of images with 3 channels, not 1\n")
 
@@ -316,7 +316,7 @@ def test_a_full_disk_leaves_no_half_picture(place: Path) -> None:
         "main(sys.argv[1:])"
     )
     asked = [str(word) for word in words("stroke", "a.png", "--label", 0)]
-    environment = {**exported.environment(), "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
+    environment = {**exports.environment(), "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
     done = subprocess.run(
         [sys.executable, "-c", code, *asked], cwd=place, capture_output=True, text=True, env=environment, timeout=120
     )

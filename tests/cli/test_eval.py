@@ -7,24 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import extractors
 import numpy as np
 import pytest
 from onnx import TensorProto
 
-from cm_runtime.checkpoint import save_checkpoint
-from cm_runtime.evaluate.moments import frechet_distance, moments
+from cm_runtime.checkpoints.native import save_checkpoint
+from cm_runtime.evaluate.frechet import frechet_distance, moments
 
 Cli = Callable[..., Any]
-EXCERPT = exported.ROOT / "tests" / "data" / "fashion-mnist"
+EXCERPT = exports.ROOT / "tests" / "data" / "fashion-mnist"
 PIXELS = 8 * 8 * 3
 
 
 @pytest.fixture
-def place(boundary: exported.Files, tmp_path: Path, rng: np.random.Generator) -> Path:
+def place(boundary: exports.Files, tmp_path: Path, rng: np.random.Generator) -> Path:
     """A model of 8x8 images in 5 classes, an extractor for them, real images and samples."""
-    exported.copied(boundary.onnx, tmp_path)
+    exports.copied(boundary.onnx, tmp_path)
     mixture = rng.standard_normal((PIXELS, 6)).astype(np.float32) / PIXELS
     outputs = {"features": mixture, "logits": mixture[:, :5], "other": mixture[:, ::-1][:, :4]}
     extractors.linear(tmp_path / "x.onnx", ("N", 8, 8, 3), outputs)
@@ -125,7 +125,7 @@ def test_a_table_is_printed(cli: Cli, place: Path) -> None:
 
 
 def test_a_teacher_is_sampled_by_an_ode_solver(cli: Cli, place: Path) -> None:
-    save_checkpoint(exported.checkpoint("boundary", method="edm"), place / "teacher.pt")
+    save_checkpoint(exports.checkpoint("boundary", method="edm"), place / "teacher.pt")
     few = report(cli, "teacher.pt", "--count", 20, "--steps", 3, *PLAIN)
     assert few["images"]["sampler"] == "heun" and len(few["images"]["sigmas"]) == 3
     more = report(cli, "teacher.pt", "--count", 20, *PLAIN)
@@ -298,5 +298,5 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 
 def test_without_torch_models_and_samples_are_measured(place: Path) -> None:
     for words in (["samples.npz"], ["model.onnx", "--count", 10]):
-        done = exported.command("eval", *words, *PLAIN, cwd=place, start=exported.hiding("torch", "onnx", "pooch"))
+        done = exports.command("eval", *words, *PLAIN, cwd=place, start=exports.hiding("torch", "onnx", "pooch"))
         assert done.returncode == 0, done.stderr

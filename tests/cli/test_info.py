@@ -6,19 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import onnx
 import pytest
 from PIL import Image
 
-from cm_runtime.artifact import read_manifest
 from cm_runtime.backends import engine_file
+from cm_runtime.manifest import read_manifest
 
 Cli = Callable[..., Any]
 
 
-def test_json_is_the_manifest_in_the_file(cli: Cli, boundary: exported.Files) -> None:
+def test_json_is_the_manifest_in_the_file(cli: Cli, boundary: exports.Files) -> None:
     outcome = cli("info", boundary.onnx, "--json")
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads(outcome.out) == json.loads(onnx.load(boundary.onnx).metadata_props[0].value)
@@ -26,7 +26,7 @@ def test_json_is_the_manifest_in_the_file(cli: Cli, boundary: exported.Files) ->
 
 @pytest.mark.parametrize("form", ["onnx", "checkpoint"])
 def test_it_names_the_file_its_images_its_classes_and_its_training(
-    cli: Cli, boundary: exported.Files, form: str
+    cli: Cli, boundary: exports.Files, form: str
 ) -> None:
     path: Path = getattr(boundary, form)
     outcome = cli("info", path)
@@ -35,13 +35,13 @@ def test_it_names_the_file_its_images_its_classes_and_its_training(
     assert first == str(path)
     said = dict(line.split(maxsplit=1) for line in lines)
     assert said["image_shape"] == "3, 8, 8"
-    assert said["num_classes"] == str(exported.CLASSES)
+    assert said["num_classes"] == str(exports.CLASSES)
     assert said["precond"] == "boundary"
     assert said["training"] == "method ect, data none, steps 3, images 24, seconds 1.5"
     assert ("parity" in said) is (form == "onnx")
 
 
-def test_a_checkpoints_json_has_its_weights_and_all_but_the_parity(cli: Cli, boundary: exported.Files) -> None:
+def test_a_checkpoints_json_has_its_weights_and_all_but_the_parity(cli: Cli, boundary: exports.Files) -> None:
     checkpoint, file = (json.loads(cli("info", p, "--json").out) for p in (boundary.checkpoint, boundary.onnx))
     del file["parity"]
     weights = sum(parameter.numel() for parameter in boundary.model().parameters())
@@ -54,7 +54,7 @@ def test_without_a_file_it_is_about_the_bundled_model(cli: Cli) -> None:
     assert "num_classes      10" in outcome.out
 
 
-def test_a_large_file_is_not_read_to_say_what_it_is(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_large_file_is_not_read_to_say_what_it_is(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     """Three gigabytes of nothing, most of which no disk holds, as an initializer's bytes would lie in a graph."""
 
     def varint(number: int) -> bytes:
@@ -73,17 +73,17 @@ def test_a_large_file_is_not_read_to_say_what_it_is(cli: Cli, boundary: exported
         file.write(manifest.SerializeToString())
     outcome = cli("info", "large.onnx", "--json")
     assert outcome.code == 0
-    assert json.loads(outcome.out)["num_classes"] == exported.CLASSES
+    assert json.loads(outcome.out)["num_classes"] == exports.CLASSES
 
 
-def test_numbers_are_short_and_a_list_of_one_is_no_list(cli: Cli, boundary: exported.Files) -> None:
+def test_numbers_are_short_and_a_list_of_one_is_no_list(cli: Cli, boundary: exports.Files) -> None:
     said = dict(line.split(maxsplit=1) for line in cli("info", boundary.checkpoint).out.splitlines()[1:])
     assert said["ema"] == "0.999" and said["sigma_max"] == "80"
     shown = cli("info", boundary.onnx).out
     assert re.search(r"max_abs \d(\.\d+)?e-\d\d,", shown) and not re.search(r"\d\.\d{8}", shown)
 
 
-def test_an_engine_has_a_line_for_each_fact(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+def test_an_engine_has_a_line_for_each_fact(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     facts = {"sha256": "ab" * 32, "bytes": 4, "package": "tensorrt_rtx", "version": "1.2", "gpus": ("8.9", "12.0")}
     facts |= {"profile": {"min": 1, "opt": 8, "max": 64}, "model": read_manifest(boundary.onnx), "plugin": True}
     (tmp_path / "x.engine").write_bytes(b"none")
@@ -119,9 +119,9 @@ def test_what_says_nothing_of_its_making_is_one_true_line(cli: Cli, tmp_path: Pa
 
 @pytest.mark.parametrize("command", ["info", "export"])
 def test_the_folder_of_a_run_is_told_from_a_model(
-    cli: Cli, boundary: exported.Files, tmp_path: Path, command: str
+    cli: Cli, boundary: exports.Files, tmp_path: Path, command: str
 ) -> None:
     (tmp_path / "runs").mkdir()
-    exported.copied(boundary.checkpoint, tmp_path / "runs")
+    exports.copied(boundary.checkpoint, tmp_path / "runs")
     outcome = cli(command, "runs")
     assert outcome.err == "error: runs is the folder of a training run: take its checkpoint, runs/ckpt.pt\n"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,11 +66,11 @@ COMMANDS: dict[str, tuple[list[str | None], str]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(boundary: exported.Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(boundary: exports.Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a checkpoint, images and a link to itself, for all tests: nothing is to be written."""
     place = tmp_path_factory.mktemp("names")
-    exported.copied(boundary.onnx, place)
-    exported.copied(boundary.checkpoint, place)
+    exports.copied(boundary.onnx, place)
+    exports.copied(boundary.checkpoint, place)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (4, 28, 28, 1), np.uint8)
     np.savez(place / "images.npz", arr_0=pixels)

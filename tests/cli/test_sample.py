@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import onnx
 import onnxruntime
@@ -50,7 +50,7 @@ def sha256(path: Path) -> str:
 # What is drawn
 
 
-def test_the_images_are_those_of_algorithm_1_written_out(cli: Cli, boundary: exported.Files) -> None:
+def test_the_images_are_those_of_algorithm_1_written_out(cli: Cli, boundary: exports.Files) -> None:
     """arXiv 2303.01469, algorithm 1, on a session of our own: seed 9, images 4 to 10, three levels."""
     session = onnxruntime.InferenceSession(str(boundary.onnx))
     index = np.arange(4, 11)
@@ -58,7 +58,7 @@ def test_the_images_are_those_of_algorithm_1_written_out(cli: Cli, boundary: exp
     for k, sigma in enumerate([80.0, 3.0, 0.7]):
         spread = np.float32(np.sqrt(sigma**2 - 0.002**2) if k else sigma)
         x = x0 + spread * noise.normal(9, index, k, (3, 8, 8))
-        (x0,) = session.run(None, {"x": x, "sigma": np.full(7, sigma, np.float32), "label": index % exported.CLASSES})
+        (x0,) = session.run(None, {"x": x, "sigma": np.full(7, sigma, np.float32), "label": index % exports.CLASSES})
         x0 = np.clip(x0, -1, 1)
     options = ("--seed", 9, "--start", 4, "--count", 7, "--sigmas", "80,3,0.7")
     floats = drawn(cli, boundary.onnx, *options, "--float")["arr_0"]
@@ -68,7 +68,7 @@ def test_the_images_are_those_of_algorithm_1_written_out(cli: Cli, boundary: exp
     assert np.abs(whole.astype(int) - (x0.transpose(0, 2, 3, 1) + 1) * 127.5).max() < 0.51
 
 
-def test_labels_may_be_so_many_of_each(cli: Cli, boundary: exported.Files) -> None:
+def test_labels_may_be_so_many_of_each(cli: Cli, boundary: exports.Files) -> None:
     for options in ((), ("--batch", 2), ("--count", 5), ("--start", 4)):
         assert drawn(cli, boundary.onnx, "--backend", "ort", "--labels", "4:2,0:3", *options)["arr_1"].tolist() == [
             4,
@@ -106,7 +106,7 @@ def test_labels_may_be_so_many_of_each(cli: Cli, boundary: exported.Files) -> No
     ],
 )
 def test_no_way_of_batching_changes_an_image_or_its_label(
-    cli: Cli, boundary: exported.Files, options: tuple[object, ...]
+    cli: Cli, boundary: exports.Files, options: tuple[object, ...]
 ) -> None:
     whole = drawn(cli, boundary.onnx, "--count", 20, "--labels", "random")
     other = drawn(cli, boundary.onnx, "--count", 20, "--labels", "random", *options)
@@ -114,16 +114,16 @@ def test_no_way_of_batching_changes_an_image_or_its_label(
     assert np.array_equal(whole["arr_1"], other["arr_1"])
 
 
-def test_start_continues_where_another_run_stopped(cli: Cli, boundary: exported.Files) -> None:
+def test_start_continues_where_another_run_stopped(cli: Cli, boundary: exports.Files) -> None:
     whole = drawn(cli, boundary.onnx, "--count", 20, "--labels", "0,4,2")
     later = drawn(cli, boundary.onnx, "--start", 13, "--count", 3, "--labels", "0,4,2")
     assert np.abs(whole["arr_0"][13:16].astype(int) - later["arr_0"]).max() <= 1
     assert later["arr_1"].tolist() == [4, 2, 0]
 
 
-def test_the_last_indices_there_are_can_be_drawn(cli: Cli, boundary: exported.Files) -> None:
+def test_the_last_indices_there_are_can_be_drawn(cli: Cli, boundary: exports.Files) -> None:
     last = drawn(cli, boundary.onnx, "--seed", 2**64 - 1, "--start", 2**64 - 2, "--count", 2)
-    assert last["arr_1"].tolist() == [(2**64 - 2) % exported.CLASSES, (2**64 - 1) % exported.CLASSES]
+    assert last["arr_1"].tolist() == [(2**64 - 2) % exports.CLASSES, (2**64 - 1) % exports.CLASSES]
     assert last["arr_0"].std() > 10
 
 
@@ -131,7 +131,7 @@ def test_the_last_indices_there_are_can_be_drawn(cli: Cli, boundary: exported.Fi
     "option", [("--seed", 1), ("--start", 20), ("--steps", 3), ("--sigmas", "80,1"), TS, TIMESTEPS]
 )
 def test_every_option_that_chooses_images_changes_them(
-    cli: Cli, boundary: exported.Files, option: tuple[object, ...]
+    cli: Cli, boundary: exports.Files, option: tuple[object, ...]
 ) -> None:
     usual = drawn(cli, boundary.onnx, "--count", 3, "--labels", 0)["arr_0"]
     other = drawn(cli, boundary.onnx, "--count", 3, "--labels", 0, *option)["arr_0"]
@@ -156,17 +156,17 @@ def test_levels_named_as_other_tools_name_them_draw_the_same_bytes(
     assert json.loads(str(openais["cm_runtime"]))["sigmas"] == pytest.approx([float(s) for s in sigmas.split(",")])
 
 
-def test_the_grid_is_the_models_own(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+def test_the_grid_is_the_models_own(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     (told,) = onnx.load(boundary.onnx).metadata_props
     manifest = json.loads(told.value) | {"sigma_min": 0.01, "sigma_max": 50.0, "rho": 3.0, "sigmas": {}}
-    exported.with_metadata(boundary.onnx, tmp_path / "other.onnx", json.dumps(manifest))
+    exports.with_metadata(boundary.onnx, tmp_path / "other.onnx", json.dumps(manifest))
     level = (50 ** (1 / 3) + 4 / 10 * (0.01 ** (1 / 3) - 50 ** (1 / 3))) ** 3
     for way in (("--ts", "0,4,10"), ("--timesteps", "4,0")):
         arrays = drawn(cli, tmp_path / "other.onnx", *way, "--grid", 11, "--count", 2)
         assert json.loads(str(arrays["cm_runtime"]))["sigmas"] == pytest.approx([50, level])
 
 
-def test_labels_choose_classes(cli: Cli, boundary: exported.Files) -> None:
+def test_labels_choose_classes(cli: Cli, boundary: exports.Files) -> None:
     def labels(*options: object) -> list[int]:
         found = drawn(cli, boundary.onnx, "--count", 7, *options)["arr_1"]
         assert found.dtype == np.int64
@@ -177,19 +177,19 @@ def test_labels_choose_classes(cli: Cli, boundary: exported.Files) -> None:
     assert labels("--labels", "4,0,1") == [4, 0, 1, 4, 0, 1, 4]
     assert labels("--labels", "all", "--start", 3) == [3, 4, 0, 1, 2, 3, 4]
     random = drawn(cli, boundary.onnx, "--count", 40, "--labels", "random", "--steps", 1)["arr_1"].tolist()
-    assert set(random) == set(range(exported.CLASSES))
+    assert set(random) == set(range(exports.CLASSES))
     assert (
         random
         != drawn(cli, boundary.onnx, "--count", 40, "--labels", "random", "--steps", 1, "--seed", 1)["arr_1"].tolist()
     )
 
 
-def test_a_label_changes_its_image(cli: Cli, boundary: exported.Files) -> None:
+def test_a_label_changes_its_image(cli: Cli, boundary: exports.Files) -> None:
     one, other = (drawn(cli, boundary.onnx, "--count", 3, "--labels", label, "--float")["arr_0"] for label in (1, 2))
     assert np.abs(one - other).max() > 0.01
 
 
-def test_torch_draws_what_onnx_runtime_draws(cli: Cli, boundary: exported.Files) -> None:
+def test_torch_draws_what_onnx_runtime_draws(cli: Cli, boundary: exports.Files) -> None:
     """A grey level apart at most, from the checkpoint itself."""
     by_ort = drawn(cli, boundary.onnx, "--count", 7)
     by_torch = drawn(cli, boundary.checkpoint, "--count", 7, "--backend", "torch", "--device", "cpu")
@@ -200,7 +200,7 @@ def test_torch_draws_what_onnx_runtime_draws(cli: Cli, boundary: exported.Files)
 # What is written
 
 
-def test_an_npz_holds_images_labels_and_what_made_them(cli: Cli, boundary: exported.Files) -> None:
+def test_an_npz_holds_images_labels_and_what_made_them(cli: Cli, boundary: exports.Files) -> None:
     arrays = drawn(cli, boundary.onnx, "--count", 7, "--seed", 5, "--start", 2, "--micro-batch", 3)
     assert set(arrays) == {"arr_0", "arr_1", "cm_runtime"}
     assert (arrays["arr_0"].dtype, arrays["arr_0"].shape) == (np.uint8, (7, 8, 8, 3))
@@ -217,14 +217,14 @@ def test_an_npz_holds_images_labels_and_what_made_them(cli: Cli, boundary: expor
     }
 
 
-def test_a_model_without_classes_writes_no_labels(cli: Cli, grey: exported.Files) -> None:
+def test_a_model_without_classes_writes_no_labels(cli: Cli, grey: exports.Files) -> None:
     arrays = drawn(cli, grey.onnx, "--count", 3)
     assert set(arrays) == {"arr_0", "cm_runtime"}
     assert arrays["arr_0"].shape == (3, 8, 8, 1)
     assert json.loads(str(arrays["cm_runtime"]))["labels"] is None
 
 
-def test_float_writes_what_the_bytes_are_rounded_from(cli: Cli, boundary: exported.Files) -> None:
+def test_float_writes_what_the_bytes_are_rounded_from(cli: Cli, boundary: exports.Files) -> None:
     floats = drawn(cli, boundary.onnx, "--count", 7, "--float")["arr_0"]
     assert floats.dtype == np.float32
     assert np.abs(floats).max() <= 1
@@ -236,7 +236,7 @@ def test_float_writes_what_the_bytes_are_rounded_from(cli: Cli, boundary: export
 def test_a_png_is_a_grid_of_the_same_images_row_by_row(
     cli: Cli, kind: str, mode: str, request: pytest.FixtureRequest
 ) -> None:
-    files: exported.Files = request.getfixturevalue(kind)
+    files: exports.Files = request.getfixturevalue(kind)
     images = drawn(cli, files.onnx, "--count", 7)["arr_0"]
     assert cli("sample", files.onnx, "--count", 7, "-o", "x.png").code == 0
     with Image.open("x.png") as picture:
@@ -249,7 +249,7 @@ def test_a_png_is_a_grid_of_the_same_images_row_by_row(
 
 
 @pytest.mark.parametrize("labels", ["all", "random", "3", "4,0"])
-def test_a_picture_can_be_drawn_again_from_what_it_says(cli: Cli, boundary: exported.Files, labels: str) -> None:
+def test_a_picture_can_be_drawn_again_from_what_it_says(cli: Cli, boundary: exports.Files, labels: str) -> None:
     cli(
         "sample",
         boundary.onnx,
@@ -278,7 +278,7 @@ def test_a_picture_can_be_drawn_again_from_what_it_says(cli: Cli, boundary: expo
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.npz"])
-def test_the_same_command_writes_the_same_bytes(cli: Cli, boundary: exported.Files, tmp_path: Path, name: str) -> None:
+def test_the_same_command_writes_the_same_bytes(cli: Cli, boundary: exports.Files, tmp_path: Path, name: str) -> None:
     written = []
     for _ in range(2):
         cli("sample", boundary.onnx, "--count", 7, "--micro-batch", 3, "-o", name)  # and replaces the picture, unasked
@@ -287,7 +287,7 @@ def test_the_same_command_writes_the_same_bytes(cli: Cli, boundary: exported.Fil
     assert written[0] == written[1]
 
 
-def test_without_options_256_images_go_to_samples_png(cli: Cli, grey: exported.Files, tmp_path: Path) -> None:
+def test_without_options_256_images_go_to_samples_png(cli: Cli, grey: exports.Files, tmp_path: Path) -> None:
     outcome = cli("sample", grey.onnx)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out == "samples.png: 256 images, 2 steps, seed 0\n"
@@ -317,7 +317,7 @@ def sums(folder: Path) -> dict[str, str]:
     return {name: found for found, name in (line.split() for line in (folder / "SHA256SUMS").read_text().splitlines())}
 
 
-def test_a_folder_is_filled_with_shards(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_folder_is_filled_with_shards(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     options = ("--count", 20, "--shard-size", 8, "--seed", 5, "--labels", "random")
     said = shards(cli, boundary.onnx, *options, "-o", "out/")
     assert said == "out/: 20 images in 3 shards, 2 steps, seed 5\n"
@@ -335,7 +335,7 @@ def test_a_folder_is_filled_with_shards(cli: Cli, boundary: exported.Files, tmp_
 
 
 @pytest.mark.parametrize("kind", ["png", "wds", "parquet"])
-def test_every_kind_of_shards_holds_the_same_images(cli: Cli, grey: exported.Files, kind: str) -> None:
+def test_every_kind_of_shards_holds_the_same_images(cli: Cli, grey: exports.Files, kind: str) -> None:
     shards(cli, grey.onnx, "--count", 5, "--shard-size", 3, "--shards", kind)
     assert set(os.listdir("samples")) > {"SHA256SUMS", "manifest.json"}
     shards(cli, grey.onnx, "--count", 5, "--shard-size", 3, "-o", "arrays/")
@@ -354,13 +354,13 @@ def test_every_kind_of_shards_holds_the_same_images(cli: Cli, grey: exported.Fil
     assert np.array_equal(np.stack(images)[..., None], whole)
 
 
-def test_float_shards(cli: Cli, boundary: exported.Files) -> None:
+def test_float_shards(cli: Cli, boundary: exports.Files) -> None:
     shards(cli, boundary.onnx, "--count", 3, "--float", "-o", "out/")
     with np.load("out/shard-000000.npz") as arrays:
         assert arrays["arr_0"].dtype == np.float32
 
 
-def test_a_resumed_run_takes_what_the_manifest_says(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_resumed_run_takes_what_the_manifest_says(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     options = (boundary.onnx, "--count", 20, "--shard-size", 8, "-o", "out/")
     chosen = ("--micro-batch", 3, "--threads", 1, "--backend", "ort")
     shards(cli, *options, *chosen)
@@ -375,17 +375,17 @@ def test_a_resumed_run_takes_what_the_manifest_says(cli: Cli, boundary: exported
     assert "(" not in shards(cli, *options, "--force", "--micro-batch", 4)
 
 
-def test_little_is_drawn_in_vain(cli: Cli, boundary: exported.Files) -> None:
+def test_little_is_drawn_in_vain(cli: Cli, boundary: exports.Files) -> None:
     """The tiny model's engine takes 256 at once: 300 images are 2 x 150."""
     shards(cli, boundary.onnx, "--count", 300, "--steps", 1, "-o", "out/")
     assert json.loads(Path("out/manifest.json").read_text())["micro_batch"] == 150
 
 
-def test_runs_that_are_killed_end_in_the_same_bytes(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+def test_runs_that_are_killed_end_in_the_same_bytes(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     options = ("--count", 300, "--shard-size", 7, "--micro-batch", 3, "--steps", 1, "--backend", "ort", "-o")
     words = [sys.executable, "-m", "cm_runtime", "sample", str(boundary.onnx), *map(str, options), "killed/"]
     for wanted in (0, 8, 20):
-        running = subprocess.Popen(words, cwd=tmp_path, env=exported.environment())
+        running = subprocess.Popen(words, cwd=tmp_path, env=exports.environment())
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("killed/shard-*"))) <= wanted:
             assert running.poll() is None and time.monotonic() < deadline
@@ -398,10 +398,10 @@ def test_runs_that_are_killed_end_in_the_same_bytes(cli: Cli, boundary: exported
     assert sorted(os.listdir("killed")) == sorted(os.listdir("undisturbed"))
 
 
-def test_an_interrupted_run_keeps_its_shards(boundary: exported.Files, tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_its_shards(boundary: exports.Files, tmp_path: Path) -> None:
     options = ("--count", "100000", "--shard-size", "7", "--steps", "1", "--backend", "ort", "-o", "out/")
     words = [sys.executable, "-m", "cm_runtime", "sample", str(boundary.onnx), *options]
-    running = subprocess.Popen(words, cwd=tmp_path, env=exported.environment(), stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(words, cwd=tmp_path, env=exports.environment(), stderr=subprocess.PIPE, text=True)
     try:
         while len(list(tmp_path.glob("out/shard-*"))) < 3:
             assert running.poll() is None
@@ -415,7 +415,7 @@ def test_an_interrupted_run_keeps_its_shards(boundary: exported.Files, tmp_path:
     assert list(tmp_path.glob("out/.cm-*")) == []
 
 
-def test_a_finished_folder_grows(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_finished_folder_grows(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     """The options are those of the first run, or left out; the count alone is another."""
     how = ("--shard-size", 100, "--micro-batch", 50, "--steps", 1, "--backend", "ort", "--threads", 1)
     shards(cli, boundary.onnx, "--count", 250, *how, "-o", "grown/")
@@ -442,7 +442,7 @@ def test_a_finished_folder_grows(cli: Cli, boundary: exported.Files, tmp_path: P
     ],
     ids=str,
 )
-def test_counts_that_no_range_can_hold_are_one_line(cli: Cli, boundary: exported.Files, options: Any) -> None:
+def test_counts_that_no_range_can_hold_are_one_line(cli: Cli, boundary: exports.Files, options: Any) -> None:
     outcome = cli("sample", boundary.onnx, "--steps", 1, "--backend", "ort", *options, "-o", "out/")
     assert outcome.code == 1 and outcome.err.count("\n") == 1 and outcome.err.startswith("error: "), outcome.err
     assert not Path("out").exists()
@@ -450,9 +450,9 @@ def test_counts_that_no_range_can_hold_are_one_line(cli: Cli, boundary: exported
 
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "the terminal has gone")])
 def test_a_signal_that_ends_a_drawing_leaves_no_litter(
-    cli: Cli, boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, word: str
+    cli: Cli, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, word: str
 ) -> None:
-    from cm_runtime.images import NpzWriter
+    from cm_runtime.files.image_writer import NpzWriter
 
     before = signal.signal(number, signal.SIG_DFL)  # Ray leaves a handler of its own in a process that called it
     try:
@@ -468,30 +468,30 @@ def test_a_signal_that_ends_a_drawing_leaves_no_litter(
 # As a process
 
 
-def test_a_process_draws_what_this_process_draws(cli: Cli, boundary: exported.Files, tmp_path: Path) -> None:
+def test_a_process_draws_what_this_process_draws(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     cli("sample", boundary.onnx, "--count", 7, "-o", "here.npz")
-    done = exported.command("sample", boundary.onnx, "--count", 7, "-o", "there.npz", cwd=tmp_path)
+    done = exports.command("sample", boundary.onnx, "--count", 7, "-o", "there.npz", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "there.npz: 7 images, 2 steps, seed 0\n", "")
     assert (tmp_path / "here.npz").read_bytes() == (tmp_path / "there.npz").read_bytes()
 
 
 @pytest.mark.parametrize("hidden", [("torch", "onnx", "onnxscript", "openvino", "scipy")])
 def test_sampling_an_exported_file_needs_no_torch(
-    boundary: exported.Files, tmp_path: Path, hidden: tuple[str, ...]
+    boundary: exports.Files, tmp_path: Path, hidden: tuple[str, ...]
 ) -> None:
-    start = exported.hiding(*hidden)
-    done = exported.command("sample", boundary.onnx, "--count", 3, "-o", "x.png", cwd=tmp_path, start=start)
+    start = exports.hiding(*hidden)
+    done = exports.command("sample", boundary.onnx, "--count", 3, "-o", "x.png", cwd=tmp_path, start=start)
     assert (done.returncode, done.stderr) == (0, "")
     assert said(tmp_path / "x.png")["count"] == 3
 
 
 @pytest.mark.parametrize(("name", "options"), [("x.npz", ("--count", "1000000")), ("x.png", ("--steps", "1000"))])
 def test_an_interrupt_leaves_no_file_and_says_one_line(
-    grey: exported.Files, tmp_path: Path, name: str, options: tuple[str, ...]
+    grey: exports.Files, tmp_path: Path, name: str, options: tuple[str, ...]
 ) -> None:
     words = [sys.executable, "-m", "cm_runtime", "sample", str(grey.onnx), *options, "--quiet", "-o", name]
     running = subprocess.Popen(
-        words, cwd=tmp_path, env=exported.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words, cwd=tmp_path, env=exports.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 60

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import extractors
 import numpy as np
 import onnx
 import pytest
 
-from cm_runtime.artifact import read_manifest, write_manifest
-from cm_runtime.checkpoint import save_checkpoint
+from cm_runtime.checkpoints.native import save_checkpoint
 from cm_runtime.export import onnx as export_onnx
+from cm_runtime.manifest import read_manifest, write_manifest
 from cm_runtime.schedule import karras_sigmas
 
 Cli = Callable[..., Any]
@@ -24,10 +24,10 @@ PLAIN = ("--extractor", "x.onnx", "--reference", "s.npz", "--samples", 24, "--th
 
 
 @pytest.fixture
-def place(boundary: exported.Files, tmp_path: Path, rng: np.random.Generator) -> Path:
+def place(boundary: exports.Files, tmp_path: Path, rng: np.random.Generator) -> Path:
     """A model of 8x8 images, an extractor for them and statistics."""
-    exported.copied(boundary.onnx, tmp_path)
-    exported.copied(boundary.checkpoint, tmp_path)
+    exports.copied(boundary.onnx, tmp_path)
+    exports.copied(boundary.checkpoint, tmp_path)
     mixture = rng.standard_normal((PIXELS, 4)).astype(np.float32) / PIXELS
     extractors.linear(tmp_path / "x.onnx", ("N", 8, 8, 3), {"features": mixture, "other": mixture[:, :3]})
     np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=25 * np.eye(4))
@@ -157,8 +157,8 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
         fixed = read_manifest("model.onnx").model_copy(update={"graph": "sampler", "sigmas": {2: (80.0, 1.5)}})
         write_manifest("model.onnx", "sampler.onnx", fixed)
     if words[0] == "teacher.onnx":
-        save_checkpoint(exported.checkpoint("boundary", method="edm"), place / "teacher.pt")
-        from cm_runtime.checkpoint import read_checkpoint
+        save_checkpoint(exports.checkpoint("boundary", method="edm"), place / "teacher.pt")
+        from cm_runtime.checkpoints.native import read_checkpoint
 
         export_onnx(read_checkpoint(place / "teacher.pt"), place / "teacher.onnx")
     before = {path.name: path.read_bytes() for path in place.iterdir()}
@@ -170,6 +170,6 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 
 def test_without_torch_a_model_is_tuned(place: Path) -> None:
     words = ("tune", "model.onnx", *PLAIN, "--samples", 6, "-o", "t.onnx")
-    done = exported.command(*words, cwd=place, start=exported.hiding("torch", "onnx", "pooch"))
+    done = exports.command(*words, cwd=place, start=exports.hiding("torch", "onnx", "pooch"))
     assert done.returncode == 0, done.stderr
     assert list(read_manifest(place / "t.onnx").sigmas) == [2]

@@ -12,7 +12,7 @@ import pytest
 from cm_runtime.errors import DataError
 from cm_runtime.evaluate import sources
 from cm_runtime.evaluate.sources import array_batches, is_samples, open_samples
-from cm_runtime.images import NpzWriter
+from cm_runtime.files.image_writer import NpzWriter
 
 
 def together(batches: Any) -> tuple[Any, Any, Any]:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from cm_runtime.artifact import Manifest
 from cm_runtime.errors import RequestError
-from cm_runtime.evaluate.features import Extractor
-from cm_runtime.evaluate.measure import Observation
+from cm_runtime.evaluate.extractor import Extractor
+from cm_runtime.evaluate.metrics import Observation
 from cm_runtime.evaluate.objective import FirstStep, FrechetObjective
 from cm_runtime.evaluate.statistics import Statistics
 from cm_runtime.evaluate.tuning import search
+from cm_runtime.manifest import Manifest
 from cm_runtime.sampling import sample
 from cm_runtime.schedule import karras_sigmas
 

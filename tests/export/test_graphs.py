@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import exported
+import exports
 import numpy as np
 import onnx
 import onnxruntime
@@ -15,20 +15,20 @@ from onnx import TensorProto
 
 import cm_runtime as cm
 from cm_runtime import export, noise, sampling
-from cm_runtime.artifact import Manifest, read_manifest
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
-from cm_runtime.checkpoint import Checkpoint, read_checkpoint
+from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
 from cm_runtime.errors import EngineError, ParityError, RequestError
-from cm_runtime.export import graphs, weights
+from cm_runtime.export import graphs, weights_file
 from cm_runtime.export import parity as parity_module
-from cm_runtime.export.graph import Graph
+from cm_runtime.export.builder import Graph
+from cm_runtime.manifest import Manifest, read_manifest
 
 LEVELS = {1: (80.0,), 2: (80.0, 1.382368), 4: (80.0, 17.5, 2.5, 0.17)}
 ENGINES = {"ort": OrtBackend, "openvino": OpenVinoBackend}
 
 
-def made(files: exported.Files, folder: Path, **how: Any) -> Path:
+def made(files: exports.Files, folder: Path, **how: Any) -> Path:
     path = folder / "m.onnx"
     export.onnx(read_checkpoint(files.checkpoint), path, force=True, **how)
     return path
@@ -44,7 +44,7 @@ def labels(manifest: Manifest, n: int) -> np.ndarray[Any, Any] | None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("steps", LEVELS)
 def test_a_sampler_draws_what_the_loop_draws_with_a_denoiser(
-    each: exported.Files, tmp_path: Path, steps: int, engine: str
+    each: exports.Files, tmp_path: Path, steps: int, engine: str
 ) -> None:
     """To one grey level, in batches of 1, 7 and 256, with classes and without."""
     denoiser = OrtBackend(each.onnx)
@@ -60,7 +60,7 @@ def test_a_sampler_draws_what_the_loop_draws_with_a_denoiser(
 
 
 def test_the_public_functions_draw_by_seed_and_index_from_a_sampler_file(
-    boundary: exported.Files, tmp_path: Path
+    boundary: exports.Files, tmp_path: Path
 ) -> None:
     sampler = cm.load(made(boundary, tmp_path, graph="sampler", steps=2), backend="ort")
     denoiser = cm.load(boundary.onnx, backend="ort")
@@ -70,7 +70,7 @@ def test_the_public_functions_draw_by_seed_and_index_from_a_sampler_file(
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_inlined_it_has_standard_ops_alone_and_no_function(each: exported.Files, tmp_path: Path, steps: int) -> None:
+def test_inlined_it_has_standard_ops_alone_and_no_function(each: exports.Files, tmp_path: Path, steps: int) -> None:
     plain, inline = (
         made(each, folder, graph="sampler", steps=steps, inline=i)
         for i, folder in ((False, tmp_path), (True, tmp_path / "inline"))
@@ -96,7 +96,7 @@ def dependent(model: onnx.ModelProto, *inputs: str) -> set[str]:
     return found
 
 
-def test_nothing_of_the_noise_level_is_computed_in_a_sampler(each: exported.Files, tmp_path: Path) -> None:
+def test_nothing_of_the_noise_level_is_computed_in_a_sampler(each: exports.Files, tmp_path: Path) -> None:
     """No logarithm, sine or time embedding; and what does not depend on noise or label is weights alone."""
     path = made(each, tmp_path, graph="sampler", steps=2)
     model = onnx.load(path)
@@ -113,7 +113,7 @@ def test_nothing_of_the_noise_level_is_computed_in_a_sampler(each: exported.File
             assert made_of_weights, f"{node.name} computes a constant"
 
 
-def test_a_sampler_file_is_hardly_larger_than_the_denoisers(each: exported.Files, tmp_path: Path) -> None:
+def test_a_sampler_file_is_hardly_larger_than_the_denoisers(each: exports.Files, tmp_path: Path) -> None:
     for steps in LEVELS:
         size = made(each, tmp_path, graph="sampler", sigmas=LEVELS[steps]).stat().st_size
         assert size <= each.onnx.stat().st_size * 1.05 + 1_000_000
@@ -121,7 +121,7 @@ def test_a_sampler_file_is_hardly_larger_than_the_denoisers(each: exported.Files
     assert len(names) == len(set(names))
 
 
-def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: exported.Files, tmp_path: Path) -> None:
+def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: exports.Files, tmp_path: Path) -> None:
     """5 classes at 2 steps are fewer than the 128 numbers of an embedding; at 40 steps they are more."""
     few = {t.name for t in onnx.load(made(boundary, tmp_path, graph="sampler", steps=2)).graph.initializer}
     assert "F.label_emb.weight" not in few
@@ -144,7 +144,7 @@ def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: expo
     ],
 )
 def test_a_sampler_file_refuses_what_it_was_not_made_for(
-    boundary: exported.Files, tmp_path: Path, how: dict[str, Any], message: str
+    boundary: exports.Files, tmp_path: Path, how: dict[str, Any], message: str
 ) -> None:
     sampler = OrtBackend(made(boundary, tmp_path, graph="sampler", steps=2))
     with pytest.raises(RequestError, match=message):
@@ -154,7 +154,7 @@ def test_a_sampler_file_refuses_what_it_was_not_made_for(
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3, 8, 8), (2, 3, 3, 8, 9), (2, 0, 3, 8, 8), (2, 3, 8, 8)])
-def test_noise_of_another_shape_is_refused(boundary: exported.Files, tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_noise_of_another_shape_is_refused(boundary: exports.Files, tmp_path: Path, shape: tuple[int, ...]) -> None:
     sampler = OrtBackend(made(boundary, tmp_path, graph="sampler", steps=2))
     with pytest.raises(RequestError, match=r"noise must be \(2, N, 3, 8, 8\)"):
         sampler.draw(np.zeros(shape, np.float32), 0)
@@ -173,7 +173,7 @@ def test_noise_of_another_shape_is_refused(boundary: exported.Files, tmp_path: P
     ],
 )
 def test_levels_that_make_no_sampler_are_refused(
-    boundary: exported.Files, tmp_path: Path, how: dict[str, Any], message: str
+    boundary: exports.Files, tmp_path: Path, how: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError, match=message):
         made(boundary, tmp_path, **how)
@@ -187,23 +187,23 @@ PRECISIONS = {
     "openvino": OpenVinoBackend,
     "openvino bf16": lambda path: OpenVinoBackend(path, precision="bf16"),
 }
-ON_ENGINES = [pytest.param(name, marks=exported.needs_bf16 if "bf16" in name else ()) for name in PRECISIONS]
+ON_ENGINES = [pytest.param(name, marks=exports.needs_bf16 if "bf16" in name else ()) for name in PRECISIONS]
 
 
 @pytest.mark.parametrize("engine", ON_ENGINES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_one_weight_that_is_not_finite_is_an_error_and_no_image(
-    boundary: exported.Files, tmp_path: Path, engine: str, value: float
+    boundary: exports.Files, tmp_path: Path, engine: str, value: float
 ) -> None:
     """The clamp would turn infinity into white, and NaN into black or anything."""
-    path = exported.with_weight(boundary.sampler, tmp_path / "m.onnx", exported.LAST, value, 1)
+    path = exports.with_weight(boundary.sampler, tmp_path / "m.onnx", exports.LAST, value, 1)
     with pytest.raises(EngineError, match=r"not finite; its weights .* serve \(3 of 3 images\)$"):
         cm.sample(PRECISIONS[engine](path), 3)
 
 
 @pytest.mark.parametrize("engine", ON_ENGINES)
 @pytest.mark.parametrize("step", [0, 1])
-def test_an_image_is_not_finite_by_itself_at_any_step(edm: exported.Files, engine: str, step: int) -> None:
+def test_an_image_is_not_finite_by_itself_at_any_step(edm: exports.Files, engine: str, step: int) -> None:
     """Noise that overflows float32 at its level, in one image of three."""
     sampler = PRECISIONS[engine](edm.sampler)
     z = noise.normals(0, np.arange(3, dtype=np.uint64), 2, sampler.manifest.image_shape)
@@ -213,15 +213,15 @@ def test_an_image_is_not_finite_by_itself_at_any_step(edm: exported.Files, engin
         sampler.draw(z)
 
 
-def test_what_overflows_float16_inside_is_an_error_and_no_image(boundary: exported.Files, tmp_path: Path) -> None:
+def test_what_overflows_float16_inside_is_an_error_and_no_image(boundary: exports.Files, tmp_path: Path) -> None:
     """Where the engine computes in float16; OpenVINO does not, and its images of the same file are sound."""
-    path = exported.with_weight(boundary.half_sampler, tmp_path / "m.onnx", exported.FIRST, 6e4)
+    path = exports.with_weight(boundary.half_sampler, tmp_path / "m.onnx", exports.FIRST, 6e4)
     with pytest.raises(EngineError, match="not finite"):
         cm.sample(OrtBackend(path), 2)
     assert cm.sample(OpenVinoBackend(path), 2).std() > 10
 
 
-def test_an_export_whose_images_are_not_finite_is_not_written(boundary: exported.Files, tmp_path: Path) -> None:
+def test_an_export_whose_images_are_not_finite_is_not_written(boundary: exports.Files, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="not finite"):
         export.onnx(loud(boundary, 1e5), tmp_path / "m.onnx", graph="sampler", steps=2, precision="fp16")
     assert not list(tmp_path.iterdir())
@@ -229,9 +229,9 @@ def test_an_export_whose_images_are_not_finite_is_not_written(boundary: exported
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_sampler_of_before_draws_the_same_bytes_and_says_once_what_it_cannot(
-    each: exported.Files, tmp_path: Path, engine: str, caplog: pytest.LogCaptureFixture
+    each: exports.Files, tmp_path: Path, engine: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = exported.without_finite(each.sampler, tmp_path / f"{engine}.onnx")
+    old = exports.without_finite(each.sampler, tmp_path / f"{engine}.onnx")
     made = [cm.sample(ENGINES[engine](old), 5) for _ in range(2)]
     assert [line.message for line in caplog.records] == [
         f"{old} cannot tell images whose numbers are not finite from others; export it again"
@@ -247,9 +247,9 @@ def test_a_sampler_of_before_draws_the_same_bytes_and_says_once_what_it_cannot(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_network_graph_is_F(each: exported.Files, tmp_path: Path, precision: str) -> None:
+def test_the_network_graph_is_F(each: exports.Files, tmp_path: Path, precision: str) -> None:
     path = made(each, tmp_path, graph="network", precision=precision)
-    model, config = each.model().eval(), exported.checkpoint(each.kind).config
+    model, config = each.model().eval(), exports.checkpoint(each.kind).config
     kind = np.float32 if precision == "fp32" else np.float16
     x = np.random.default_rng(0).standard_normal((3, *config.image_shape)).astype(kind)
     c_noise = np.array([1095.5, 81.0, -1553.0], np.float32)
@@ -265,7 +265,7 @@ def test_the_network_graph_is_F(each: exported.Files, tmp_path: Path, precision:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_with_its_coefficients_around_it_the_network_graph_is_f(
-    each: exported.Files, tmp_path: Path, precision: str
+    each: exports.Files, tmp_path: Path, precision: str
 ) -> None:
     path = made(each, tmp_path, graph="network", precision=precision)
     for engine in (OrtBackend(path), OpenVinoBackend(path)):
@@ -281,8 +281,8 @@ def test_with_its_coefficients_around_it_the_network_graph_is_f(
             assert np.abs(images.astype(int) - cm.sample(OrtBackend(each.onnx), 5)).max() <= 1
 
 
-@exported.needs_bf16
-def test_what_numpy_cannot_feed_is_refused(tmp_path: Path, boundary: exported.Files) -> None:
+@exports.needs_bf16
+def test_what_numpy_cannot_feed_is_refused(tmp_path: Path, boundary: exports.Files) -> None:
     engine = OpenVinoBackend(made(boundary, tmp_path, graph="network", precision="bf16"))
     with pytest.raises(RequestError, match="a network graph in bf16 is sampled on a GPU alone"):
         cm.sample(engine, 1)
@@ -292,9 +292,9 @@ def test_what_numpy_cannot_feed_is_refused(tmp_path: Path, boundary: exported.Fi
 
 
 @pytest.mark.parametrize("graph", ["denoiser", "sampler"])
-@pytest.mark.parametrize("precision", exported.HALVES)
+@pytest.mark.parametrize("precision", exports.HALVES)
 def test_half_precision_keeps_40_dB_at_every_noise_level(
-    each: exported.Files, tmp_path: Path, precision: str, graph: str
+    each: exports.Files, tmp_path: Path, precision: str, graph: str
 ) -> None:
     """fp16 in ONNX Runtime, and bf16 in OpenVINO, by the export itself; fp16 in OpenVINO too; and half the size."""
     path = made(each, tmp_path, graph=graph, precision=precision)
@@ -313,8 +313,8 @@ def test_half_precision_keeps_40_dB_at_every_noise_level(
     assert path.stat().st_size < 0.7 * made(each, tmp_path, graph=graph).stat().st_size
 
 
-@pytest.mark.parametrize("precision", exported.HALVES)
-def test_the_islands_are_float32(each: exported.Files, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("precision", exports.HALVES)
+def test_the_islands_are_float32(each: exports.Files, tmp_path: Path, precision: str) -> None:
     """Every normalisation's statistics, and the last convolution's weights."""
     model = onnx.load(made(each, tmp_path, precision=precision))
     half = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16
@@ -329,7 +329,7 @@ def test_the_islands_are_float32(each: exported.Files, tmp_path: Path, precision
     assert types["F.middle_block.1.qkv.weight"] == half
 
 
-def loud(files: exported.Files, factor: float) -> Checkpoint:
+def loud(files: exports.Files, factor: float) -> Checkpoint:
     """The same network with its first convolution ``factor`` times as large: so are the activations behind it."""
     ours = read_checkpoint(files.checkpoint)
     (named,) = ours.ema.values()
@@ -338,7 +338,7 @@ def loud(files: exported.Files, factor: float) -> Checkpoint:
     return ours
 
 
-def test_float16_stays_finite_where_sums_of_squares_do_not(boundary: exported.Files, tmp_path: Path) -> None:
+def test_float16_stays_finite_where_sums_of_squares_do_not(boundary: exports.Files, tmp_path: Path) -> None:
     """Activations of some thousands, whose squares float16 cannot hold, at sigma 80 too."""
     checkpoint = loud(boundary, 2000.0)
     path = tmp_path / "loud.onnx"
@@ -350,17 +350,17 @@ def test_float16_stays_finite_where_sums_of_squares_do_not(boundary: exported.Fi
         assert np.isfinite(engine(path).denoise(x, 80.0, 0)).all(), name
 
 
-def test_activations_that_float16_cannot_hold_are_refused_not_written(boundary: exported.Files, tmp_path: Path) -> None:
+def test_activations_that_float16_cannot_hold_are_refused_not_written(boundary: exports.Files, tmp_path: Path) -> None:
     with pytest.raises(ParityError, match=r"fp16 export differs .* \(-inf dB\)"):
         export.onnx(loud(boundary, 1e5), tmp_path / "m.onnx", precision="fp16")
     assert not list(tmp_path.iterdir())
     export.onnx(loud(boundary, 1e5), tmp_path / "m.onnx")
 
 
-def test_the_writer_names_each_node_once_and_each_weight_as_the_checkpoint_does(each: exported.Files) -> None:
+def test_the_writer_names_each_node_once_and_each_weight_as_the_checkpoint_does(each: exports.Files) -> None:
     g: Graph = graphs.denoiser(each.model().eval())
     network = g.network()
     names = [node.name for node in network.graph.graph.node]
     assert len(names) == len(set(names))
-    assert set(network.weights) == set(exported.checkpoint(each.kind).ema["0.999"])
-    weights.write(network, Path("/dev/null"))
+    assert set(network.weights) == set(exports.checkpoint(each.kind).ema["0.999"])
+    weights_file.write(network, Path("/dev/null"))

@@ -3,19 +3,19 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import exported
+import exports
 import numpy as np
 import pytest
 from onnx import helper
 
 from cm_runtime import export
-from cm_runtime.artifact import Manifest, Precision, read_manifest
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import ParityError
-from cm_runtime.export import graphs, onnx_file, parity
-from cm_runtime.export.graph import Graph
+from cm_runtime.export import graphs, parity, to_onnx
+from cm_runtime.export.builder import Graph
 from cm_runtime.export.graphs import denoiser
-from cm_runtime.model import ConsistencyModel
+from cm_runtime.manifest import Manifest, Precision, read_manifest
+from cm_runtime.networks.consistency import ConsistencyModel
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 Build = Callable[[ConsistencyModel, Precision], Graph]
@@ -36,7 +36,7 @@ def shifted(name: str, by: float, row: int | None = None) -> Build:
 
 
 def exporting(
-    files: exported.Files,
+    files: exports.Files,
     target: Path,
     monkeypatch: pytest.MonkeyPatch,
     build: Build,
@@ -46,7 +46,7 @@ def exporting(
     return export.onnx(read_checkpoint(files.checkpoint), target, force=force).manifest
 
 
-def test_the_recorded_parity_covers_the_whole_range_of_noise_and_two_batch_sizes(each: exported.Files) -> None:
+def test_the_recorded_parity_covers_the_whole_range_of_noise_and_two_batch_sizes(each: exports.Files) -> None:
     parity = read_manifest(each.onnx).parity
     assert parity is not None
     assert parity.sigmas[0] == pytest.approx(SIGMA_MIN)
@@ -58,7 +58,7 @@ def test_the_recorded_parity_covers_the_whole_range_of_noise_and_two_batch_sizes
 
 
 def test_an_error_of_known_size_is_recorded_as_that_size(
-    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last bias moves F by b, and so f by c_out b: at sigma 80 by 0.49998 b."""
     build = shifted("F.out.2.bias", 1e-4)
@@ -68,7 +68,7 @@ def test_an_error_of_known_size_is_recorded_as_that_size(
 
 
 def test_an_error_above_the_tolerance_is_refused_by_its_size_and_nothing_is_written(
-    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ParityError, match=r"differs from its checkpoint by 0\.000\d+ .*nothing was written"):
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("F.out.2.bias", 3e-4))
@@ -76,7 +76,7 @@ def test_an_error_above_the_tolerance_is_refused_by_its_size_and_nothing_is_writ
 
 
 def test_an_export_that_misses_leaves_the_file_it_was_to_replace(
-    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "m.onnx"
     target.write_bytes(b"what was there")
@@ -88,23 +88,23 @@ def test_an_export_that_misses_leaves_the_file_it_was_to_replace(
 
 @pytest.mark.parametrize("by", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_are_refused(
-    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: float
+    boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: float
 ) -> None:
     with pytest.raises(ParityError):
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("F.out.2.bias", by))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("label", range(exported.CLASSES))
+@pytest.mark.parametrize("label", range(exports.CLASSES))
 def test_a_wrong_embedding_of_any_one_class_is_noticed(
-    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: int
+    boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: int
 ) -> None:
     with pytest.raises(ParityError):
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("label_emb.weight", 1.0, row=label))
 
 
 def test_a_graph_that_mixes_the_noise_levels_of_a_batch_is_noticed(
-    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right for every batch of one: the skip-scale takes the batch's largest sigma for all."""
 
@@ -120,7 +120,7 @@ def test_a_graph_that_mixes_the_noise_levels_of_a_batch_is_noticed(
 
 
 def test_a_graph_of_another_boundary_is_noticed(
-    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """EDM's form in place of the consistency model's: the two differ by 0.4% of F at sigma 0.002."""
 
@@ -136,15 +136,15 @@ def test_a_graph_of_another_boundary_is_noticed(
 
 
 def test_an_error_in_weights_beside_the_file_is_noticed_and_neither_is_written(
-    boundary: exported.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_file, "LARGEST_INSIDE", 0)
+    monkeypatch.setattr(to_onnx, "LARGEST_INSIDE", 0)
     with pytest.raises(ParityError, match="nothing was written"):
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("F.out.2.weight", 1e-3))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_model_answers_all_that_the_export_is_asked(boundary: exported.Files) -> None:
+def test_the_model_answers_all_that_the_export_is_asked(boundary: exports.Files) -> None:
     """Its answers are kept, so that it need not be: seven batches of 1 and one of 7."""
     manifest = read_manifest(boundary.onnx)
     answers = parity.expected(boundary.model(), manifest)

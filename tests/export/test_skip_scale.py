@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import exported
+import exports
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from cm_runtime.export import skip_scale
-from cm_runtime.export.graph import OPSET
+from cm_runtime.export.builder import OPSET
 
 BOUNDARY = np.float32(0.002)
 
@@ -112,7 +112,7 @@ def test_a_float16_network_is_combined_in_float32() -> None:
 def test_an_export_has_one_node_with_the_contracts_attributes_and_its_function(
     kind: str, sigma_boundary: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    graph = onnx.load(exported.Files(kind, tmp_path_factory).onnx)
+    graph = onnx.load(exports.Files(kind, tmp_path_factory).onnx)
     (node,) = [node for node in graph.graph.node if node.domain not in ("", "ai.onnx")]
     assert (node.domain, node.op_type) == ("cm", "SkipScale")
     assert {a.name: helper.get_attribute_value(a) for a in node.attribute} == {
@@ -133,7 +133,7 @@ def test_an_export_has_one_node_with_the_contracts_attributes_and_its_function(
 def test_the_piecewise_form_is_standard_ops_and_x_itself_up_to_the_boundary(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    path = exported.Files("piecewise", tmp_path_factory).onnx
+    path = exports.Files("piecewise", tmp_path_factory).onnx
     graph = onnx.load(path)
     assert {node.domain for node in graph.graph.node} == {""}
     assert not graph.functions
@@ -144,7 +144,7 @@ def test_the_piecewise_form_is_standard_ops_and_x_itself_up_to_the_boundary(
     assert np.abs(y[2] - x[2]).mean() > 0.1  # there F takes over
 
 
-def test_f_is_the_identity_at_the_boundary_bit_for_bit_in_the_exported_file(boundary: exported.Files) -> None:
+def test_f_is_the_identity_at_the_boundary_bit_for_bit_in_the_exported_file(boundary: exports.Files) -> None:
     x = np.random.default_rng(6).standard_normal((3, 3, 8, 8)).astype(np.float32)
     feed = {"x": x, "sigma": np.full(3, BOUNDARY), "label": np.arange(3)}
     for path in (boundary.onnx, boundary.inline):
@@ -154,7 +154,7 @@ def test_f_is_the_identity_at_the_boundary_bit_for_bit_in_the_exported_file(boun
     assert np.abs(moved - x).max() > 1e-4
 
 
-def test_onnx_runtime_optimises_the_node_and_its_function_away(boundary: exported.Files, tmp_path: Path) -> None:
+def test_onnx_runtime_optimises_the_node_and_its_function_away(boundary: exports.Files, tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3

@@ -48,7 +48,7 @@ def target(make: Callable[[Path], object], mutates: Callable[[Path], bool] = lam
 
 
 def _exports(folder: Path) -> None:
-    from exported import checkpoint
+    from exports import checkpoint
 
     from cm_runtime import export
 
@@ -59,7 +59,7 @@ def _exports(folder: Path) -> None:
 
 @target(_exports)
 def manifest(path: Path) -> None:
-    from cm_runtime.artifact import read_manifest, write_manifest
+    from cm_runtime.manifest import read_manifest, write_manifest
 
     write_manifest(path, path.with_name("copy.onnx"), read_manifest(path), force=True)
 
@@ -92,7 +92,7 @@ def _extractors(folder: Path) -> None:
 
 @target(_extractors)
 def extractor(path: Path) -> None:
-    from cm_runtime.evaluate.features import Extractor
+    from cm_runtime.evaluate.extractor import Extractor
 
     made = Extractor(path, device="cpu", threads=1)
     made(np.zeros((3, 8, 8, made.channels), np.uint8))
@@ -110,9 +110,9 @@ def flops(path: Path) -> None:
 
 
 def _ours(folder: Path) -> None:
-    from exported import checkpoint, halved
+    from exports import checkpoint, halved
 
-    from cm_runtime.checkpoint import save_checkpoint
+    from cm_runtime.checkpoints.native import save_checkpoint
 
     save_checkpoint(checkpoint("boundary"), folder / "full.pt")
     save_checkpoint(halved(checkpoint("edm")), folder / "half.pt")
@@ -120,8 +120,8 @@ def _ours(folder: Path) -> None:
 
 @target(_ours)
 def checkpoint(path: Path) -> None:
+    from cm_runtime.checkpoints.load import load_checkpoint
     from cm_runtime.cli.info import info
-    from cm_runtime.importers import load_checkpoint
 
     load_checkpoint(path).model()
     info(path)
@@ -130,7 +130,7 @@ def checkpoint(path: Path) -> None:
 def _openai(folder: Path) -> None:
     import torch
 
-    from cm_runtime.unet import UNet, UNetConfig
+    from cm_runtime.networks.unet import UNet, UNetConfig
 
     config = UNetConfig(
         image_size=16,
@@ -151,14 +151,14 @@ def _openai(folder: Path) -> None:
 
 @target(_openai)
 def openai(path: Path) -> None:
-    from cm_runtime.importers import load_checkpoint
+    from cm_runtime.checkpoints.load import load_checkpoint
 
     load_checkpoint(path, precond="boundary", head_channels=16, image_size=16).model()
 
 
 def _trees(folder: Path) -> None:
     """Content of our checkpoints, as JSON: `contents` puts the tensors in."""
-    from exported import checkpoint
+    from exports import checkpoint
 
     made = checkpoint("boundary")
     content = {
@@ -176,8 +176,8 @@ def contents(path: Path) -> None:
     """Checkpoints that torch reads and whose content is another."""
     import torch
 
-    from cm_runtime.checkpoint import FORMAT
-    from cm_runtime.importers import load_checkpoint
+    from cm_runtime.checkpoints.load import load_checkpoint
+    from cm_runtime.checkpoints.native import FORMAT
 
     try:
         content = json.loads(path.read_bytes())
@@ -204,7 +204,7 @@ def contents(path: Path) -> None:
 
 
 def _safetensors(folder: Path) -> None:
-    from exported import checkpoint
+    from exports import checkpoint
     from safetensors.torch import save_file
 
     save_file(dict(checkpoint("boundary").ema["0.999"]), folder / "model.safetensors")
@@ -212,7 +212,7 @@ def _safetensors(folder: Path) -> None:
 
 @target(_safetensors)
 def safetensors(path: Path) -> None:
-    from cm_runtime.checkpoint import load_safetensors
+    from cm_runtime.checkpoints.native import load_safetensors
 
     for tensor in load_safetensors(path).values():
         tensor.float().sum()
@@ -227,7 +227,7 @@ def _diffusers(folder: Path) -> None:
 
 @target(_diffusers, mutates=lambda part: part.suffix == ".json" or part.stat().st_size < 300_000)
 def diffusers(path: Path) -> None:
-    from cm_runtime.importers import load_checkpoint
+    from cm_runtime.checkpoints.load import load_checkpoint
 
     load_checkpoint(path).model()
 
@@ -262,10 +262,10 @@ def samples_npz(path: Path) -> None:
 
 @target(_arrays)
 def edited_npz(path: Path) -> None:
-    from cm_runtime import given
+    from cm_runtime.files import inputs
 
     if path.name != "named.npz":
-        given.read([path], 3, [(8, 8)])
+        inputs.read([path], 3, [(8, 8)])
 
 
 def _statistics(folder: Path) -> None:
@@ -277,7 +277,7 @@ def _statistics(folder: Path) -> None:
 
 @target(_statistics)
 def statistics(path: Path) -> None:
-    from cm_runtime.evaluate.moments import frechet_distance
+    from cm_runtime.evaluate.frechet import frechet_distance
     from cm_runtime.evaluate.statistics import is_statistics, read_statistics
 
     is_statistics(path)
@@ -301,11 +301,11 @@ def _pictures(folder: Path) -> None:
 
 @target(_pictures)
 def pictures(path: Path) -> None:
-    from cm_runtime import given
-    from cm_runtime import pictures as reader
     from cm_runtime.errors import CmRuntimeError
+    from cm_runtime.files import image_reader as reader
+    from cm_runtime.files import inputs
 
-    for read in (reader.is_grey, reader.size_of, lambda file: given.read_mask(file, [], (12, 9))):
+    for read in (reader.is_grey, reader.size_of, lambda file: inputs.read_mask(file, [], (12, 9))):
         try:
             read(path)
         except CmRuntimeError as error:
@@ -435,8 +435,8 @@ def results(path: Path) -> None:
 
 
 def _engines(folder: Path) -> None:
-    from cm_runtime.artifact import Manifest
     from cm_runtime.backends.engine_file import EngineManifest, Profile, manifest_path
+    from cm_runtime.manifest import Manifest
 
     model = Manifest(graph="denoiser", image_shape=(1, 3, 7), num_classes=0, precond="boundary", sigma_boundary=0.002)
     made = EngineManifest(
@@ -480,7 +480,7 @@ def _shard_folders(folder: Path) -> None:
 
 @target(_shard_folders)
 def shards(path: Path) -> None:
-    from cm_runtime import job
+    from cm_runtime.generation import job
 
     read = job.kept(path)
     if read is not None:
@@ -533,9 +533,8 @@ def _choices(folder: Path) -> None:
 @target(_choices)
 def choice(path: Path) -> None:
     """What auto remembers: whatever is there, it is taken or measured anew."""
-    from cm_runtime.artifact import read_manifest
-    from cm_runtime.backends import DEFAULT_MODEL
-    from cm_runtime.backends import choice as auto
+    from cm_runtime.backends import DEFAULT_MODEL, auto
+    from cm_runtime.manifest import read_manifest
 
     asked = auto.question(DEFAULT_MODEL, read_manifest(DEFAULT_MODEL), "cpu")
     kept = Path(os.environ["XDG_CACHE_HOME"]) / "cm-runtime" / "engines" / f"{asked.key}.json"
@@ -565,21 +564,21 @@ def _words(folder: Path) -> None:
 @target(_words)
 def options(path: Path) -> None:
     """Values of options, each as every parser takes it."""
-    from cm_runtime.artifact import read_manifest
     from cm_runtime.backends import DEFAULT_MODEL
     from cm_runtime.backends.engine_file import profile
-    from cm_runtime.cli import values
+    from cm_runtime.cli import parsing
     from cm_runtime.errors import CmRuntimeError
+    from cm_runtime.manifest import read_manifest
 
     m = read_manifest(DEFAULT_MODEL)
     for word in path.read_bytes().decode(errors="replace").split("\n"):
         for parse in (
-            values.labels,
-            lambda text: values.numbers("--sigmas", text),
-            lambda text: values.levels(m, None, None, text, None, 40),
-            lambda text: values.levels(m, None, None, None, text, 40),
-            lambda text: values.micro_batch(text, 256, 64),
-            lambda text: values.share("--fail-above", text),
+            parsing.labels,
+            lambda text: parsing.numbers("--sigmas", text),
+            lambda text: parsing.levels(m, None, None, text, None, 40),
+            lambda text: parsing.levels(m, None, None, None, text, 40),
+            lambda text: parsing.micro_batch(text, 256, 64),
+            lambda text: parsing.share("--fail-above", text),
             profile,
         ):
             try:

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cm_runtime import sampling
-from cm_runtime.artifact import Manifest, parse_manifest
 from cm_runtime.bench import results
 from cm_runtime.bench.report import quality
 from cm_runtime.errors import CmRuntimeError
+from cm_runtime.manifest import Manifest, parse_manifest
 from cm_runtime.training.config import parse_config
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([2**63, 2**64, 10**400, 1e308, 1e-320])

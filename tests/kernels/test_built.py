@@ -14,7 +14,7 @@ import pytest
 
 from cm_runtime import kernels
 from cm_runtime.errors import EngineError
-from cm_runtime.export import plugin
+from cm_runtime.export import tensorrt_plugin
 
 FOLDER = Path(kernels.__file__).parent
 NVCC = shutil.which("nvcc")
@@ -107,7 +107,7 @@ def test_the_ptx_says_what_it_needs() -> None:
     ptx = kernels.ptx("skip_scale")
     assert ptx.startswith(".version 7.0\n.target sm_75\n")
     entries = dict(re.findall(r"\.visible \.entry (\w+)\((.*?)\)", ptx, re.DOTALL))
-    assert entries.keys() == set(plugin.KERNELS.values())
+    assert entries.keys() == set(tensorrt_plugin.KERNELS.values())
     for parameters in entries.values():  # three inputs, four integers, one output
         assert re.findall(r"\.param \.(u\d+)", parameters) == ["u64"] * 3 + ["u32"] * 4 + ["u64"]
 

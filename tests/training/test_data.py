@@ -26,9 +26,9 @@ from PIL import Image
 
 from cm_runtime.errors import DataError, MissingExtraError, RequestError
 from cm_runtime.training.data import DATA_SETS, ImageSet, cifar, open_data
+from cm_runtime.training.data.catalogue import RemoteFile
 from cm_runtime.training.data.download import fetch
 from cm_runtime.training.data.image_set import Pixels
-from cm_runtime.training.data.known import RemoteFile
 
 EXCERPT = Path(__file__).parents[1] / "data" / "fashion-mnist"
 ROOT = Path(__file__).parents[2]
@@ -839,7 +839,7 @@ import sys
 from pathlib import Path
 from cm_runtime.training.data.download import fetch
 from cm_runtime.training.data.image_set import Pixels
-from cm_runtime.training.data.known import RemoteFile
+from cm_runtime.training.data.catalogue import RemoteFile
 target, sha256, size, url = sys.argv[1:]
 fetch(Path(target), RemoteFile(sha256, int(size), (url,)))
 """

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cm_runtime.training import ode
+from cm_runtime.training import second_points
 from cm_runtime.training.config import CdPhase
-from cm_runtime.training.draws import Draws
 from cm_runtime.training.losses import Batch, loss_of
+from cm_runtime.training.noise import Draws
 
 # s = 0.5, from x = 3 at t = 2 to r = 1. D(x, t) = 0.25 / (0.25 + t^2) x, dx/dt = (x - D) / t.
 #   at t = 2: D = 3 / 17 = 0.17647059, dx/dt = 24 / 17 = 1.41176471
@@ -29,7 +29,7 @@ def one(value: float) -> Tensor:
 def test_one_step_with_the_exact_teacher_is_the_value_worked_out_by_hand(solver: Literal["euler", "heun"]) -> None:
     x_t = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
     unused = torch.full_like(x_t, torch.nan)  # neither the clean image nor its noise has a say
-    x_r = ode.from_teacher(ode.gaussian(0.5), solver)(unused, unused, x_t, one(2.0), one(1.0), None)
+    x_r = second_points.from_teacher(second_points.gaussian(0.5), solver)(unused, unused, x_t, one(2.0), one(1.0), None)
     assert x_r.item() == pytest.approx(BY_HAND[solver], rel=1e-14)
 
 
@@ -57,7 +57,7 @@ WHOLE_STEP = {"euler": 6.405999765634155e-05, "heun": 0.5000115316400318}
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_the_loss_of_cd_compares_f_before_and_after_that_step(solver: Literal["euler", "heun"]) -> None:
     phase = CdPhase(method="cd", steps=1, batch=3, learning_rate=1e-3, N=2, solver=solver, teacher="gaussian", mu=0.0)
-    loss = loss_of(phase, 0.5, ode.gaussian(0.5), torch.device("cpu"))
+    loss = loss_of(phase, 0.5, second_points.gaussian(0.5), torch.device("cpu"))
     x = torch.linspace(-1, 1, 3 * 4, dtype=torch.float64).reshape(3, 1, 2, 2)
     student, target = Remembers(0.7), Remembers(0.4)
     found = loss(student, target, Batch(x, None, Draws(5, torch.arange(3))), 0)

@@ -12,14 +12,14 @@ from foreign import GREY, IMAGENET, save_pipeline
 from run_folders import pt
 
 import cm_runtime as cm
+from cm_runtime.checkpoints import openai
 from cm_runtime.errors import CheckpointError, CmRuntimeError, TrainingError
-from cm_runtime.importers import openai
+from cm_runtime.networks.unet import UNet, UNetConfig
 from cm_runtime.training import loop
 from cm_runtime.training.config import TrainConfig, parse_config
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.loop import train
-from cm_runtime.training.step import Stepper
-from cm_runtime.unet import UNet, UNetConfig
+from cm_runtime.training.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_grids")
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cm_runtime import noise
-from cm_runtime.model import ConsistencyModel, ModelConfig, build
+from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
+from cm_runtime.networks.unet import Dropout, UNetConfig
 from cm_runtime.schedule import karras_sigmas
 from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, EdmPhase, IctPhase, Phase
-from cm_runtime.training.draws import Draws
 from cm_runtime.training.losses import Batch, Loss, loss_of
-from cm_runtime.training.ode import Denoise, gaussian
-from cm_runtime.unet import Dropout, UNetConfig
+from cm_runtime.training.noise import Draws
+from cm_runtime.training.second_points import Denoise, gaussian
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

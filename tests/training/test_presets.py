@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import CheckpointError
-from cm_runtime.model import build
+from cm_runtime.networks.consistency import build
 from cm_runtime.training import distances, lpips
 from cm_runtime.training.config import PRESETS, TrainConfig, load_config, parse_config, preset_names
 from cm_runtime.training.data import ImageSet

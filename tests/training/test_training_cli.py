@@ -18,7 +18,7 @@ import pytest
 from run_folders import assert_same, left_behind, log_of, pt
 
 from cm_runtime import cli
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -121,7 +121,7 @@ LIVES = """
 import os, random, signal, sys, time
 import torch
 from cm_runtime import cli
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.training import loop
 
 config, whole, killed, lives = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from cm_runtime import cli, sampling
-from cm_runtime.checkpoint import Checkpoint
+from cm_runtime.checkpoints.native import Checkpoint
 from cm_runtime.errors import CmRuntimeError, ConfigError
 from cm_runtime.training import loop, lpips
 from cm_runtime.training.config import (
@@ -35,8 +35,8 @@ from cm_runtime.training.config import (
     preset_names,
 )
 from cm_runtime.training.distances import Distance
-from cm_runtime.training.run import RunFolder
-from cm_runtime.training.step import Stepper
+from cm_runtime.training.run_folder import RunFolder
+from cm_runtime.training.stepper import Stepper
 
 BASE = """
 [data]

@@ -26,16 +26,17 @@ from run_folders import assert_same, left_behind, log_of, pt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from cm_runtime import files, noise
+from cm_runtime import noise
 from cm_runtime.backends.torch import chosen_device
-from cm_runtime.checkpoint import read_checkpoint
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import CheckpointError, CmRuntimeError, EngineError, Interrupted, OutputError, TrainingError
-from cm_runtime.training import loop, ode, record, step
+from cm_runtime.files import atomic
+from cm_runtime.training import loop, provenance, second_points, stepper
 from cm_runtime.training.config import TrainConfig, parse_config
 from cm_runtime.training.data import ImageSet, open_data
 from cm_runtime.training.loop import Report, model_config_of, train
 from cm_runtime.training.losses import Batch, Loss
-from cm_runtime.training.run import RunFolder
+from cm_runtime.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_grids")
 
@@ -58,7 +59,7 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """Fills with every call of a loss, the weights before the step included."""
     calls: list[Seen] = []
-    loss_of = step.loss_of
+    loss_of = stepper.loss_of
 
     def remembering(phase: Any, *parts: Any) -> Loss:
         loss = loss_of(phase, *parts)
@@ -70,7 +71,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 
         return called
 
-    monkeypatch.setattr(step, "loss_of", remembering)
+    monkeypatch.setattr(stepper, "loss_of", remembering)
     return calls
 
 
@@ -422,13 +423,13 @@ def test_cds_teacher_is_the_file_of_the_phase_before(
     tmp_path: Path, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teachers: list[Any] = []
-    loss_of = step.loss_of
+    loss_of = stepper.loss_of
 
     def remembering(phase: Any, sigma_data: float, teacher: Any, device: torch.device) -> Loss:
         teachers.append(teacher)
         return loss_of(phase, sigma_data, teacher, device)
 
-    monkeypatch.setattr(step, "loss_of", remembering)
+    monkeypatch.setattr(stepper, "loss_of", remembering)
     train(distilling(), toy_images, tmp_path)
     assert teachers[0] is None and teachers[2] is None
     stored = pt(tmp_path / "phase-0-edm.pt")["ema"]["0.5"]
@@ -441,8 +442,8 @@ def test_a_gaussian_teacher_has_the_datas_deviation(
     tmp_path: Path, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
-    gaussian = ode.gaussian
-    monkeypatch.setattr(ode, "gaussian", lambda s: (asked.append(s), gaussian(s))[1])
+    gaussian = second_points.gaussian
+    monkeypatch.setattr(second_points, "gaussian", lambda s: (asked.append(s), gaussian(s))[1])
     phase = {"method": "cd", "teacher": "gaussian", "steps": 1, "batch": 2, "learning_rate": 1e-3}
     train(distilling(phase=[phase]), toy_images, tmp_path)
     assert asked == [pytest.approx(np.sqrt(((toy_images.images / 127.5 - 1) ** 2).mean()))]
@@ -601,7 +602,7 @@ def test_a_run_killed_at_any_write_ends_as_the_one_never_killed(
     methods = ({"method": "edm"}, {"method": "cd", "mu": 0.7}, {"method": "ect"})
     phases = [{"steps": 1, **method, **shared} for method in methods]
     config = distilling(save_every=1, sample_every=1, phase=phases)
-    written = files.written
+    written = atomic.written
     writes: list[str] = []
     last = -1
 
@@ -616,7 +617,7 @@ def test_a_run_killed_at_any_write_ends_as_the_one_never_killed(
         if killed:
             raise Killed
 
-    monkeypatch.setattr(files, "written", counted)
+    monkeypatch.setattr(atomic, "written", counted)
     train(config, toy_images, tmp_path / "whole")
     whole, names = left_behind(tmp_path / "whole"), list(writes)
     assert len(names) >= 1 + 3 * 3 + 2  # the config; checkpoint, state and grid of every step; two phases
@@ -742,13 +743,13 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Tensor], Tensor]) -> None:
     """From the call ``at`` on (from 0, over all phases), losses are ``spoil`` of what they were."""
-    loss_of, calls = step.loss_of, iter(range(1000))
+    loss_of, calls = stepper.loss_of, iter(range(1000))
 
     def spoilt(*parts: Any) -> Loss:
         loss = loss_of(*parts)
         return lambda *inputs: spoil(loss(*inputs)) if next(calls) >= at else loss(*inputs)
 
-    monkeypatch.setattr(step, "loss_of", spoilt)
+    monkeypatch.setattr(stepper, "loss_of", spoilt)
 
 
 @pytest.mark.parametrize(
@@ -913,6 +914,6 @@ def test_a_run_that_exists_is_refused_and_force_starts_it_over(
 
 def test_a_run_owns_its_folder_only_while_it_trains(tmp_path: Path, tiny_config: Config, toy_images: ImageSet) -> None:
     train(tiny_config(), toy_images, tmp_path)
-    inputs = {"data": record.fingerprint(toy_images), "init": ""}
+    inputs = {"data": provenance.fingerprint(toy_images), "init": ""}
     with RunFolder(tmp_path).open(tiny_config(), inputs, resume=True, force=False) as state:
         assert state is not None and (state["phase"], state["step"], state["images"]) == (1, 3, 24)

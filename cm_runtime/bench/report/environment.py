@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cm_runtime.bench.report.numbers import clean, digits, head, interval, share, short, size
-from cm_runtime.bench.report.setups import subject
+from cm_runtime.bench.report.formatting import clean, digits, head, interval, share, short, size
+from cm_runtime.bench.report.grouping import subject
 from cm_runtime.bench.results import Conditions, Gpu, Peaks, Processor, Result
 from cm_runtime.bench.scenario import model_name
-from cm_runtime.wording import joined, quantity
+from cm_runtime.errors.wording import joined, quantity
 
 # Beyond these a run is said to have been disturbed, at the top.
 STOLEN = 0.02

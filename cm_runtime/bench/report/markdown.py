@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from cm_runtime.bench.report import environment, tables
-from cm_runtime.bench.report.numbers import clean
+from cm_runtime.bench.report.formatting import clean
 from cm_runtime.bench.report.quality import Quality
 from cm_runtime.bench.report.table import Table
 from cm_runtime.bench.results import Result

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cm_runtime.bench.report import environment, tables
-from cm_runtime.bench.report.canvas import Plot, svg
-from cm_runtime.bench.report.numbers import bounds, clean, digits, times
+from cm_runtime.bench.report.formatting import bounds, clean, digits, times
+from cm_runtime.bench.report.grouping import SetupNames, brief, subject
 from cm_runtime.bench.report.quality import Quality
-from cm_runtime.bench.report.setups import SetupNames, brief, subject
+from cm_runtime.bench.report.style import Plot, svg
 from cm_runtime.bench.results import Result
 from cm_runtime.bench.scenario import title
+from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
-from cm_runtime.wording import quantity
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
 

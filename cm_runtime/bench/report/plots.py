@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from cm_runtime.bench.report import canvas, rows
-from cm_runtime.bench.report.canvas import COLOURS, Plot, Series, drawable, styled
-from cm_runtime.bench.report.numbers import DASH, clean, digits, interval, share, times
+from cm_runtime.bench.report import bar_charts, style
+from cm_runtime.bench.report.formatting import DASH, clean, digits, interval, share, times
+from cm_runtime.bench.report.grouping import Setup, brief, rivals, setups, subject
 from cm_runtime.bench.report.quality import Quality
-from cm_runtime.bench.report.setups import Setup, brief, rivals, setups, subject
+from cm_runtime.bench.report.style import COLOURS, Plot, Series, drawable, styled
 from cm_runtime.bench.results import Contender, Estimate, Result, ScenarioResult
-from cm_runtime.wording import quantity
+from cm_runtime.errors.wording import quantity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def latency(place: Setup, over: Line) -> Plot | None:
     series = _series(place, over, ("single-stream",), p50)
     series = [line for each in series for line in (each, *_series(place, over, ("single-stream",), p95, each))]
     tails = any(each.kind == "tail" for each in series)
-    figure = canvas.lines(f"Latency by {over}, {place.name}", _axis(over), "ms a request", series)
+    figure = style.lines(f"Latency by {over}, {place.name}", _axis(over), "ms a request", series)
     caption = "Median and its 95% interval" + (", dashed: the 95th percentile." if tails else ".") + _cut(place, over)
     return _plot(f"latency-by-{over}", figure, f"Latency by {over}, {place.name}, in ms", series, caption)
 
@@ -78,27 +78,29 @@ def throughput(place: Setup, over: Line) -> Plot | None:
     series = _series(place, over, ("single-stream",), lambda side: side.images_per_s)
     for each in _series(place, over, ("offline",), lambda side: side.images_per_s):
         series.append(Series(f"{each.label}, offline", each.points, len(series)))
-    figure = canvas.lines(f"Throughput by {over}, {place.name}", _axis(over), "images/s", series)
+    figure = style.lines(f"Throughput by {over}, {place.name}", _axis(over), "images/s", series)
     caption = "Images a second, with its 95% interval." + _cut(place, over)
     return _plot(f"throughput-by-{over}", figure, f"Images a second by {over}, {place.name}", series, caption)
 
 
 def speed_ups(place: Setup) -> Plot | None:
     """The time of the base and of each peer over cm-runtime's."""
-    bars: list[rows.Bar] = []
+    bars: list[bar_charts.Bar] = []
     names = list(dict.fromkeys(side.name for each in place.scenarios for side in rivals(each)))
     for scenario in place.scenarios:
         measured = [side for side in rivals(scenario) if side.time_ratio and drawable(side.time_ratio.value)]
-        if not measured or subject(scenario) is None or len(bars) > rows.MOST:
+        if not measured or subject(scenario) is None or len(bars) > bar_charts.MOST:
             continue
-        bars.append(rows.Bar(brief(scenario)))
+        bars.append(bar_charts.Bar(brief(scenario)))
         for side in measured:
             colour = COLOURS[names.index(side.name) % len(COLOURS)]
             assert side.time_ratio is not None
-            bars.append(rows.Bar(side.name, side.time_ratio, f"{times(side.time_ratio.value)}x", colour))
+            bars.append(bar_charts.Bar(side.name, side.time_ratio, f"{times(side.time_ratio.value)}x", colour))
     if not bars:
         return None
-    figure = rows.ratios(f"Time of others over cm-runtime's, {place.name}", "times as long (above 1: slower)", bars)
+    figure = bar_charts.ratios(
+        f"Time of others over cm-runtime's, {place.name}", "times as long (above 1: slower)", bars
+    )
     caption = "How many times as long the others take for the same images, paired by round, with 95% intervals."
     return Plot("speed-ups", figure, _told(f"Time over cm-runtime's, {place.name}", bars), caption)
 
@@ -109,11 +111,11 @@ def outside_network(place: Setup) -> Plot | None:
     for scenario, side in _measured(place):
         value = side.outside_network
         if value is not None and 0 <= value <= 1:
-            bars.append(rows.Bar(brief(scenario), Estimate(value=100 * value), share(value), COLOURS[0]))
+            bars.append(bar_charts.Bar(brief(scenario), Estimate(value=100 * value), share(value), COLOURS[0]))
     if not bars:
         return None
     longest = max(bar.point.value for bar in bars if bar.point) or 1.0
-    figure = rows.shares(f"Time outside the network, {place.name}", "% of the time", bars, longest)
+    figure = bar_charts.shares(f"Time outside the network, {place.name}", "% of the time", bars, longest)
     caption = "What is not spent in network evaluations: noise, steps between them, copies, quantisation."
     return Plot("outside-network", figure, _told(f"Share outside the network, {place.name}", bars), caption)
 
@@ -124,7 +126,7 @@ def arithmetic(place: Setup, result: Result) -> Plot | None:
     for scenario, side in _measured(place):
         if side.gflop_per_s is not None and drawable(side.gflop_per_s):
             text = digits(side.gflop_per_s) + (f" ({share(side.peak_fraction)})" if side.peak_fraction else "")
-            bars.append(rows.Bar(brief(scenario), Estimate(value=side.gflop_per_s), text, COLOURS[2]))
+            bars.append(bar_charts.Bar(brief(scenario), Estimate(value=side.gflop_per_s), text, COLOURS[2]))
     if not bars:
         return None
     alike = [peak for peak in result.peaks if peak.device == device and drawable(peak.matrix_gflop_per_s.value)]
@@ -132,27 +134,32 @@ def arithmetic(place: Setup, result: Result) -> Plot | None:
     peak = alike[0].matrix_gflop_per_s.value if len(alike) == 1 else None
     end = max([*(bar.point.value for bar in bars if bar.point), *([peak] if peak else [])])
     line = None if peak is None else (peak, f"dashed: {digits(peak)} GFLOP/s, a matrix product in this run")
-    figure = rows.shares(f"Arithmetic, {place.name}", "GFLOP/s", bars, end, line)
+    figure = bar_charts.shares(f"Arithmetic, {place.name}", "GFLOP/s", bars, end, line)
     caption = "Operations of the network a second" + (", and what share of the measured peak that is." if line else ".")
     return Plot("gflops", figure, _told(f"GFLOP/s, {place.name}", bars), caption)
 
 
 def server(place: Setup) -> Plot | None:
     """Percentiles of latency from arrival, against the bound."""
-    bars: list[rows.Bar] = []
+    bars: list[bar_charts.Bar] = []
     for scenario, side in _measured(place):
-        if side.served is None or side.latency is None or len(bars) > rows.MOST or not drawable(side.served.bound_ms):
+        if (
+            side.served is None
+            or side.latency is None
+            or len(bars) > bar_charts.MOST
+            or not drawable(side.served.bound_ms)
+        ):
             continue
-        bars.append(rows.Bar(brief(scenario), mark=side.served.bound_ms))
+        bars.append(bar_charts.Bar(brief(scenario), mark=side.served.bound_ms))
         for name in ("p50", "p90", "p95", "p99"):
             point: Estimate | None = getattr(side.latency, name)
             if point is not None and drawable(point.value):
-                bars.append(rows.Bar(name, point, digits(point.value), COLOURS[0]))
+                bars.append(bar_charts.Bar(name, point, digits(point.value), COLOURS[0]))
             else:
-                bars.append(rows.Bar(name, text="too few samples"))
+                bars.append(bar_charts.Bar(name, text="too few samples"))
     if not any(bar.point for bar in bars):
         return None
-    figure = rows.dots(f"Server: latency from arrival, {place.name}", "ms", bars)
+    figure = bar_charts.dots(f"Server: latency from arrival, {place.name}", "ms", bars)
     caption = "Percentiles with their 95% intervals; orange: the bound that p99 must stay within."
     return Plot("server", figure, _told(f"Server latency in ms, {place.name}", bars), caption)
 
@@ -178,13 +185,13 @@ def distance(result: Result, quality: Sequence[Quality]) -> Plot | None:
         for name, value in list(flat.items())[: _MOST_LINES - len(series)]:
             ends = ((min(steps), Estimate(value=value)), (max(steps), Estimate(value=value)))
             series.append(Series(name, ends, len(series), "level"))
-    figure = canvas.lines("Quality by steps", _axis("steps"), "Frechet distance", series)
+    figure = style.lines("Quality by steps", _axis("steps"), "Frechet distance", series)
     caption = "Distance to the reference, from cm-runtime eval; less is better. Its unit is its extractor's own."
     return _plot("quality-by-steps", figure, "Frechet distance by steps", series, caption)
 
 
 def _measured(place: Setup) -> list[tuple[ScenarioResult, Contender]]:
-    return [(each, side) for each in place.scenarios if (side := subject(each)) is not None][: rows.MOST]
+    return [(each, side) for each in place.scenarios if (side := subject(each)) is not None][: bar_charts.MOST]
 
 
 def _series(
@@ -234,7 +241,7 @@ def _plot(name: str, figure: Figure | None, told: str, series: Sequence[Series],
     return Plot(name, figure, clean(f"{told}. {'; '.join(values)}.", 1200), caption)
 
 
-def _told(what: str, bars: Sequence[rows.Bar]) -> str:
+def _told(what: str, bars: Sequence[bar_charts.Bar]) -> str:
     parts = [f"{clean(bar.name, 40)} {bar.text}".strip() if bar.text else f"{clean(bar.name, 40)}:" for bar in bars]
     return clean(f"{what}. {', '.join(parts).replace(':,', ':')}.", 1200) if parts else DASH
 

@@ -7,11 +7,11 @@ from pathlib import PurePath
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cm_runtime import bounded
-from cm_runtime.bench.report.numbers import clean
+from cm_runtime.bench.report.formatting import clean
 from cm_runtime.bench.results import Result
 from cm_runtime.bench.scenario import model_name
 from cm_runtime.errors import ArtifactError
+from cm_runtime.files import streams
 
 MOST_BYTES = 1 << 20
 
@@ -40,7 +40,7 @@ class Source(_Read):
 
 
 class Figures(_Read):
-    """As `cm_runtime.evaluate.measure.Figures`."""
+    """As `cm_runtime.evaluate.metrics.Figures`."""
 
     count: int = Field(ge=0)
     frechet_distance: float | None = Field(ge=0)
@@ -79,7 +79,7 @@ class Quality(_Read):
 
 def read(path: str | os.PathLike[str]) -> Quality:
     """The report of `cm-runtime eval -o`. Raises ArtifactError."""
-    content = bounded.read_bytes(path, ArtifactError, MOST_BYTES)
+    content = streams.read_bytes(path, ArtifactError, MOST_BYTES)
     try:
         return Quality.model_validate_json(content)
     except ValidationError as error:

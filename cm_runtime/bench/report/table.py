@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cm_runtime.bench.report.numbers import DASH, bounds, digits
+from cm_runtime.bench.report.formatting import DASH, bounds, digits
 from cm_runtime.bench.results import Estimate
 
 UNSURE = "too few samples for an interval"

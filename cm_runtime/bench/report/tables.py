@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from cm_runtime.bench.report.numbers import DASH, clean, digits, head, share, short, size, spread
+from cm_runtime.bench.report.formatting import DASH, clean, digits, head, share, short, size, spread
+from cm_runtime.bench.report.grouping import SetupNames, brief, rivals, subject
 from cm_runtime.bench.report.quality import Quality
-from cm_runtime.bench.report.setups import SetupNames, brief, rivals, subject
 from cm_runtime.bench.report.table import UNMEASURED, Cell, Row, Table, estimate, plain
 from cm_runtime.bench.results import Contender, Latency, Result, ScenarioResult
 from cm_runtime.bench.scenario import BUNDLED, model_name

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cm_runtime.cli import values
+from cm_runtime.cli import parsing
 from cm_runtime.errors import one_line
 
 STATUS = {"PASS": 0, "REGRESSION": 3, "INCONCLUSIVE": 4}
@@ -30,9 +30,9 @@ def compare(
     from cm_runtime.bench import compare as comparing
     from cm_runtime.bench import results
     from cm_runtime.bench.scenario import title
-    from cm_runtime.wording import quantity
+    from cm_runtime.errors.wording import quantity
 
-    gate = values.share("--fail-above", fail_above)
+    gate = parsing.share("--fail-above", fail_above)
     first = results.read(base)
     if new is None:
         verdicts = comparing.within(first, gate)

@@ -40,9 +40,9 @@ def report(
     """
     if output is not None and output.suffix not in (".html", ".htm"):
         raise RequestError(f"{output}: the name must end in .html")
-    from cm_runtime import files
     from cm_runtime.bench import results
     from cm_runtime.bench.report import quality as evals
+    from cm_runtime.files import atomic
 
     page = None if markdown and output is None else output or result.with_suffix(".html")
     if page is not None and _is_same(page, result):
@@ -50,30 +50,30 @@ def report(
     found = results.read(result)
     judged = [evals.read(path) for path in quality or ()]
     if page is not None:
-        files.check_output(page)
+        atomic.check_output(page)
     written: dict[Path, bytes] = {}
     if page is not None or plots is not None:
-        from cm_runtime.bench.report import canvas
         from cm_runtime.bench.report import page as pages
+        from cm_runtime.bench.report import style
         from cm_runtime.bench.report.plots import drawn
 
         figures = drawn(found, judged)
         if plots is not None:
             _folder(plots)
-            written |= {plots / f"{plot.name}.png": canvas.png(plot.figure) for plot in figures}
+            written |= {plots / f"{plot.name}.png": style.png(plot.figure) for plot in figures}
         if page is not None:
             written[page] = pages.html(found, figures, judged).encode()
     for path in written:
-        files.check_output(path)
+        atomic.check_output(path)
     for path, content in written.items():
-        with files.written(path) as temporary:
+        with atomic.written(path) as temporary:
             temporary.write_bytes(content)
     if markdown:
         from cm_runtime.bench.report.markdown import summary
 
         typer.echo(summary(found, judged), nl=False)
     elif page is not None:
-        from cm_runtime.wording import quantity
+        from cm_runtime.errors.wording import quantity
 
         typer.echo(f"{page}: {quantity(len(found.scenarios), 'scenario')}, {quantity(len(figures), 'plot')}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cm_runtime.cli import progress, values
+from cm_runtime.cli import parsing, progress
 from cm_runtime.cli.options import Force
 from cm_runtime.errors import RequestError, UnmeasuredError
 
@@ -91,7 +91,7 @@ def run(
     from cm_runtime.bench import run as running
     from cm_runtime.bench.results import Settings
     from cm_runtime.bench.scenario import BUNDLED, read_suite
-    from cm_runtime.wording import quantity
+    from cm_runtime.errors.wording import quantity
 
     if output.suffix != ".json":
         raise RequestError(f"{output}: a result's name ends in .json")
@@ -122,7 +122,7 @@ def run(
     scenarios = _fitting(scenarios, scenario)
     settings = Settings(
         budget_s=(2.0 if quick else 20.0) if budget is None else budget,
-        interval=values.share("--interval", interval),
+        interval=parsing.share("--interval", interval),
         quick=quick,
         seed=seed,
         allow_different_images=allow_different_images,
@@ -172,11 +172,11 @@ def _chosen(
         group = Group(
             model=model,
             kinds=(kind or "single-stream",),
-            steps=tuple(values.whole_numbers("--steps", steps or "2")),
-            batches=tuple(values.whole_numbers("--batch", batch or "1")),
+            steps=tuple(parsing.whole_numbers("--steps", steps or "2")),
+            batches=tuple(parsing.whole_numbers("--batch", batch or "1")),
             backends=tuple((backend or "auto").split(",")),
             devices=(device,),
-            threads=(values.threads(threads),),
+            threads=(parsing.threads(threads),),
             rate=rate,
             bound_ms=bound,
             peers=PEERS if peers == "all" else tuple(peers.split(",")) if peers else (),
@@ -201,7 +201,7 @@ def _fitting(scenarios: list[Scenario], globs: list[str] | None) -> list[Scenari
 @contextmanager
 def _progress(scenarios: Sequence[Scenario], settings: Settings, against: str | None) -> Iterator[Tell]:
     """Yields what shows (scenarios done, what is being done)."""
-    from cm_runtime.wording import quantity
+    from cm_runtime.errors.wording import quantity
 
     total, where = len(scenarios), progress.place()
     contenders = sum(1 + (against is not None) + len(each.peers) for each in scenarios)
@@ -251,7 +251,7 @@ def _bar(total: int) -> Iterator[Tell]:
 
 def _print(result: Result) -> None:
     """A line for each scenario and each contender beside it."""
-    from cm_runtime.bench.report.numbers import times as shown
+    from cm_runtime.bench.report.formatting import times as shown
     from cm_runtime.bench.scenario import title
 
     for each in result.scenarios:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cm_runtime.cli.edit.work import How, Work, edit
+from cm_runtime.cli.edit.session import How, Work, edit
 from cm_runtime.cli.options import Images
 
 

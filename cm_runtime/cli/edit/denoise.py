@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cm_runtime.cli.edit.work import How, Work, edit
+from cm_runtime.cli.edit.session import How, Work, edit
 from cm_runtime.cli.options import Images
 
 

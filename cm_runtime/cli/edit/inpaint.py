@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cm_runtime.cli import values
-from cm_runtime.cli.edit.work import How, Work, edit
+from cm_runtime.cli import parsing
+from cm_runtime.cli.edit.session import How, Work, edit
 from cm_runtime.cli.options import Images
 from cm_runtime.errors import RequestError
 
@@ -33,16 +33,17 @@ def inpaint(
     """
     import numpy as np
 
-    from cm_runtime import editing, given
+    from cm_runtime import editing
+    from cm_runtime.files import inputs
 
     if (mask is None) == (box is None):
         raise RequestError("give --mask FILE or --box LEFT,TOP,WIDTH,HEIGHT")
     work = Work(paths, how)
     images, size = work.read(), (work.height, work.width)
     if mask is not None:
-        hole = given.read_mask(mask, work.paths, size)
+        hole = inputs.read_mask(mask, work.paths, size)
     else:
-        hole = given.hole_of_box(values.whole_numbers("--box", box or ""), size)
+        hole = inputs.hole_of_box(parsing.whole_numbers("--box", box or ""), size)
     made = editing.inpaint(work.engine, images.images, hole, **work.options(images))
     y = np.moveaxis(editing.from_images(images.images, work.engine.manifest), 1, -1)
     work.write("inpaint", images, [images.images, np.where(hole[..., None], np.float32(0), y)], made)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cm_runtime.cli import values
-from cm_runtime.cli.edit.work import check_output, is_folder, write
+from cm_runtime.cli import parsing
+from cm_runtime.cli.edit.session import check_output, is_folder, write
 from cm_runtime.cli.options import Backend, Device, Floats, MicroBatch, Precision, Seed, Sigmas, Threads
 
 
@@ -49,17 +49,18 @@ def interpolate(
     """
     import numpy as np
 
-    from cm_runtime import backends, editing, files, images
-    from cm_runtime.wording import quantity
+    from cm_runtime import backends, editing
+    from cm_runtime.errors.wording import quantity
+    from cm_runtime.files import atomic, image_writer
 
     check_output(output, floats, ".gif", ".webp")
     if not is_folder(output):
-        files.check_output(Path(output))
+        atomic.check_output(Path(output))
     engine = backends.load(
         model,
         backend,  # type: ignore[arg-type]
         device,
-        values.threads(threads),
+        parsing.threads(threads),
         precision,  # type: ignore[arg-type]
     )
     made = editing.interpolate(
@@ -69,9 +70,9 @@ def interpolate(
         frames,
         label=label,
         steps=steps,
-        sigmas=None if sigmas is None else values.numbers("--sigmas", sigmas),
+        sigmas=None if sigmas is None else parsing.numbers("--sigmas", sigmas),
         seed=seed,
-        batch=values.micro_batch(micro_batch, frames, engine.micro_batch),
+        batch=parsing.micro_batch(micro_batch, frames, engine.micro_batch),
         output="float32" if floats else "uint8",
     )
     text = {
@@ -86,7 +87,7 @@ def interpolate(
         "model_sha256": engine.manifest.source_sha256,
     }
     if not is_folder(output) and Path(output).suffix in (".gif", ".webp"):
-        images.save_animation(made, Path(output))
+        image_writer.save_animation(made, Path(output))
     else:
         labels = None if label is None else np.full(frames, label)
         write(output, made, labels, made[np.newaxis], [f"{n:04d}" for n in range(frames)], text)

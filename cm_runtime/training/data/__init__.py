@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cm_runtime.bounded import exists
 from cm_runtime.errors import RequestError, data_error
+from cm_runtime.files.streams import exists
+from cm_runtime.training.data.catalogue import DATA_SETS
 from cm_runtime.training.data.cifar import is_cifar_folder, read_cifar_archive, read_cifar_folder
 from cm_runtime.training.data.download import download
 from cm_runtime.training.data.folder import read_folder
 from cm_runtime.training.data.idx import PREFIX, Split, is_idx_folder, read_idx_folder, read_idx_images
 from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet
-from cm_runtime.training.data.known import DATA_SETS
 from cm_runtime.training.data.npz import read_npz
 
 __all__ = ["DATA_SETS", "ImageSet", "Split", "open_data"]

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime.bounded import CHUNK, CappedStream, open_stream, read_up_to
 from cm_runtime.errors import data_error
+from cm_runtime.files.streams import CHUNK, CappedStream, open_stream, read_up_to
 from cm_runtime.training.data.idx import Split
 from cm_runtime.training.data.image_set import ImageSet
 

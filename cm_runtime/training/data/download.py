@@ -11,12 +11,12 @@ from typing import IO
 
 from rich.progress import Progress
 
-from cm_runtime import bounded
 from cm_runtime.errors import DataError, data_error
 from cm_runtime.extras import require
+from cm_runtime.files import streams
 from cm_runtime.training.data.bars import progress_bar
+from cm_runtime.training.data.catalogue import DATA_SETS, RemoteFile
 from cm_runtime.training.data.idx import PREFIX, Split
-from cm_runtime.training.data.known import DATA_SETS, RemoteFile
 
 CHUNK = 2**16
 
@@ -53,8 +53,8 @@ def fetch(target: Path, remote: RemoteFile, *, progress: bool = False) -> None:
     pooch = require("pooch", "downloading a data set")
     from requests import RequestException
 
-    if bounded.exists(target):
-        bounded.regular(target, DataError)  # pooch reads it to its end
+    if streams.exists(target):
+        streams.regular(target, DataError)  # pooch reads it to its end
     failures: list[Exception] = []
     with progress_bar(progress) as bar, _quiet(pooch.get_logger()):
         downloader = _downloader(remote.size, bar, target.name)

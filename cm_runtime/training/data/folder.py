@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import pictures
 from cm_runtime.errors import data_error
-from cm_runtime.pictures import SUFFIXES
+from cm_runtime.files import image_reader
+from cm_runtime.files.image_reader import SUFFIXES
 from cm_runtime.training.data.bars import progress_bar
 from cm_runtime.training.data.idx import Split
 from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet
@@ -26,18 +26,18 @@ def read_folder(folder: Path, split: Split, name: str, *, image_size: int | None
     splits. Names that begin with a dot are passed over.
 
     Images must be of one size, unless ``image_size`` is given: then the largest centred square is resized to
-    it with Pillow's (antialiased) BICUBIC. EXIF rotation and colour profiles are applied, see `pictures.read`, which
+    it with Pillow's (antialiased) BICUBIC. EXIF rotation and colour profiles are applied; `image_reader.read`
     also says what is refused. Grey when every file's mode is grey, else RGB.
 
     Raises DataError, OSError. Returns (N, 1 or 3, H, W) uint8.
     """
     files, labels, num_classes = _list_images(_split_folder(folder, split))
-    channels = 1 if all(pictures.is_grey(file) for file in files) else 3
+    channels = 1 if all(image_reader.is_grey(file) for file in files) else 3
     size = None if image_size is None else (image_size, image_size)
     images: NDArray[np.uint8] | None = None
     with progress_bar(progress) as bar:
         for index, file in enumerate(bar.track(files, description=f"reading {name}")):
-            pixels = pictures.read(file, channels, size).transpose(2, 0, 1)
+            pixels = image_reader.read(file, channels, size).transpose(2, 0, 1)
             if max(pixels.shape) > MAX_SIDE:
                 wrong = f"is {pixels.shape[2]}x{pixels.shape[1]}"
                 raise data_error(file, wrong, f"give image_size: sides go up to {MAX_SIDE}")

@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime.bounded import most_inflated, open_stream, read_up_to
 from cm_runtime.errors import data_error
+from cm_runtime.errors.wording import quantity
+from cm_runtime.files.streams import most_inflated, open_stream, read_up_to
 from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet
-from cm_runtime.wording import quantity
 
 Split = Literal["train", "test"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.errors import data_error
-from cm_runtime.wording import quantity
+from cm_runtime.errors.wording import quantity
 
 MAX_SIDE = 4096
 MAX_CLASSES = 65536

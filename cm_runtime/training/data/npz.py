@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from cm_runtime.errors import data_error
-from cm_runtime.npz import Member, array, header, opened
+from cm_runtime.errors.wording import quantity
+from cm_runtime.files.npz import Member, array, header, opened
 from cm_runtime.training.data.image_set import MAX_CLASSES, ImageSet
-from cm_runtime.wording import quantity
 
 CHANNELS = (1, 3)
 

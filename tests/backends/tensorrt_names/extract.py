@@ -93,10 +93,10 @@ def public(thing: object) -> set[str]:
 def check_plugin(trtp: ModuleType) -> None:
     """Ends in an exception if this version does not accept our plugin's functions."""
     sys.path.insert(0, str(HERE.parents[2]))
-    from cm_runtime.export import plugin
+    from cm_runtime.export import tensorrt_plugin
 
     trtp._lib._register_plugin_creator = lambda *_: None  # the one step that asks the library
-    plugin.register(trtp)
+    tensorrt_plugin.register(trtp)
     made = trtp._lib.QDP_REGISTRY["cm::SkipScale"]
     assert made.input_tensor_names == ["x", "F", "sigma"]
     assert made.aot_impl_attr_names == ["sigma_data", "sigma_boundary"]

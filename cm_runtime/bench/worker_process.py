@@ -1,0 +1,82 @@
+"""Workers, seen from the process that conducts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cm_runtime.errors import EngineError
+from cm_runtime.extras import privacy
+from cm_runtime.subprocesses import epitaph
+
+WORKER = Path(__file__).with_name("worker.py")
+HERE = Path(__file__).resolve().parents[2]
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class WorkerError(EngineError):
+    """What a worker was asked for failed. ``is_absence``: for lack of a package, or of a model that it can run."""
+
+    def __init__(self, text: str, is_absence: bool = False) -> None:
+        super().__init__(text)
+        self.is_absence = is_absence
+
+
+class Process:
+    """A worker. root: the folder that holds the ``cm_runtime`` to be run, by default this one."""
+
+    def __init__(self, threads: int, root: Path = HERE) -> None:
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        silence = privacy("onnxruntime", "diffusers")  # in builds, too, that do not know of it
+        environment = {**os.environ, **silence, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, do: str, **what: Any) -> dict[str, Any]:
+        """Waits for the answer. Raises WorkerError."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **what}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise WorkerError(f"its process {epitaph(self._process, self._said)}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"], is_absence=answer["missing"] or answer["refused"])
+        return answer
+
+    def close(self) -> None:
+        """Ends it, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Checkpoints: this project's, OpenAI's and diffusers', read into one form."""

@@ -1,0 +1,1 @@
+"""Generation of many images: streams, jobs of shards, Ray."""

@@ -1,0 +1,371 @@
+"""The manifest inside every exported file: all that a sampler must know, without the weights.
+
+An ``.onnx`` carries it as JSON under the metadata key ``cm_runtime``. It is read and replaced here
+straight in the protobuf's outermost fields, so that asking a 2 GB file what it is takes no memory and no package.
+Large weights are in a data file beside the ``.onnx``, which the manifest names; the two appear and go together.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from cm_runtime.errors import ArtifactError
+from cm_runtime.errors.wording import quantity
+from cm_runtime.files import atomic, protobuf, streams
+from cm_runtime.files.protobuf import MalformedError, fields, read_entry, write_entry
+from cm_runtime.precond import Form, precond
+from cm_runtime.schedule import LARGEST, RHO, SIGMA_MAX, SIGMA_MIN, SMALLEST, checked_sigmas
+
+METADATA_KEY = "cm_runtime"
+FORMAT_VERSION = 1
+_MANIFEST_LIMIT = 1 << 20
+_MOST_FIELDS = 20_000  # outermost ones: a graph, some entries, functions by the hundred
+_PLAIN_VALUES, _PLAIN_LETTERS, _PLAIN_LEVELS = 10_000, 1 << 18, 20  # of a run's configuration
+MOST_PIXELS = 1 << 26  # of an image, its channels counted
+_METADATA_PROPS = 14  # field of onnx.ModelProto
+_GRAPH = 7
+_PIECE = 1 << 20
+FICLONE = 0x40049409  # of linux/fs.h
+_DATA_FILE = re.compile(r"[\w .+-]+-[0-9a-f]{12}\.data")  # only such files are ever overwritten or removed
+
+Size = Annotated[int, Field(gt=0, le=4096)]
+GraphKind = Literal["denoiser", "sampler", "network"]
+Precision = Literal["fp32", "fp16", "bf16"]
+OUTPUTS: dict[GraphKind, tuple[str, ...]] = {
+    "denoiser": ("denoised",),
+    "sampler": ("images", "finite"),
+    "network": ("F",),
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def check_plain(value: Any) -> None:
+    """Check that ``value`` can be written as JSON of moderate size, before anything walks through all of it.
+
+    Raises:
+        ValueError: It holds what JSON cannot, over 20 levels, over 10,000 values, or texts of over 2^18 letters in all.
+    """
+    values, letters, level = 0, 0, [value]
+    for _ in range(_PLAIN_LEVELS):
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                below += [*one.keys(), *one.values()]
+                if not all(isinstance(key, str) for key in one):
+                    raise ValueError("it has a name that is no text")
+            elif isinstance(one, list | tuple):
+                below += one
+            elif isinstance(one, str):
+                letters += len(one)
+                if any("\ud800" <= letter <= "\udfff" for letter in one[:_PLAIN_LETTERS]):
+                    raise ValueError("it has a text that is no Unicode")
+            elif isinstance(one, int | float):
+                if not abs(one) < 2**63:
+                    raise ValueError("it has a number that is not finite, or of over 64 bits")
+            elif one is not None:
+                raise ValueError(f"it has a {type(one).__name__}, which JSON has not")
+            if values + len(below) > _PLAIN_VALUES or letters > _PLAIN_LETTERS:
+                raise ValueError(f"it has over {_PLAIN_VALUES} values, or {_PLAIN_LETTERS} letters")
+        if not below:
+            return
+        values += len(below)
+        level = below
+    raise ValueError(f"it nests over {_PLAIN_LEVELS} levels")
+
+
+class TrainingSummary(_Frozen):
+    """How a model came to be; ``method`` edm means a teacher, which few steps cannot sample. None: not known."""
+
+    method: str
+    data: str
+    steps: int | None = Field(None, ge=0)
+    images: int | None = Field(None, ge=0, description="seen in training, repeats counted")
+    seconds: float | None = Field(None, ge=0)
+    config: dict[str, Any] = Field(default_factory=dict, description="the run's whole configuration", repr=False)
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _is_plain(cls, config: Any) -> Any:
+        check_plain(config)
+        return config
+
+
+class Parity(_Frozen):
+    """How far an export was from its float32 torch model when it was made, and on what that was measured.
+
+    Of a sampler graph it is the images that are compared, and ``sigmas`` are its own.
+    """
+
+    engine: str
+    max_abs: float = Field(ge=0, description="largest difference of denoised pixels in [-1, 1] units")
+    sigmas: tuple[float, ...]
+    batches: tuple[int, ...]
+    psnr: tuple[float, ...] = Field((), description="dB on [-1, 1] data, at each of the sigmas; at most 200")
+
+
+class Manifest(_Frozen):
+    """What an exported file is; unknown keys are refused."""
+
+    format_version: Literal[1] = 1
+    graph: GraphKind
+    image_shape: tuple[Size, Size, Size] = Field(description="(C, H, W)")
+    num_classes: int = Field(ge=0, le=1_000_000)
+    precond: Form
+    sigma_min: float = Field(SIGMA_MIN, ge=SMALLEST)
+    sigma_max: float = Field(SIGMA_MAX, le=LARGEST)
+    sigma_data: float = Field(0.5, gt=0)
+    sigma_boundary: float = Field(ge=0)
+    rho: float = Field(RHO, ge=0.1, le=100)
+    sigmas: dict[int, tuple[float, ...]] = Field(
+        default_factory=dict, description="tuned levels per step count; of a sampler graph, its own"
+    )
+    precision: Precision = "fp32"
+    parity: Parity | None = None
+    source_sha256: str = Field("", description="of the checkpoint")
+    training: TrainingSummary | None = None
+    data_file: str = Field(
+        "", max_length=255, description="beside this file, holds the weights; empty: they are inside"
+    )
+
+    @field_validator("data_file")
+    @classmethod
+    def _is_ours(cls, name: str) -> str:
+        if name and (not _DATA_FILE.fullmatch(name) or ".." in name):
+            raise ValueError("it must be the name of a data file in the same folder, as cm-runtime export gives them")
+        return name
+
+    @model_validator(mode="after")
+    def _fits(self) -> Manifest:
+        precond(self.precond, self.sigma_data, self.sigma_boundary)
+        if math.prod(self.image_shape) > MOST_PIXELS:
+            raise ValueError(f"images of {self.image_shape} have over {MOST_PIXELS} numbers")
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} must lie below sigma_max {self.sigma_max:g}")
+        for steps, levels in self.sigmas.items():
+            if len(levels) != steps:
+                raise ValueError(f"sigmas for {quantity(steps, 'step')} are {len(levels)}")
+            checked_sigmas(levels, self.sigma_min, self.sigma_max)
+        if self.graph == "sampler" and len(self.sigmas) != 1:
+            raise ValueError("a sampler graph has the noise levels of one number of steps")
+        return self
+
+    def __repr__(self) -> str:
+        """The graph and its images, on one line; `model_dump` has everything."""
+        training = f", {self.training.method} of {self.training.data}" if self.training else ""
+        return f"<Manifest of a {self.graph}: {self.images}, {self.precond} form, {self.precision}{training}>"
+
+    __str__ = __repr__
+
+    @property
+    def images(self) -> str:
+        """The images' shape and classes, in words."""
+        shape = "x".join(map(str, self.image_shape))
+        return f"{shape}, {quantity(self.num_classes, 'class')}" if self.num_classes else shape
+
+    @property
+    def steps(self) -> int:
+        """How many evaluations a sampler graph unrolls."""
+        (steps,) = self.sigmas
+        return steps
+
+    @property
+    def is_teacher(self) -> bool:
+        """True for a denoiser that was never made consistent: it needs an ODE solver, not a few steps."""
+        return self.training is not None and self.training.method == "edm"
+
+    @model_serializer(mode="wrap")
+    def _stored(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the data file's name where there is none, as before there were any."""
+        return {name: value for name, value in whole(self).items() if name != "data_file" or value}
+
+
+def parse_manifest(text: str | bytes, where: str | os.PathLike[str]) -> Manifest:
+    """The manifest in ``text``; raises ArtifactError naming the file and the first field that does not fit."""
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "manifest"
+        message = first["msg"].removeprefix("Value error, ")
+        raise ArtifactError(f"{where}: its cm_runtime manifest is not valid: {field}: {message}") from error
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest of an ``.onnx`` file that cm-runtime exported.
+
+    Raises ArtifactError when the file is missing, truncated, not ONNX, or without our manifest.
+    """
+    where = Path(path)
+    try:
+        with streams.opened(where, ArtifactError) as file:
+            text = _embedded(file, os.fstat(file.fileno()).st_size)
+    except MalformedError as error:
+        raise ArtifactError(f"{where} is not an ONNX file, or is truncated ({error})") from error
+    if text is None:
+        raise ArtifactError(f"{where} was not exported by cm-runtime; make one with: cm-runtime export CHECKPOINT")
+    return parse_manifest(text, where)
+
+
+def data_path(path: str | os.PathLike[str], manifest: Manifest) -> Path | None:
+    """The file that holds the weights of the exported file ``path``, or None where they are inside.
+
+    Raises ArtifactError when it is missing, or no regular file.
+    """
+    if not manifest.data_file:
+        return None
+    data = Path(path).with_name(manifest.data_file)
+    if streams.exists(data):
+        streams.regular(data, ArtifactError)
+    else:
+        raise ArtifactError(f"{path}: its weights are not there: put {data.name} beside it, or export it again")
+    return data
+
+
+def data_name(path: str | os.PathLike[str], sha256: str) -> str:
+    """What the data file of the exported file ``path`` is called, by the hash of its content.
+
+    Other weights have another name, so that no ``.onnx`` ever reads those of the export that replaced it.
+    """
+    stem = re.sub(r"[^\w .+-]|\.{2,}", "_", Path(path).stem)
+    stem = stem.encode()[:200].decode(errors="ignore")  # a name has at most 255 bytes
+    return f"{stem}-{sha256[:12]}.data"
+
+
+def write_manifest(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], manifest: Manifest, *, force: bool = False
+) -> None:
+    """A copy of the exported file ``source`` that carries ``manifest`` instead of its own; they may be one path.
+
+    The rest is copied as it is, a piece at a time, so it takes no memory either, and so is its data file if it has
+    one and ``target`` is in another folder; the copy appears whole or not at all. Raises ArtifactError where
+    `read_manifest` and `data_path` would, OutputError where ``target`` exists without ``force``.
+    """
+    data = data_path(source, read_manifest(source))
+    manifest = manifest.model_copy(update={"data_file": data.name if data else ""})
+    with written(target, force=force) as (temporary, temporary_data):
+        with streams.opened(source, ArtifactError) as old, temporary.open("wb") as new:
+            for field in fields(old, os.fstat(old.fileno()).st_size, _MOST_FIELDS):
+                if not _is_manifest(field, old):
+                    old.seek(field.start)
+                    _copy(old, new, field.payload + field.length - field.start)
+            new.write(write_entry(_METADATA_PROPS, METADATA_KEY, manifest.model_dump_json().encode()))
+        if read_manifest(temporary) != manifest:
+            raise ArtifactError(f"{target}: the manifest does not read back as it was written")
+        if data and not _same_size(data, Path(target).with_name(data.name)):
+            _clone(data, temporary_data)
+
+
+@contextmanager
+def written(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Temporary paths of an ``.onnx`` and of its data file, moved to their names when the block ends well.
+
+    The name of the data file is in the manifest; it may be left unwritten where a file of that name is there. Older
+    data files of ``path`` that no ``.onnx`` of the folder names any more are removed, also those that a kill left.
+    Raises OutputError as `files.atomic.written` does.
+    """
+    target = Path(path)
+    with atomic.drafted(target, force=force) as temporary:
+        data = temporary.with_suffix(".data")
+        yield temporary, data
+        manifest = read_manifest(temporary)
+        atomic.sync(temporary)
+        if data.exists():
+            atomic.sync(data)
+        with atomic.locked(target.parent):
+            older = {_named_by(target), *_data_files(target)}
+            try:
+                if data.exists():
+                    os.replace(data, target.with_name(manifest.data_file))
+                data_path(target, manifest)
+                atomic.place(temporary, target, force=force)
+            finally:
+                _remove_unnamed(target.parent, {manifest.data_file, *older})
+
+
+def _named_by(path: Path) -> str:
+    """The data file of an exported file, a later version's too; "" if it has none or cannot be read."""
+    try:
+        with streams.opened(path, ArtifactError) as file:
+            content = json.loads(_embedded(file, os.fstat(file.fileno()).st_size) or "")
+        return str(content.get("data_file", ""))
+    except (ArtifactError, MalformedError, ValueError, AttributeError, RecursionError):
+        return ""
+
+
+def _data_files(path: Path) -> list[str]:
+    """The data files in the folder that are called as those of the exported file ``path`` are."""
+    stem = data_name(path, "").removesuffix(".data")
+    name = re.compile(re.escape(stem) + r"[0-9a-f]{12}\.data")
+    return [each for each in os.listdir(path.parent) if name.fullmatch(each)]
+
+
+def _remove_unnamed(folder: Path, names: set[str]) -> None:
+    """Removes the data files of ours that no ``.onnx`` of the folder names, and no file of another kind."""
+    doubtful = {name for name in names if _DATA_FILE.fullmatch(name)}
+    if doubtful:
+        graphs = [path for path in folder.glob("*.onnx") if path.is_file()]
+        for name in doubtful - {_named_by(path) for path in graphs}:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _same_size(one: Path, other: Path) -> bool:
+    return other.is_file() and one.stat().st_size == other.stat().st_size
+
+
+def _clone(source: Path, target: Path) -> None:
+    """A copy that shares its blocks where the file system can; a second name would be refused by the onnx package."""
+    try:
+        with source.open("rb") as old, target.open("wb") as new:
+            fcntl.ioctl(new, FICLONE, old.fileno())
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _embedded(file: BinaryIO, size: int) -> bytes | None:
+    """The text of the manifest in an ONNX file, the last where there are several. Raises MalformedError."""
+    text = None
+    graph = False
+    for field in fields(file, size, _MOST_FIELDS):
+        if field.number == _METADATA_PROPS and field.length <= _MANIFEST_LIMIT:
+            key, value = read_entry(file.read(field.length))
+            text = value if key == METADATA_KEY else text
+        graph = graph or field.number == _GRAPH
+    if not graph:
+        raise MalformedError("it holds no graph")
+    return text
+
+
+def _is_manifest(field: protobuf.Field, file: BinaryIO) -> bool:
+    """Whether this metadata entry, at whose payload ``file`` stands, is ours."""
+    if field.number != _METADATA_PROPS or field.length > _MANIFEST_LIMIT:
+        return False
+    return read_entry(file.read(field.length))[0] == METADATA_KEY
+
+
+def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
+    while count and (piece := old.read(min(count, _PIECE))):
+        new.write(piece)
+        count -= len(piece)

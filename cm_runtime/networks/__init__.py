@@ -1,0 +1,1 @@
+"""Networks in torch: the U-Net and the consistency function around it."""

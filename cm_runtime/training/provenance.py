@@ -1,0 +1,77 @@
+"""What it takes to repeat a run besides its configuration: versions, machine, data, command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cm_runtime import __version__
+from cm_runtime.errors.wording import quantity
+from cm_runtime.training.data import ImageSet
+from cm_runtime.training.distributed import Workers
+
+
+def session(data: ImageSet, workers: Workers) -> dict[str, Any]:
+    """A start or resumption of a run."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "cm_runtime": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "workers": workers.world,
+        "data": {
+            "name": data.name,
+            "images": len(data),
+            "shape": list(data.image_shape),
+            "classes": data.num_classes,
+        },
+    }
+
+
+def fingerprint(data: ImageSet) -> str:
+    """The SHA-256 of all pixels and labels with their shapes: equal where training sees the same."""
+    digest = hashlib.sha256(f"{data.images.dtype} {data.images.shape} {data.num_classes}".encode())
+    for array in (data.images, data.labels):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data.cast("B"))
+    return digest.hexdigest()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with + where it was changed; None where it is installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = [
+            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it, or Python."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.processor())}, {quantity(os.cpu_count() or 1, 'thread')}"

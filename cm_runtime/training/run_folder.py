@@ -1,0 +1,256 @@
+"""The run folder: what a run writes, so that it can be stopped at any moment, resumed and repeated.
+
+config.toml      the whole configuration
+run.json         every start and resumption: command, versions, machine, checksums of data and init
+state.pt         weights, target, optimiser, averages and position: what --resume goes on from
+ckpt.pt          the averaged weights so far: what export and sample take
+phase-N-METHOD.pt  the averaged weights at the end of phase N, from which the next one starts
+log.jsonl        one line every few steps: phase, step, loss, learning rate, images/s
+samples/         grids of the same noise as training goes on
+tensorboard/     the same as curves over images seen, and the grids
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cm_runtime.checkpoints.native import Checkpoint, save_checkpoint, save_plain
+from cm_runtime.errors import OutputError, TrainingError
+from cm_runtime.files import atomic, image_writer, streams
+from cm_runtime.files.workspaces import sweep
+from cm_runtime.training.config import TrainConfig
+from cm_runtime.training.state import STATE_FORMAT, read_state
+from cm_runtime.training.tensorboard import Board
+
+MOST_LOG = 1 << 28  # bytes
+MOST_SESSIONS = 1 << 26
+NOTES = {
+    "ect": "r nears t by stages and the weight 1/(t - r) grows with them: compare it within a stage only.",
+    "ict": "The grid's points double and the weight 1/(t - r) grows with them: compare it between doublings only.",
+    "ct": "The grid grows with the steps: this loss may rise while the images get better.",
+}  # beside the curves of TensorBoard
+# Keys that a run may go on with changed: they decide where and when, not what.
+FREE = ("data.source", "init", "device", "save_every", "sample_every", "tensorboard")
+
+
+class RunFolder:
+    """A folder that one run owns while it trains."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "ckpt.pt"
+        self.state = path / "state.pt"
+        self._log = path / "log.jsonl"
+        self._sessions = path / "run.json"
+        self._made_of: dict[str, Any] = {}
+        self._earlier: list[dict[str, Any]] = []  # sessions
+        self._lines: bytes | None = None  # of the log, where some are to go
+        self._board: Board | None = None
+        self._noted: set[str] = set()
+
+    @contextmanager
+    def open(
+        self, config: TrainConfig, inputs: dict[str, str], *, resume: bool, force: bool
+    ) -> Iterator[dict[str, Any] | None]:
+        """Owns the folder; yields the state to go on from, or None for a fresh start.
+
+        inputs: {name: SHA-256} of what the run is made from. Raises OutputError when another run is in it, or it holds
+        one already and neither resume nor force is given, and TrainingError when there is nothing to resume or the
+        configuration or an input is another.
+        """
+        if resume and not self.path.exists():
+            raise TrainingError(f"there is nothing to resume in {self.path}; start without --resume")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            flags = (
+                os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            )  # a pipe is not waited for, a link not emptied
+            lock = os.fdopen(os.open(self.path / ".lock", flags, 0o666), "rb")
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error.strerror or error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OutputError(f"another run is training in {self.path}") from error
+            self._made_of = {"config": config.model_dump(mode="json"), "inputs": inputs}
+            if resume:
+                state = self._resumed(config)
+                self._sweep()
+                with self._closing():
+                    yield state
+                return
+            if not force and (found := [path.name for path in self._own() if path.exists()]):
+                raise OutputError(f"{self.path} holds {found[0]}; go on with --resume, or start over with --force")
+            self._clear()
+            self._sweep()
+            with atomic.written(self.path / "config.toml") as temporary:
+                temporary.write_text(_toml(config), encoding="utf-8")
+            with self._closing():
+                yield None
+
+    def begin(self, session: dict[str, Any], images: int, *, tensorboard: bool) -> None:
+        """Notes in run.json that a start or resumption, as ``session`` tells, goes on from ``images`` seen.
+
+        The log loses the lines of steps that a killed run had logged and not saved: they come again.
+        """
+        if self._lines is not None:
+            with atomic.written(self._log) as temporary:
+                temporary.write_bytes(self._lines)
+        with atomic.written(self._sessions) as temporary:
+            entry = {**session, "inputs": self._made_of["inputs"], "from_images": images}
+            lines = json.dumps([*self._earlier, entry], indent=1)
+            temporary.write_text(lines + "\n", encoding="utf-8")
+        if tensorboard:
+            self._board = Board(self.path / "tensorboard", images)
+
+    def save(self, state: dict[str, Any], checkpoint: Checkpoint) -> None:
+        """Checkpoint first, then the state: a kill between the two loses nothing."""
+        save_checkpoint(checkpoint, self.checkpoint)
+        save_plain({"format": STATE_FORMAT, **self._made_of, **state}, self.state)
+
+    def kept(self, phase: int, method: str) -> Path:
+        """Where the checkpoint of a finished phase is."""
+        return self.path / f"phase-{phase}-{method}.pt"
+
+    def keep(self, phase: int, method: str) -> None:
+        """Sets the checkpoint of a finished phase aside, once: after a kill it may be of the next phase already."""
+        target = self.kept(phase, method)
+        if target.is_file():
+            return
+        with atomic.written(target) as temporary:
+            shutil.copyfile(self.checkpoint, temporary)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends one line to log.jsonl, and a point to each curve."""
+        try:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self._log} cannot be written: {error.strerror or error}") from error
+        if self._board:
+            curves = {key: value for key, value in record.items() if isinstance(value, float) and key != "loss"}
+            curve = f"loss/{record['method']}"  # a loss of one method says nothing beside another's
+            curves[curve] = record["loss"]
+            if (note := NOTES.get(record["method"])) and curve not in self._noted:
+                self._noted.add(curve)
+                self._board.note(curve, record["images"], note)
+            self._board.scalars(record["images"], curves)
+
+    def grid(self, name: str, pictures: NDArray[np.uint8], text: dict[str, Any]) -> None:
+        """Writes a sample grid."""
+        folder = self.path / "samples"
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
+        picture = image_writer.grid(pictures)
+        image_writer.save_png(picture, folder / f"{name}.png", text)
+        if self._board:
+            self._board.grid(text["images"], picture)
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._board:
+                self._board.close()
+
+    def _resumed(self, config: TrainConfig) -> dict[str, Any]:
+        """The state, after all that a resumption reads was found to be sound."""
+        if not streams.exists(self.state):
+            raise TrainingError(f"there is nothing to resume in {self.path}; start without --resume")
+        state, before = read_state(self.state)
+        if changed := _changed(before.model_dump(), config.model_dump()):
+            raise TrainingError(f"{self.path} was started with another {changed}; use the same config to resume")
+        for name, sha256 in self._made_of["inputs"].items():
+            if state["inputs"].get(name) != sha256:
+                raise TrainingError(f"{self.path} was started with another {name}; use the same to resume")
+        self._earlier = self._read_sessions()
+        self._lines = self._lines_up_to((state["phase"], state["step"]))
+        return state
+
+    def _read_sessions(self) -> list[dict[str, Any]]:
+        """The sessions in run.json."""
+        if not streams.exists(self._sessions):
+            return []
+        try:
+            sessions = json.loads(streams.read_bytes(self._sessions, TrainingError, MOST_SESSIONS))
+            json.dumps(sessions, indent=1)  # which nests less deeply than it reads
+        except (ValueError, RecursionError) as error:
+            raise TrainingError(f"{self._sessions} is damaged: it is no JSON; move it away") from error
+        if not isinstance(sessions, list) or not all(isinstance(each, dict) for each in sessions):
+            raise TrainingError(f"{self._sessions} is damaged: it is no list of sessions; move it away")
+        return sessions
+
+    def _lines_up_to(self, position: tuple[int, int]) -> bytes | None:
+        """The log without the lines of later steps; None where there are none. A kill may have cut the last line."""
+        if not streams.exists(self._log):
+            return None
+        content = streams.read_bytes(self._log, TrainingError, MOST_LOG)
+        lines = content.splitlines(keepends=True)
+        kept = []
+        for number, line in enumerate(lines, 1):
+            at = _position(line)
+            if at is None and number < len(lines):
+                raise TrainingError(f"{self._log} is damaged: line {number} is none that a run writes; move it away")
+            if at is not None and at <= position:
+                kept.append(line)
+        return None if len(kept) == len(lines) else b"".join(kept)
+
+    def _own(self) -> list[Path]:
+        """All that a run writes."""
+        names = "state.pt", "ckpt.pt", "log.jsonl", "config.toml", "run.json", "samples", "tensorboard"
+        return [*(self.path / name for name in names), *self.path.glob("phase-*.pt")]
+
+    def _sweep(self) -> None:
+        """Removes what a killed run had half written, of its own kinds."""
+        sweep(self.path, (".pt", ".toml", ".jsonl", ".json"))
+        sweep(self.path / "samples", (".png",))
+
+    def _clear(self) -> None:
+        for path in self._own():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _changed(before: Any, after: Any, key: str = "") -> str:
+    """The first key whose value differs; where the data lies and how often to save may change."""
+    if key in FREE or before == after:
+        return ""
+    if isinstance(before, dict) and isinstance(after, dict):
+        pairs = [(str(k), before.get(k), after.get(k)) for k in {**before, **after}]
+    elif isinstance(before, list | tuple) and isinstance(after, list | tuple) and len(before) == len(after):
+        pairs = [(str(i), b, a) for i, (b, a) in enumerate(zip(before, after, strict=True))]
+    else:
+        return key
+    return next(filter(None, (_changed(b, a, f"{key}.{k}".lstrip(".")) for k, b, a in pairs)), "")
+
+
+def _position(line: bytes) -> tuple[int, int] | None:
+    """(phase, step) of a log line; None where it is no such line, or was cut short."""
+    try:
+        record = json.loads(line.decode())
+        phase, step = record["phase"], record["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return (phase, step) if type(phase) is int and type(step) is int and line.endswith(b"\n") else None
+
+
+def _toml(config: TrainConfig) -> str:
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

@@ -1,0 +1,150 @@
+"""checkpoint -> ``.onnx``: one of the graphs of `graphs`, for any batch size, written with its proof or not at all."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx as onnx_package
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, inliner
+
+from cm_runtime.checkpoints.native import Checkpoint
+from cm_runtime.errors import EngineError, RequestError
+from cm_runtime.export import graphs, parity, weights_file
+from cm_runtime.export.builder import Graph
+from cm_runtime.export.weights_file import Network
+from cm_runtime.files import atomic
+from cm_runtime.manifest import METADATA_KEY, GraphKind, Manifest, Precision, data_name, read_manifest, written
+from cm_runtime.networks.consistency import ConsistencyModel
+from cm_runtime.onnx_graph import message, operators
+from cm_runtime.schedule import checked_sigmas, sampler_sigmas
+
+LARGEST_INSIDE = 1 << 30  # bytes of weights in the .onnx itself: protobuf refuses a message of 2 GiB
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `onnx` wrote. nodes: of the graph; folds: constants in place of what a plain export computes each time."""
+
+    manifest: Manifest
+    nodes: int
+    folds: int
+    bytes: int
+
+
+def onnx(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    graph: GraphKind = "denoiser",
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    precision: Precision = "fp32",
+    inline: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Exports ``checkpoint`` to ``path``; arguments and errors are those of `export.onnx`."""
+    target = Path(path)
+    if target.suffix != ".onnx":
+        raise RequestError(f"{target}: an ONNX file's name ends in .onnx")
+    atomic.check_writable(target, force=force)
+    parity.check_engine(precision)
+    manifest = checkpoint.manifest().model_copy(update={"graph": graph, "precision": precision})
+    levels = _levels(manifest, steps, sigmas)
+    if levels:
+        manifest = manifest.model_copy(update={"sigmas": {len(levels): levels}})
+    model = checkpoint.model().eval()
+    is_half = any(tensor.dtype == torch.float16 for tensor in checkpoint.ema[checkpoint.default_ema].values())
+    del checkpoint  # here and below: an engine loads the weights, and those of torch are not to be there beside it
+    built = _build(model, manifest, levels, inline=inline)
+    network = built.network()
+    if is_half and precision == "fp32":
+        store_halves(network)
+    if inline:
+        network = network._replace(graph=inliner.inline_local_functions(network.graph))
+    made = network.graph
+    nodes = len(made.graph.node)
+    with written(target, force=force) as (temporary, data):
+        is_apart = network.size > LARGEST_INSIDE
+        size = network.size + made.ByteSize()
+        if is_apart:
+            sha256 = weights_file.write_apart(network, data)
+        end = weights_file.write(network, temporary)
+        expected = parity.expected(model, manifest)
+        for parameter in model.parameters():  # one may keep a whole mapped file
+            parameter.data = torch.empty(0)
+        del model
+        gc.collect()
+        onnx_package.checker.check_model(str(temporary), full_check=True)
+        manifest = manifest.model_copy(update={"parity": parity.measure(temporary, manifest, expected)})
+        if is_apart:
+            manifest = manifest.model_copy(update={"data_file": data_name(target, sha256)})
+            weights_file.rename_apart(made, manifest.data_file)
+        helper.set_model_props(made, {METADATA_KEY: manifest.model_dump_json()})
+        if is_apart:
+            temporary.write_bytes(made.SerializeToString(deterministic=True))
+        else:
+            weights_file.write_behind(made, temporary, end)
+        if read_manifest(temporary) != manifest:
+            raise EngineError(f"{target}: the manifest does not read back as it was written")
+        _check_own(temporary, target, manifest)
+    return Exported(manifest, nodes, built.folds, size)
+
+
+def _check_own(temporary: Path, target: Path, manifest: Manifest) -> None:
+    """Raises EngineError for a graph that no engine would be given to run."""
+    try:
+        operators.check(message.read(temporary, str(target)), manifest)
+    except operators.NotOwn as error:
+        raise EngineError(f"{target}: no engine would be given this model to run: {error}") from error
+
+
+def _levels(manifest: Manifest, steps: int | None, sigmas: Sequence[float] | None) -> tuple[float, ...]:
+    """The noise levels of a sampler graph; none of another. Raises RequestError."""
+    if manifest.graph != "sampler":
+        if steps is not None or sigmas is not None:
+            raise RequestError(f"a {manifest.graph} graph takes any noise level; steps and sigmas are of a sampler")
+        return ()
+    if manifest.is_teacher:
+        raise RequestError("this checkpoint is an EDM teacher, which a few steps cannot sample; export its denoiser")
+    if sigmas is not None:
+        if steps is not None:
+            raise RequestError("give steps or sigmas, not both")
+        return checked_sigmas(sigmas, manifest.sigma_min, manifest.sigma_max)
+    chosen = 2 if steps is None else steps
+    return sampler_sigmas(chosen, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
+
+
+def _build(model: ConsistencyModel, manifest: Manifest, levels: Sequence[float], *, inline: bool) -> Graph:
+    if manifest.graph == "sampler":
+        return graphs.sampler(model, levels, manifest.precision, inline=inline)
+    return (graphs.denoiser if manifest.graph == "denoiser" else graphs.network)(model, manifest.precision)
+
+
+def store_halves(network: Network) -> None:
+    """Stores each weight that float16 holds exactly as float16 with a Cast behind it; engines fold the Cast at load."""
+    casts = []
+    for tensor in network.graph.graph.initializer:
+        name = tensor.name
+        if name not in network.weights or not _fits_half(network.weights[name]):
+            continue
+        tensor.name, tensor.data_type = f"{name}.half", TensorProto.FLOAT16
+        tensor.ClearField("doc_string")
+        network.weights[tensor.name] = network.weights.pop(name)
+        casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+    graph = network.graph.graph
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _fits_half(full: NDArray[np.generic]) -> bool:
+    with np.errstate(over="ignore"):
+        half = full.astype(np.float16)
+    return np.array_equal(half.astype(np.float32), full)

@@ -1,0 +1,239 @@
+"""``.onnx`` -> ``.engine``: TensorRT on the GPU it is for, TensorRT for RTX on any machine."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cm_runtime import cuda, onnx_graph
+from cm_runtime.backends import engine_file
+from cm_runtime.backends.base import Backend, images_at_once
+from cm_runtime.backends.engine_file import EngineManifest, Package, Profile
+from cm_runtime.backends.openvino import OpenVinoBackend
+from cm_runtime.backends.ort import OrtBackend
+from cm_runtime.backends.tensorrt import TensorRtBackend, listener, module
+from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
+from cm_runtime.export import engine_parity, tensorrt_plugin
+from cm_runtime.files import atomic
+from cm_runtime.manifest import Manifest, data_path, read_manifest
+
+
+def build(
+    onnx: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    package: Package,
+    *,
+    batch: Profile | None = None,
+    gpus: Sequence[str] = (),
+    force: bool = False,
+    reference: Backend | None = None,
+) -> EngineManifest:
+    """Builds ``path``, an ``.engine``, of our exported file ``onnx``, with its manifest and log beside it.
+
+    batch: the sizes it takes; None is 1 to as many as a GPU sees at once. gpus: compute capabilities ("8.9") that it is
+    for; none is this machine's GPU, and only TensorRT for RTX builds for another. Where the GPU here can open the
+    engine, its parity with ``reference`` (None: ``onnx`` on the CPU) is measured and its layers are written down.
+    Raises ParityError, ArtifactError, EngineError (which names the log, the one file that a failure leaves),
+    RequestError, MissingExtraError, and OutputError when ``path`` cannot be written or exists without ``force``.
+    """
+    target, source = Path(path), Path(onnx)
+    if target.suffix != engine_file.SUFFIX:
+        raise RequestError(f"{target}: an engine's name ends in {engine_file.SUFFIX}")
+    outputs = (target, *(name(target) for name in (engine_file.manifest_path, engine_file.layers_path)))
+    for output in outputs:
+        atomic.check_writable(output, force=force)
+    model = read_manifest(source)
+    data = data_path(source, model)
+    onnx_graph.check(source, model).require_own(source, package)
+    trt = module(package)
+    here, why_not = _gpu_here()
+    wanted = _capabilities(trt, package, gpus, here, why_not)
+    profile = batch or _default_profile(model)
+    log = engine_file.log_path(target)
+    making = _Build(trt, package, wanted, profile, log)
+    try:
+        content, is_plugin = making.run(source, model)
+    finally:
+        with atomic.written(log) as temporary:
+            heading = f"{package} {trt.__version__}: {source.name} for {', '.join(wanted)}, batches {profile}"
+            temporary.write_text("\n".join([heading, *making.logger.lines, ""]), encoding="utf-8")
+    manifest = EngineManifest(
+        sha256=hashlib.sha256(content).hexdigest(),
+        bytes=len(content),
+        package=package,
+        version=trt.__version__,
+        gpus=tuple(wanted),
+        gpu_name=here.name if here and here.capability in wanted else "",
+        profile=profile,
+        model=model,
+        onnx_sha256=atomic.sha256(source),
+        data_sha256=atomic.sha256(data) if data else None,
+        plugin=is_plugin,
+        log=log.name,
+    )
+    layers = None
+    is_askable = model.graph != "network" or model.precision != "bf16"  # which NumPy cannot feed
+    if here and here.capability in wanted and is_askable:
+        engine = TensorRtBackend(content, manifest, package)
+        parity = engine_parity.measure(engine, reference or _reference(source, model), profile.max)
+        manifest = manifest.model_copy(update={"parity": parity})
+        layers = engine.layers()
+    _write(target, content, manifest, layers, force=force)
+    return manifest
+
+
+def _reference(source: Path, model: Manifest) -> Backend:
+    """ONNX Runtime's CPU has no convolution in bf16."""
+    return OpenVinoBackend(source, model) if model.precision == "bf16" else OrtBackend(source, model)
+
+
+class _Build:
+    """One run of TensorRT's builder, and all that it said."""
+
+    def __init__(self, trt: Any, package: Package, capabilities: Sequence[str], profile: Profile, log: Path) -> None:
+        self.trt, self.package, self.capabilities, self.profile, self.log = trt, package, capabilities, profile, log
+        self.logger = listener(trt)
+
+    def run(self, source: Path, model: Manifest) -> tuple[bytes, bool]:
+        """The engine, and whether cm::SkipScale is our kernel in it. Raises ArtifactError and EngineError."""
+        trt = self.trt
+        try:
+            builder = trt.Builder(self.logger)
+            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            if self.package == "tensorrt":  # the one that has plugins written in Python
+                tensorrt_plugin.register(_plugin_module())
+                flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+            network = builder.create_network(flags)
+            parser = trt.OnnxParser(network, self.logger)
+            if not parser.parse_from_file(str(source)):
+                raise ArtifactError(
+                    f"{source}: {self.package} cannot read it: {_parse_errors(parser)} ({self.log} has all it said)"
+                )
+            config = builder.create_builder_config()
+            self._configure(config, model)
+            config.add_optimization_profile(self._profile(builder, network))
+            serialized = builder.build_serialized_network(network, config)
+            if serialized is None:
+                raise self._failed(source, self.logger.last())
+            layers = map(network.get_layer, range(network.num_layers))
+            return bytes(serialized), any(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
+        except (RuntimeError, TypeError, ValueError) as error:  # a builder without a driver, a profile it cannot use
+            raise self._failed(source, f"{error} {self.logger.last()}") from error
+
+    def _configure(self, config: Any, model: Manifest) -> None:
+        """No precision but the graph's own: TF32 is no float32, so it is for networks of halves only."""
+        trt = self.trt
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names in the layer report; it costs no time
+        if model.precision == "fp32":
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if self.package == "tensorrt_rtx":
+            config.num_compute_capabilities = len(self.capabilities)
+            for i, capability in enumerate(self.capabilities):
+                config.set_compute_capability(trt.ComputeCapability.__members__[_member(capability)], i)
+
+    def _profile(self, builder: Any, network: Any) -> Any:
+        """One profile, whose N is that of every input: the one dimension that the graph leaves open."""
+        shapes = builder.create_optimization_profile()
+        for tensor in map(network.get_input, range(network.num_inputs)):
+            shape = tuple(tensor.shape)
+            sizes = (self.profile.min, self.profile.opt, self.profile.max)
+            shapes.set_shape(tensor.name, *(tuple(n if dim < 0 else dim for dim in shape) for n in sizes))
+        return shapes
+
+    def _failed(self, source: Path, reason: str) -> EngineError:
+        reason = " ".join(reason.split()) or "it gave no reason"
+        return EngineError(f"{source}: {self.package} cannot build it: {reason} ({self.log} has all it said)")
+
+
+def _plugin_module() -> Any:
+    """`tensorrt.plugin`. Raises EngineError."""
+    try:
+        return importlib.import_module("tensorrt.plugin")
+    except ImportError as error:
+        raise EngineError(f"this TensorRT has no plugin module: {error}") from error
+
+
+def _parse_errors(parser: Any) -> str:
+    """What the parser found wrong, first things first."""
+    said = []
+    for wrong in map(parser.get_error, range(parser.num_errors)):
+        said.append(" ".join(f"{wrong.node_operator()} {wrong.node_name()}: {wrong.desc()}".split()))
+    return "; ".join(said[:3]) or "it gave no reason"
+
+
+def _gpu_here() -> tuple[cuda.Gpu | None, str]:
+    """This machine's GPU, or None and why there is none that can be used."""
+    try:
+        return cuda.gpu(), ""
+    except (EngineError, MissingExtraError) as error:
+        return None, str(error)
+
+
+def _member(capability: str) -> str:
+    """What `trt.ComputeCapability` calls it: SM89 for 8.9."""
+    return f"SM{capability.replace('.', '')}"
+
+
+def _capabilities(trt: Any, package: Package, gpus: Sequence[str], here: cuda.Gpu | None, why_not: str) -> list[str]:
+    """The compute capabilities to build for. Raises RequestError for those that ``package`` has no code for."""
+    if package == "tensorrt":
+        if here is None:
+            raise EngineError(f"TensorRT builds an engine on the GPU that will run it: {why_not}")
+        if set(gpus) - {here.capability}:
+            raise RequestError(
+                f"TensorRT builds for the GPU here, of compute capability {here.capability}, not {', '.join(gpus)};"
+                " --format tensorrt-rtx builds for others"
+            )
+        return [here.capability]
+    numbers = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+    able = [f"{number // 10}.{number % 10}" for number in numbers]
+    if not gpus and here is None:
+        raise RequestError(
+            f"no GPU to build for: {why_not}; name the compute capability of one with --gpu ({', '.join(able)})"
+        )
+    wanted = list(dict.fromkeys(gpus)) or ([here.capability] if here else [])
+    for capability in wanted:
+        if capability not in able:
+            raise RequestError(
+                f"TensorRT for RTX builds for GPUs of compute capability {', '.join(able)}, not {capability}"
+            )
+    return wanted
+
+
+def _default_profile(model: Manifest) -> Profile:
+    images = images_at_once(model, "cuda:0")
+    return Profile(min=1, opt=images, max=images)
+
+
+def _write(target: Path, content: bytes, manifest: EngineManifest, layers: str | None, *, force: bool) -> None:
+    """The engine last: where one is under its final name, all that belongs to it is there."""
+    beside, report = engine_file.manifest_path(target), engine_file.layers_path(target)
+    with (
+        atomic.drafted(target, force=force) as engine,
+        atomic.drafted(beside, force=force) as text,
+        atomic.drafted(report, force=force) as inside,
+    ):
+        engine.write_bytes(content)
+        text.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        inside.write_text(layers or "", encoding="utf-8")
+        for draft in (engine, text, inside):
+            atomic.sync(draft)
+        drafts = {report: inside} if layers is not None else {}
+        drafts |= {beside: text, target: engine}
+        with atomic.locked(target.parent):
+            placed: list[Path] = []
+            is_new = not target.exists()
+            if force:
+                report.unlink(missing_ok=True)  # an older engine's, if this one has none
+            try:
+                for final, draft in drafts.items():
+                    atomic.place(draft, final, force=force)
+                    placed.append(final)
+            except BaseException:
+                for final in placed if is_new else ():
+                    final.unlink(missing_ok=True)
+                raise
