@@ -111,9 +111,9 @@ def outside(folder: Path, batch: int = 256) -> dict[str, float]:
     for network in ("default", "cifar32"):
         path = folder / f"{network}-sampler.onnx"
         if network == "default":
-            from cm_runtime.export.from_onnx import recovered
+            from cm_runtime.export.from_onnx import recover
 
-            export.onnx(recovered(backends.DEFAULT_MODEL), path, graph="sampler", steps=STEPS, force=True)
+            export.onnx(recover(backends.DEFAULT_MODEL), path, graph="sampler", steps=STEPS, force=True)
         model = backends.load(path, "ort")
         inside, run = [0.0], model.evaluate
 
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
         result["outside"] = outside(Path(folder))
     if options.output:
-        with atomic.written(options.output) as temporary:
+        with atomic.write(options.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
     return 0

@@ -33,7 +33,7 @@ from cm_runtime.evaluate.statistics import write_statistics
 from cm_runtime.export import weights_file
 from cm_runtime.export.to_onnx import store_halves
 from cm_runtime.export.torch_exporter import detach, quiet, strip
-from cm_runtime.files.atomic import check_writable, written
+from cm_runtime.files.atomic import check_writable, write
 
 SEED = 1
 MODEL, STATISTICS = "fashion-mnist-classifier.onnx", "fashion-mnist-statistics.npz"
@@ -84,7 +84,7 @@ def export(classifier: Classifier, path: Path) -> None:
     store_halves(network)
     preparation = Preparation(layout="NHWC", value_range="0:255", resize="none", features="features", logits="logits")
     onnx.helper.set_model_props(graph, {METADATA_KEY: preparation.model_dump_json()})
-    with written(path) as temporary:
+    with write(path) as temporary:
         weights_file.write(network, temporary)
         onnx.checker.check_model(str(temporary), full_check=True)
 

@@ -44,7 +44,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is 
 from cm_runtime import schedule
 from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import CmRuntimeError
-from cm_runtime.files.atomic import check_writable, written
+from cm_runtime.files.atomic import check_writable, write
 from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, EdmPhase, IctPhase, Phase, load_config
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.loop import train
@@ -276,7 +276,7 @@ def _run(options: argparse.Namespace, report: Callable[[str], None]) -> int:
             "results": [asdict(result) for result in results],
             "missed": missed,
         }
-        with written(options.json) as temporary:
+        with write(options.json) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     return 1 if missed else 0
 

@@ -93,7 +93,7 @@ class Report:
         """Writes what there is: a run that is cut short has not been for nothing."""
         if self.output:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            with atomic.written(self.output) as temporary:
+            with atomic.write(self.output) as temporary:
                 temporary.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
@@ -266,10 +266,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def engines_agree(on_gpu: bool, folder: Path) -> dict[str, Any]:
     """Samples of the bundled model on each engine: the largest difference in grey levels, and how many differ."""
     from cm_runtime.checkpoints.native import save_checkpoint
-    from cm_runtime.export.from_onnx import recovered
+    from cm_runtime.export.from_onnx import recover
 
     source = folder / "default.pt"
-    save_checkpoint(recovered(backends.DEFAULT_MODEL), source)
+    save_checkpoint(recover(backends.DEFAULT_MODEL), source)
     wanted = sampling.sample(backends.load(backends.DEFAULT_MODEL, "ort", "cpu"), 64)
     found: dict[str, Any] = {}
     for name, opened in contenders(source, folder, on_gpu).items():

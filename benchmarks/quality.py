@@ -43,7 +43,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is 
 
 from cm_runtime.errors import CheckpointError, CmRuntimeError, DataError
 from cm_runtime.evaluate.frechet import frechet_distance, moments
-from cm_runtime.files.atomic import check_writable, written
+from cm_runtime.files.atomic import check_writable, write
 
 Array = npt.NDArray[Any]
 
@@ -191,7 +191,7 @@ def save_classifier(path: Path, classifier: Classifier, recipe: Recipe, accuracy
         "torch": str(torch.__version__),
         "state_dict": classifier.state_dict(),
     }
-    with written(path) as temporary:
+    with write(path) as temporary:
         torch.save(content, temporary)
 
 
@@ -405,7 +405,7 @@ def _run(options: argparse.Namespace, report: Callable[[str], None]) -> int:
             "requirements": [asdict(r) for r in options.require],
             "missed": missed,
         }
-        with written(options.json) as temporary:
+        with write(options.json) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     return 1 if missed else 0
 

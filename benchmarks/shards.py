@@ -82,7 +82,7 @@ def ratios(folder: Path, backend: str, turns: int, shards: int) -> list[float]:
     """Images a second of shards over those of the bare engine, one ratio a turn."""
     threads = len(os.sched_getaffinity(0))
     engine: Any = backends.load(None, backend, threads=threads)  # type: ignore[arg-type]
-    at_once = sampling.even(1000, engine.micro_batch)
+    at_once = sampling.even_micro_batch(1000, engine.micro_batch)
     chosen = sampling.request(engine.manifest, turns * shards * 1000, STEPS, micro_batch=at_once)
     whole = job.of(engine, chosen, backends.DEFAULT_MODEL, "npz", 1000, threads)
     index = np.arange(at_once, dtype=np.uint64)

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if wanted != text:
                 print(f"{options.readme} is not what these results say; run benchmarks/table.py", file=sys.stderr)
             return int(wanted != text)
-        with atomic.written(options.readme) as temporary:
+        with atomic.write(options.readme) as temporary:
             temporary.write_text(wanted, encoding="utf-8")
     except CmRuntimeError as error:
         print(f"error: {error}", file=sys.stderr)

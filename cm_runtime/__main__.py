@@ -8,9 +8,9 @@ import sys
 def main() -> None:
     """Run the command line of this process."""
     try:
-        from cm_runtime.errors.boundary import guarded
+        from cm_runtime.errors.boundary import guard
 
-        guarded(_run, "--debug" in sys.argv)
+        guard(_run, "--debug" in sys.argv)
     except KeyboardInterrupt:  # before the boundary stood
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -292,7 +292,9 @@ def _run(model: Denoiser, edit: Edit, sigmas: Sequence[float], how: _How) -> NDA
         sigmas,
         seed=how.seed,
         start=how.index,
-        micro_batch=sampling.even(max(edit.count, 1), model.micro_batch) if how.batch is None else how.batch,
+        micro_batch=sampling.even_micro_batch(max(edit.count, 1), model.micro_batch)
+        if how.batch is None
+        else how.batch,
         output=how.output,
         clip=how.clip,
     )

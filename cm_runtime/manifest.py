@@ -220,7 +220,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     where = Path(path)
     try:
-        with streams.opened(where, ArtifactError) as file:
+        with streams.open_file(where, ArtifactError) as file:
             text = _embedded(file, os.fstat(file.fileno()).st_size)
     except MalformedError as error:
         raise ArtifactError(f"{where} is not an ONNX file, or is truncated ({error})") from error
@@ -266,7 +266,7 @@ def write_manifest(
     data = data_path(source, read_manifest(source))
     manifest = manifest.model_copy(update={"data_file": data.name if data else ""})
     with written(target, force=force) as (temporary, temporary_data):
-        with streams.opened(source, ArtifactError) as old, temporary.open("wb") as new:
+        with streams.open_file(source, ArtifactError) as old, temporary.open("wb") as new:
             for field in fields(old, os.fstat(old.fileno()).st_size, _MOST_FIELDS):
                 if not _is_manifest(field, old):
                     old.seek(field.start)
@@ -284,17 +284,17 @@ def written(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[tu
 
     The name of the data file is in the manifest; it may be left unwritten where a file of that name is there. Older
     data files of ``path`` that no ``.onnx`` of the folder names any more are removed, also those that a kill left.
-    Raises OutputError as `files.atomic.written` does.
+    Raises OutputError as `files.atomic.write` does.
     """
     target = Path(path)
-    with atomic.drafted(target, force=force) as temporary:
+    with atomic.draft(target, force=force) as temporary:
         data = temporary.with_suffix(".data")
         yield temporary, data
         manifest = read_manifest(temporary)
         atomic.sync(temporary)
         if data.exists():
             atomic.sync(data)
-        with atomic.locked(target.parent):
+        with atomic.lock(target.parent):
             older = {_named_by(target), *_data_files(target)}
             try:
                 if data.exists():
@@ -308,7 +308,7 @@ def written(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[tu
 def _named_by(path: Path) -> str:
     """The data file of an exported file, a later version's too; "" if it has none or cannot be read."""
     try:
-        with streams.opened(path, ArtifactError) as file:
+        with streams.open_file(path, ArtifactError) as file:
             content = json.loads(_embedded(file, os.fstat(file.fileno()).st_size) or "")
         return str(content.get("data_file", ""))
     except (ArtifactError, MalformedError, ValueError, AttributeError, RecursionError):

@@ -182,7 +182,7 @@ def _request(
         raise RequestError(f"output must be uint8 or float32, not {output!r}")
     checked = _checked_labels(labels, manifest.num_classes)
     if isinstance(labels, Mapping):
-        total = counted(labels, None, 0)
+        total = count_images(labels, None, 0)
         if total != count:
             raise RequestError(f"the labels are for {quantity(total, 'image')}, but {count} are asked for")
         checked = _in_turn(labels, start)
@@ -197,7 +197,7 @@ def no_label(num_classes: int) -> RequestError:
     )
 
 
-def even(count: int, most: int) -> int:
+def even_micro_batch(count: int, most: int) -> int:
     """The size of micro-batches that splits ``count`` images evenly with at most ``most`` in each."""
     return -(-count // -(-count // most))
 
@@ -225,7 +225,7 @@ def labels_of(chosen: Request, index: NDArray[np.uint64], num_classes: int) -> N
     return picked
 
 
-def counted(labels: Labels, count: int | None, default: int) -> int:
+def count_images(labels: Labels, count: int | None, default: int) -> int:
     """The number of images: ``count``; or else the sum of a mapping of classes to counts; or ``default``.
 
     Raises RequestError for a mapping that counts no images, or too many.

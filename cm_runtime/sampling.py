@@ -19,9 +19,9 @@ from cm_runtime.projections import Edit
 from cm_runtime.request import Labels as Labels
 from cm_runtime.request import Output as Output
 from cm_runtime.request import Request as Request
-from cm_runtime.request import counted as counted
+from cm_runtime.request import count_images as counted
 from cm_runtime.request import edit_request as edit_request
-from cm_runtime.request import even as even
+from cm_runtime.request import even_micro_batch as even
 from cm_runtime.request import labels_of as labels_of
 from cm_runtime.request import request as request
 from cm_runtime.request import split as split

@@ -26,7 +26,7 @@ from cm_runtime.networks.unet import UNetConfig
 EMA = "exported"  # the rate is not in the file
 
 
-def recovered(path: str | os.PathLike[str], network: UNetConfig | None = None) -> Checkpoint:
+def recover(path: str | os.PathLike[str], network: UNetConfig | None = None) -> Checkpoint:
     """The checkpoint in the exported file ``path``: its one set of weights as they are stored, in float16 or float32.
 
     network: by default that of the training run which the manifest records. Raises ArtifactError where it records

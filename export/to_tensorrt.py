@@ -58,7 +58,7 @@ def build(
     try:
         content, is_plugin = making.run(source, model)
     finally:
-        with atomic.written(log) as temporary:
+        with atomic.write(log) as temporary:
             heading = f"{package} {trt.__version__}: {source.name} for {', '.join(wanted)}, batches {profile}"
             temporary.write_text("\n".join([heading, *making.logger.lines, ""]), encoding="utf-8")
     manifest = EngineManifest(
@@ -213,9 +213,9 @@ def _write(target: Path, content: bytes, manifest: EngineManifest, layers: str |
     """The engine last: where one is under its final name, all that belongs to it is there."""
     beside, report = engine_file.manifest_path(target), engine_file.layers_path(target)
     with (
-        atomic.drafted(target, force=force) as engine,
-        atomic.drafted(beside, force=force) as text,
-        atomic.drafted(report, force=force) as inside,
+        atomic.draft(target, force=force) as engine,
+        atomic.draft(beside, force=force) as text,
+        atomic.draft(report, force=force) as inside,
     ):
         engine.write_bytes(content)
         text.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -224,7 +224,7 @@ def _write(target: Path, content: bytes, manifest: EngineManifest, layers: str |
             atomic.sync(draft)
         drafts = {report: inside} if layers is not None else {}
         drafts |= {beside: text, target: engine}
-        with atomic.locked(target.parent):
+        with atomic.lock(target.parent):
             placed: list[Path] = []
             is_new = not target.exists()
             if force:

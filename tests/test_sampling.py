@@ -15,7 +15,7 @@ from cm_runtime.manifest import TrainingSummary
 from cm_runtime.sampling import (
     Denoiser,
     batches,
-    even,
+    even_micro_batch,
     heun,
     request,
     run,
@@ -294,7 +294,7 @@ def test_batches_are_lazy_and_no_larger_than_asked(gaussian):
 
 @pytest.mark.parametrize(("count", "most", "size"), [(1, 64, 1), (64, 64, 64), (65, 64, 33), (256, 100, 86), (7, 3, 3)])
 def test_micro_batches_are_even(gaussian, count, most, size):
-    assert even(count, most) == size
+    assert even_micro_batch(count, most) == size
     gaussian.micro_batch = most
     sample(gaussian, count, 1)
     assert gaussian.sizes[0] == size and sum(gaussian.sizes) == count and max(gaussian.sizes) <= most

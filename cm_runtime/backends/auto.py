@@ -366,7 +366,7 @@ def _remember(asked: Question, answer: Answer) -> None:
     """A cache that cannot be written is none."""
     try:
         _folder().mkdir(parents=True, exist_ok=True)
-        with atomic.written(_folder() / f"{asked.key}.json") as temporary:
+        with atomic.write(_folder() / f"{asked.key}.json") as temporary:
             kept = {"tries": answer.tries, "is_noisy": answer.is_noisy, "batch": asked.batch}
             temporary.write_text(json.dumps({"seconds": answer.seconds, **kept}), encoding="utf-8")
     except (OSError, OutputError, RuntimeError) as error:  # the last where there is no home folder

@@ -36,7 +36,7 @@ def data_file(path: Path, manifest: Manifest) -> Path | None:
     """The data file of the exported file ``path``, which can be read, or None. Raises ArtifactError."""
     data = data_path(path, manifest)
     if data is not None:
-        with streams.opened(data, ArtifactError):
+        with streams.open_file(data, ArtifactError):
             pass
     return data
 

@@ -137,9 +137,9 @@ def _given(z: Array, device: str) -> Iterator[None]:
 def _read(path: Path) -> Checkpoint:
     if path.suffix == ".onnx":
         require("onnx", f"reading the weights of {path}")
-        from cm_runtime.export.from_onnx import recovered
+        from cm_runtime.export.from_onnx import recover
 
-        return recovered(path)
+        return recover(path)
     from cm_runtime.checkpoints.load import load_checkpoint
 
     return load_checkpoint(path)

@@ -287,7 +287,7 @@ def schema() -> str:
 
 def write(result: Result, path: str | os.PathLike[str]) -> None:
     """Replaces ``path`` in one step. Raises OutputError."""
-    with atomic.written(path) as temporary:
+    with atomic.write(path) as temporary:
         temporary.write_text(result.model_dump_json(indent=1, exclude_defaults=False) + "\n", encoding="utf-8")
 
 

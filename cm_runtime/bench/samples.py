@@ -33,7 +33,7 @@ class Samples:
         self._bytes = 0
         self._is_named = False
         paths = [result.with_suffix(name) for name in NAMES]
-        with _named(result), atomic.locked(result.parent):
+        with _named(result), atomic.lock(result.parent):
             for path in paths:
                 atomic.check_writable(path)
                 if _is_in_use(path):

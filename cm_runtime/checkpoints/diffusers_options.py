@@ -13,7 +13,7 @@ import torch
 
 from cm_runtime.checkpoints.validate import checked
 from cm_runtime.errors import CheckpointError
-from cm_runtime.errors.wording import joined, quantity
+from cm_runtime.errors.wording import join_words, quantity
 from cm_runtime.networks.consistency import ModelConfig
 from cm_runtime.networks.unet import GroupNorm, UNet, UNetConfig
 from cm_runtime.schedule import GRID_LIMIT
@@ -245,7 +245,7 @@ def _options(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> d
     options = {key: value for key, value in given.items() if not key.startswith("_")}
     if unknown := options.keys() - known.keys():
         named = "are no options" if len(unknown) > 1 else "is no option"
-        raise CheckpointError(f"{joined(sorted(unknown))} {named} of {what} that cm-runtime knows")
+        raise CheckpointError(f"{join_words(sorted(unknown))} {named} of {what} that cm-runtime knows")
     return {**known, **options}
 
 
@@ -263,7 +263,7 @@ def _levels(config: Mapping[str, Any], count: int, unmapped: Unmapped) -> tuple[
             continue
         plain = [str(name).removeprefix("UNetRes") for name in names]
         if unknown := [name for name in plain if name not in kinds]:
-            unmapped.add(option, joined(list(dict.fromkeys(unknown))), f"only {', '.join(kinds)}")
+            unmapped.add(option, join_words(list(dict.fromkeys(unknown))), f"only {', '.join(kinds)}")
             continue
         resamplers |= {kinds[name] or str(config[default]) for name in plain[: count - 1] or plain}
         attended[option] = [kinds[name] is None for name in plain]

@@ -149,7 +149,7 @@ def parse_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
 
 def save_plain(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Plain tensors and containers to ``path``, whole or not at all; raises OutputError."""
-    with atomic.written(path) as temporary, temporary.open("wb") as file:
+    with atomic.write(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(dict(content), file)  # an open file: torch would store a path's name, and so change the hash
         except RuntimeError as error:  # torch's zip writer, after the disk's own error
@@ -175,7 +175,7 @@ def load_torch(path: str | os.PathLike[str]) -> Any:
     where = Path(path)
     start = b""
     try:
-        with warnings.catch_warnings(), streams.opened(where, CheckpointError) as file:
+        with warnings.catch_warnings(), streams.open_file(where, CheckpointError) as file:
             warnings.simplefilter("ignore")  # torch remarks on pickles of other versions; the error says enough
             start = file.read(2)
             if start == b"PK":

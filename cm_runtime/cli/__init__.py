@@ -119,4 +119,4 @@ def main(arguments: list[str] | None = None) -> None:
             raise
 
     with ending():
-        boundary.guarded(run, "--debug" in words)
+        boundary.guard(run, "--debug" in words)

@@ -82,7 +82,7 @@ def evaluate(
         if path is not None and path.suffix != suffix:
             raise RequestError(f"{path}: the name must end in {suffix}")
     from cm_runtime import __version__, backends
-    from cm_runtime.cli.progress import waiting
+    from cm_runtime.cli.progress import spinner
     from cm_runtime.evaluate import metrics, statistics
     from cm_runtime.evaluate.extractor import Extractor
     from cm_runtime.files import atomic
@@ -109,7 +109,7 @@ def evaluate(
         expected, described = image_sources.reference(reference, network, found.manifest, manifold)
     known = None if expected is None else expected.statistics
     seen = image_sources.observed(found, network, manifold, "images", reference=known)
-    with waiting("precision and recall"):
+    with spinner("precision and recall"):
         figures = metrics.compare(seen, expected)
     few = metrics.few_images(seen, expected)
     report = metrics.Report(
@@ -123,7 +123,7 @@ def evaluate(
     if save_statistics is not None:
         statistics.write_statistics(save_statistics, seen.statistics)
     if output is not None:
-        with atomic.written(output, force=force) as temporary:
+        with atomic.write(output, force=force) as temporary:
             temporary.write_text(report.model_dump_json(indent=2) + "\n")
     _print(report)
 

@@ -113,7 +113,7 @@ def export(
     from cm_runtime.files.streams import exists
 
     def load() -> Checkpoint:
-        with progress.waiting(f"reading {checkpoint}"):
+        with progress.spinner(f"reading {checkpoint}"):
             return load_checkpoint(
                 checkpoint, precond=precond, head_channels=head_channels, image_size=image_size, model_name=model_name
             )
@@ -124,7 +124,7 @@ def export(
         if target.absolute() == name:
             raise RequestError(f"{checkpoint} is where the folder would go by default; give another with -o")
         whole = load()
-        with progress.waiting(f"writing {target}"):
+        with progress.spinner(f"writing {target}"):
             exporting.diffusers(whole, target, force=force)
         typer.echo(f"{target}: now ConsistencyModelPipeline.from_pretrained({str(target)!r})")
         return
@@ -136,7 +136,7 @@ def export(
     def write(path: Path, *, force: bool) -> Exported:
         levels = parsing.numbers("--sigmas", sigmas) if sigmas else None
         whole = load()
-        with progress.waiting("building the graph, and proving it equal to the torch model"):
+        with progress.spinner("building the graph, and proving it equal to the torch model"):
             return exporting.onnx(
                 whole, path, graph=graph, steps=steps, sigmas=levels, precision=precision, inline=inline, force=force
             )
@@ -150,7 +150,7 @@ def export(
         from cm_runtime.export.speed import with_plain
 
         whole = load()
-        with progress.waiting("timing it against a plain export"):
+        with progress.spinner("timing it against a plain export"):
             comparison = with_plain(whole, target, made.manifest)
     _summarise(target, made, comparison)
 
@@ -188,7 +188,7 @@ def _build_engine(
     with scratch("cm-export") as folder:
         path = folder / "graph.onnx"
         write(path, force=False)
-        with progress.waiting("building the engine"):
+        with progress.spinner("building the engine"):
             made = to_tensorrt.build(
                 path,
                 target,

@@ -64,7 +64,7 @@ def drawn(model: Path | None, drawing: Drawing, device: str, threads: int) -> Im
     engine = backends.load(model, drawing.backend or "auto", device, threads)  # type: ignore[arg-type]
     manifest = engine.manifest
     labels = parsing.labels(drawing.labels)
-    count = sampling.counted(labels, drawing.count, 10_000)
+    count = sampling.count_images(labels, drawing.count, 10_000)
     given: dict[str, Any] = {
         "seed": drawing.seed or 0,
         "labels": labels,
@@ -118,7 +118,7 @@ def collected(source: str, split: str | None) -> Images:
         return Images(samples.batches(), samples.count, samples.image_shape, None, described)
     from cm_runtime.training.data import open_data
 
-    with progress.waiting(f"reading {source}", has_bar=True):
+    with progress.spinner(f"reading {source}", has_bar=True):
         data = open_data(source, split=split or "train", progress=not progress.is_quiet())  # type: ignore[arg-type]
     channels, height, width = data.image_shape
     described = {"kind": "data", "path": source, "name": data.name, "split": split or "train"}
@@ -130,11 +130,11 @@ def collected(source: str, split: str | None) -> Images:
 
 def observed(images: Images, extractor: Extractor, manifold: int, unit: str, **expected: Any) -> Observation:
     """One pass over ``images``, with a progress bar."""
-    from cm_runtime.cli.progress import tracked
+    from cm_runtime.cli.progress import track
     from cm_runtime.evaluate.metrics import observe
 
     extractor.check(images.shape)
-    parts = tracked(images.batches, images.count, unit)
+    parts = track(images.batches, images.count, unit)
     return observe(parts, extractor, manifold=manifold, classes=images.classes, **expected)
 
 

@@ -90,7 +90,7 @@ def micro_batch(text: str | None, batch: int, most: int) -> int:
     from cm_runtime import sampling
 
     if text is None or text == "auto":
-        return sampling.even(max(batch, 1), most)
+        return sampling.even_micro_batch(max(batch, 1), most)
     try:
         return int(text)
     except ValueError as error:

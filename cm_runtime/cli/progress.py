@@ -100,7 +100,7 @@ def tick(line: str) -> None:
         say(line)
 
 
-def tracked(parts: Iterator[Batch], total: int, unit: str, jobs: int = 1) -> Iterator[Batch]:
+def track(parts: Iterator[Batch], total: int, unit: str, jobs: int = 1) -> Iterator[Batch]:
     """``parts`` as they come, counted in images. jobs: how many such jobs are still to be done, this one included."""
     return counted(parts, total, unit, lambda part: len(part.index), jobs)
 
@@ -157,7 +157,7 @@ def _on_terminal(parts: Iterator[T], total: int, unit: str, size: Callable[[T], 
 
 
 @contextmanager
-def waiting(what: str, *, has_bar: bool = False, over: Any = None) -> Iterator[None]:
+def spinner(what: str, *, has_bar: bool = False, over: Any = None) -> Iterator[None]:
     """A sign of life while ``what`` is computed in one go.
 
     has_bar: on a terminal the work draws its own. over: a threading.Event; tests have one whose time is not real.

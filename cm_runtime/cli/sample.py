@@ -104,7 +104,7 @@ def sample(
     from cm_runtime.files import atomic
 
     classes = parsing.labels(labels)
-    total = sampling.counted(classes, count, at_once)
+    total = sampling.count_images(classes, count, at_once)
 
     def request(engine: base.Backend, size: int) -> Request:
         return sampling.request(
@@ -136,7 +136,7 @@ def _write(engine: Denoiser, chosen: Request, batch: int, output: Path) -> None:
     import numpy as np
 
     from cm_runtime import sampling
-    from cm_runtime.cli.progress import tracked
+    from cm_runtime.cli.progress import track
     from cm_runtime.errors.wording import quantity
     from cm_runtime.files import image_writer
 
@@ -146,7 +146,7 @@ def _write(engine: Denoiser, chosen: Request, batch: int, output: Path) -> None:
     text = _description(chosen, engine.manifest)
     requests = sampling.split(chosen, batch)
     drawn = chain.from_iterable(sampling.batches(engine, each) for each in requests)
-    parts: Iterator[Batch] = tracked(drawn, chosen.count, "images")
+    parts: Iterator[Batch] = track(drawn, chosen.count, "images")
     if output.suffix == ".npz":
         with image_writer.NpzWriter(output, chosen.count, (height, width, channels), chosen.output, text) as file:
             for part in parts:

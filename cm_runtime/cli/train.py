@@ -60,7 +60,7 @@ def train(
     config = load_config(preset, [*(settings or []), *source])
     folder = out or Path("runs") / Path(preset).stem
     quiet = progress.is_quiet() or not is_lead()
-    with progress.waiting(f"reading {config.data.source}", has_bar=True):
+    with progress.spinner(f"reading {config.data.source}", has_bar=True):
         images = open_data(config.data.source, image_size=config.data.image_size, progress=not quiet)
     with _Progress(_plan(config, images, folder), config, quiet) as shown:
         checkpoint = run(

@@ -68,7 +68,7 @@ def tune(
     if output is not None and output.suffix != ".onnx":
         raise RequestError(f"{output}: an ONNX file's name ends in .onnx")
     from cm_runtime.cli import progress
-    from cm_runtime.cli.progress import tracked
+    from cm_runtime.cli.progress import track
     from cm_runtime.errors.wording import quantity
     from cm_runtime.evaluate import tuning
     from cm_runtime.evaluate.extractor import Extractor
@@ -96,7 +96,7 @@ def tune(
     def shown(parts: Iterator[Batch], sigmas: tuple[float, ...]) -> Iterator[Batch]:
         nonlocal left
         left = max(1, left - 1)  # the search decides how many there are
-        return tracked(parts, samples, f"images at {level_text(sigmas)}", left)
+        return track(parts, samples, f"images at {level_text(sigmas)}", left)
 
     objective = FrechetObjective(FirstStep(engine), network, expected, samples, seed, asked, size, shown)
     levels = dict(manifest.sigmas)

@@ -20,7 +20,7 @@ INTERRUPTED = 130
 _ctrl_c = {"arrived": False}
 
 
-def guarded(run: Callable[[], object], debug: bool) -> None:
+def guard(run: Callable[[], object], debug: bool) -> None:
     """Run a program's body, and end the program by one line where it raises.
 
     Warnings of Python and of packages are shown with ``debug`` only. Blocks may be nested.

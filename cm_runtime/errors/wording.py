@@ -19,6 +19,6 @@ def quantity(count: int, noun: str) -> str:
     return f"{count} {noun if count == 1 else plural}"
 
 
-def joined(words: Sequence[str]) -> str:
+def join_words(words: Sequence[str]) -> str:
     """``words`` as a list in a sentence: a, b and c."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

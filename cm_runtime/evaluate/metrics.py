@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from cm_runtime.errors import DataError
-from cm_runtime.errors.wording import joined, quantity
+from cm_runtime.errors.wording import join_words, quantity
 from cm_runtime.evaluate.extractor import Extractor
 from cm_runtime.evaluate.frechet import RunningMoments, frechet_distance
 from cm_runtime.evaluate.precision_recall import K, Reservoir, precision_recall
@@ -138,6 +138,6 @@ def few_images(images: Observation, reference: Observation | None) -> str | None
     if not few:
         return None
     return (
-        f"the Frechet distance is biased upwards: {joined(few)}, where {quantity(dimension, 'feature')} take {least} or"
+        f"the Frechet distance is biased upwards: {join_words(few)}, where {quantity(dimension, 'feature')} take {least} or"
         " more; compare it with distances of as many images only"
     )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cm_runtime.errors import data_error
 from cm_runtime.errors.wording import quantity
 from cm_runtime.files import streams
-from cm_runtime.files.npz import Member, blocks, header, keys, opened
+from cm_runtime.files.npz import Member, blocks, header, keys, open_npz
 from cm_runtime.sampling import Batch
 from cm_runtime.steps import to_uint8
 
@@ -40,7 +40,7 @@ class Samples:
         """All of it, in order. Raises DataError where the file does not hold what its headers promise."""
         height, width, channels = self.image_shape
         rows = max(1, min(256, _BLOCK // (4 * height * width * channels)))
-        with opened(self.path) as archive:
+        with open_npz(self.path) as archive:
             pixels, labels = _members(archive, self.path)
             first = 0
             given = repeat(None) if labels is None else blocks(archive, labels, self.path, rows)
@@ -57,7 +57,7 @@ def is_samples(path: Path) -> bool:
 
 def open_samples(path: Path) -> Samples:
     """The samples in ``path``, headers checked. Raises DataError."""
-    with opened(path) as archive:
+    with open_npz(path) as archive:
         pixels, labels = _members(archive, path)
     count, height, width, channels = pixels.shape
     return Samples(path, count, (height, width, channels), labels is not None)

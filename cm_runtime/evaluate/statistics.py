@@ -19,7 +19,7 @@ from cm_runtime.errors import DataError, data_error
 from cm_runtime.errors.wording import quantity
 from cm_runtime.evaluate.frechet import MAX_DIMENSION, Float64
 from cm_runtime.files import atomic, streams
-from cm_runtime.files.npz import array, header, keys, opened
+from cm_runtime.files.npz import array, header, keys, open_npz
 
 SHIPPED = Path(__file__).parent.parent / "models" / "fashion-mnist-statistics.npz"
 LARGEST = 1e100  # a number of statistics; its square is finite
@@ -58,7 +58,7 @@ def read_statistics(path: Path) -> Statistics:
 
     Raises DataError unless mu is (D,), sigma (D, D), symmetric with no negative variance, and all of it finite.
     """
-    with opened(path) as archive:
+    with open_npz(path) as archive:
         mean, covariance = _numbers(archive, "mu", path), _numbers(archive, "sigma", path)
         names = archive.namelist()
         count = _scalar(archive, "count", path) if "count.npy" in names else None
@@ -82,7 +82,7 @@ def write_statistics(path: str | os.PathLike[str], statistics: Statistics, dtype
         content["count"] = np.array(statistics.count, np.int64)
     if statistics.extractor_sha256 is not None:
         content["extractor_sha256"] = np.frombuffer(bytes.fromhex(statistics.extractor_sha256), np.uint8)
-    with atomic.written(path) as temporary:
+    with atomic.write(path) as temporary:
         np.savez(temporary, allow_pickle=False, **content)
 
 

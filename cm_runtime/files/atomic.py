@@ -20,20 +20,20 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def written(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
+def write(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
     """A temporary path, moved onto ``path`` when the block ends well and removed when it does not.
 
     The name's ending is kept, for writers that choose a format by it. Raises OutputError when the folder
     cannot be written, the disk is full, or ``path`` exists and ``force`` is off.
     """
-    with drafted(path, force=force) as temporary:
+    with draft(path, force=force) as temporary:
         yield temporary
         sync(temporary)
         place(temporary, path, force=force)
 
 
 @contextmanager
-def drafted(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
+def draft(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
     """A temporary path with the ending of ``path``, in a folder of its own on the same file system.
 
     The folder goes with the block, and with it all that was not moved. Raises OutputError, which names ``path``, where
@@ -113,7 +113,7 @@ def place(temporary: Path, path: str | os.PathLike[str], *, force: bool = True) 
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """One process at a time, and one thread, is in a block of the same ``folder``; where locks work at all."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -125,7 +125,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claim(folder: Path) -> Iterator[None]:
     """As `locked`, but no process waits.
 
     Raises OutputError where another process, or another thread, is in such a block.
@@ -185,5 +185,5 @@ def cache_folder() -> Path:
 
 def sha256(path: str | os.PathLike[str], error: type[CmRuntimeError] = FileError) -> str:
     """The file's SHA-256, as 64 hexadecimal digits. Raises ``error`` for what is no regular file."""
-    with streams.opened(path, error) as file:
+    with streams.open_file(path, error) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -45,14 +45,14 @@ def read(file: Path, channels: int, size: tuple[int, int] | None = None) -> NDAr
     with _opened(file) as unread, _opened(file) as stored:
         unread.verify()  # a PNG's checksums, which decoding skips; makes the object unusable
         if stored.format in ("JPEG", "MPO"):
-            with streams.opened(file, DataError, MAX_BYTES) as content:
+            with streams.open_file(file, DataError, MAX_BYTES) as content:
                 _check_scans(content, file)
         image = ImageOps.exif_transpose(stored)
         if image.has_transparency_data and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
             raise data_error(file, "has transparent pixels", "lay it over a background first")
         image = _in_srgb(image, stored.info.get("icc_profile"), file).convert("L" if channels == 1 else "RGB")
         if size is not None:
-            image = fitted(image, *size)
+            image = fit(image, *size)
         return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
 
 
@@ -69,7 +69,7 @@ def size_of(file: Path) -> tuple[int, int]:
         return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
-def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     """The largest centred part with the shape height x width, resized by Pillow's (antialiased) BICUBIC.
 
     Cropped first: resizing with a box mixes in pixels around it.

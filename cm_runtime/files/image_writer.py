@@ -58,7 +58,7 @@ def save_png(picture: NDArray[np.uint8], path: str | os.PathLike[str], text: Map
     """
     info = PngImagePlugin.PngInfo()
     info.add_text("cm_runtime", json.dumps(text))
-    with atomic.written(path) as temporary:
+    with atomic.write(path) as temporary:
         _pillow(picture).save(temporary, format="PNG", pnginfo=info, compress_level=6)
 
 
@@ -78,7 +78,7 @@ def provenance(path: Path) -> dict[str, Any]:
 
 
 def _text_of_png(path: Path) -> str:
-    with streams.opened(path, ArtifactError) as file, Image.open(file, formats=("PNG",)) as picture:
+    with streams.open_file(path, ArtifactError) as file, Image.open(file, formats=("PNG",)) as picture:
         text = picture.info.get("cm_runtime")
     if not isinstance(text, str):
         raise KeyError("it has no text called cm_runtime")
@@ -87,7 +87,7 @@ def _text_of_png(path: Path) -> str:
 
 def _text_of_npz(path: Path) -> str:
     with (
-        streams.opened(path, ArtifactError) as file,
+        streams.open_file(path, ArtifactError) as file,
         zipfile.ZipFile(file) as archive,
         archive.open("cm_runtime.npy") as stream,
     ):
@@ -118,7 +118,7 @@ def save_animation(frames: NDArray[np.uint8], path: str | os.PathLike[str], mill
     milliseconds: that each frame stays. Raises OutputError.
     """
     pictures = [_pillow(each) for each in (*frames, *frames[-2:0:-1])]
-    with atomic.written(path) as temporary:
+    with atomic.write(path) as temporary:
         pictures[0].save(
             temporary, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, lossless=True
         )
@@ -141,7 +141,7 @@ class NpzWriter:
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
-            temporary = opened.enter_context(atomic.written(self._path))
+            temporary = opened.enter_context(atomic.write(self._path))
             self._archive = opened.enter_context(zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED))
             self._array = opened.enter_context(self._archive.open("arr_0.npy", "w", force_zip64=True))
             header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": self._shape}

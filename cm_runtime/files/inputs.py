@@ -33,7 +33,7 @@ class Given:
 def read(paths: Sequence[Path], channels: int, sizes: Sequence[tuple[int, int]]) -> Given:
     """The images in picture files and npz files (``arr_0`` (N,H,W,C), labels in ``arr_1``), in their order.
 
-    sizes: (H, W) that are taken as they are. Pictures of another are fitted to the first (`image_reader.fitted`);
+    sizes: (H, W) that are taken as they are. Pictures of another are fitted to the first (`image_reader.fit`);
     arrays are not. All must have the same one in the end. Raises DataError, RequestError.
     """
     names: list[str] = []
@@ -95,7 +95,7 @@ def _arrays(path: Path, channels: int, sizes: Sequence[tuple[int, int]]) -> tupl
     names = npz.keys(path)
     if "arr_0" not in names:
         raise data_error(path, "has no arr_0", "give images (N, H, W, C) under that name, as numpy.savez does")
-    with npz.opened(path) as archive:
+    with npz.open_npz(path) as archive:
         member = npz.header(archive, archive.getinfo("arr_0.npy"), path)
         shape, kind = member.shape, member.dtype.newbyteorder("=")
         if len(shape) != 4 or kind not in (np.uint8, np.float32) or shape[3] != channels or shape[1:3] not in sizes:

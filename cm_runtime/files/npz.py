@@ -38,10 +38,10 @@ class Member:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     """The archive open for reading; what zipfile raises in the block becomes a DataError."""
     try:
-        with streams.opened(path, DataError) as file, zipfile.ZipFile(file) as archive:
+        with streams.open_file(path, DataError) as file, zipfile.ZipFile(file) as archive:
             yield archive
     except BROKEN as error:
         raise data_error(path, f"is not a whole .npz ({error})", "write it again with numpy.savez") from error
@@ -49,7 +49,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def keys(path: Path) -> set[str]:
     """The names of the arrays in ``path``, by which readers tell what kind of file it is. Raises DataError."""
-    with opened(path) as archive:
+    with open_npz(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 

@@ -56,7 +56,7 @@ def regular(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int
 
 
 @contextmanager
-def opened(
+def open_file(
     path: str | os.PathLike[str], error: type[CmRuntimeError], most: int | None = None
 ) -> Iterator[io.BufferedReader]:
     """The file open for reading bytes; `regular` says what is refused, and with what.
@@ -75,7 +75,7 @@ def opened(
 
 def read_bytes(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int) -> bytes:
     """The content of a file of at most ``most`` bytes; `opened` says what is refused."""
-    with opened(path, error, most) as file:
+    with open_file(path, error, most) as file:
         content = file.read(most + 1)
     if len(content) > most:  # it grows, or its file system does not know its size
         raise error(f"{path}: has over {most} bytes, more than such a file has")

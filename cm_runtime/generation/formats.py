@@ -168,7 +168,7 @@ def _png_fault(where: Path, contents: Contents) -> str | None:
 
 
 def _write_wds(where: Path, contents: Contents, parts: Iterator[Batch]) -> None:
-    with atomic.written(where) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with atomic.write(where) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
         for part in parts:
             for index, png, label in _pictures(part):
                 _add(archive, f"{_key(index)}.png", png)
@@ -202,7 +202,7 @@ def _write_parquet(where: Path, contents: Contents, parts: Iterator[Batch]) -> N
     pyarrow, parquet = _pyarrow()
     schema = _schema(pyarrow, contents)
     with (
-        atomic.written(where) as temporary,
+        atomic.write(where) as temporary,
         temporary.open("wb") as file,
         parquet.ParquetWriter(file, schema, compression="none", use_dictionary=False) as table,
     ):

@@ -27,7 +27,7 @@ from cm_runtime.extras import require
 from cm_runtime.files import atomic, streams
 from cm_runtime.files.workspaces import sweep
 from cm_runtime.generation import formats
-from cm_runtime.generation.prefetch import ahead
+from cm_runtime.generation.prefetch import prefetch
 from cm_runtime.sampling import Batch, Output, Request
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
@@ -154,7 +154,7 @@ def make(engine: Backend, job: Job, number: int, folder: Path) -> None:
 def run(engine: Backend, job: Job, folder: Path, numbers: Sequence[int]) -> Iterator[int]:
     """Draws shards and writes them beside the drawing of what follows; yields the number of each that is there."""
     _check(engine, job)
-    parts = ahead((part for number in numbers for part in drawn(engine, job, number)), AHEAD)
+    parts = prefetch((part for number in numbers for part in drawn(engine, job, number)), AHEAD)
     with closing(parts):
         for number in numbers:
             batches = -(-size(job, number) // job.micro_batch)
@@ -216,7 +216,7 @@ def opened(job: Job, folder: Path, *, force: bool = False) -> Iterator[list[int]
     with _writing(folder):
         folder.mkdir(exist_ok=True)
         atomic.check_writable(folder / MANIFEST)
-    with atomic.claimed(folder):
+    with atomic.claim(folder):
         with _writing(folder):
             sweep(folder)
             _settle(job, folder, force)
@@ -283,7 +283,7 @@ def _remove_all(job: Job, folder: Path) -> None:
 
 
 def _write_manifest(job: Job, where: Path) -> None:
-    with atomic.written(where) as temporary:
+    with atomic.write(where) as temporary:
         temporary.write_text(job.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
@@ -302,7 +302,7 @@ def _apart(old: Job, new: Job) -> str:
 
 
 def _write_sums(job: Job, folder: Path) -> None:
-    with atomic.written(folder / SUMS) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic.write(folder / SUMS) as temporary, temporary.open("w", encoding="utf-8") as file:
         for number in job.numbers:
             for member in formats.members(formats.path(folder, job.format, number)):
                 file.write(f"{atomic.sha256(member)}  {member.relative_to(folder)}\n")

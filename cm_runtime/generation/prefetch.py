@@ -13,7 +13,7 @@ T = TypeVar("T")
 END: Final = object()
 
 
-def ahead(parts: Iterator[T], most: int) -> Generator[T, None, None]:
+def prefetch(parts: Iterator[T], most: int) -> Generator[T, None, None]:
     """The same parts in the same order, of which up to ``most`` are made before they are asked for.
 
     What ``parts`` raises is raised here, in its place. A reader that stops early, by Ctrl-C too, waits for the part

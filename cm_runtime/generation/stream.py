@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cm_runtime import backends, sampling
 from cm_runtime.errors import RequestError
 from cm_runtime.extras import require
-from cm_runtime.generation.prefetch import ahead
+from cm_runtime.generation.prefetch import prefetch
 from cm_runtime.manifest import Manifest, read_manifest
 from cm_runtime.sampling import Batch, Denoiser, Drawer, Labels, Output, Request
 from cm_runtime.steps import Array
@@ -76,7 +76,7 @@ class Stream:
         """For all the images. Raises RequestError."""
         return sampling.request(
             manifest,
-            sampling.counted(self.labels, self.count, INDICES - self.start),
+            sampling.count_images(self.labels, self.count, INDICES - self.start),
             self.steps,
             sigmas=self.sigmas,
             seed=self.seed,
@@ -88,7 +88,7 @@ class Stream:
         )
 
     def _ahead(self, parts: Iterator[Batch]) -> Iterator[Batch]:
-        with closing(ahead(parts, self.prefetch)) as drawn:
+        with closing(prefetch(parts, self.prefetch)) as drawn:
             yield from drawn
 
 

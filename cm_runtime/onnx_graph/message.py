@@ -156,7 +156,7 @@ def read(model: str | os.PathLike[str] | bytes, where: str) -> Graph:
     try:
         if isinstance(model, bytes):
             return _Reader(io.BytesIO(model), where).model(len(model))
-        with streams.opened(model, ArtifactError) as file:
+        with streams.open_file(model, ArtifactError) as file:
             return _Reader(file, where).model(os.fstat(file.fileno()).st_size)
     except (MalformedError, IndexError, struct.error) as error:
         raise ArtifactError(f"{where} is not an ONNX file, or is truncated or damaged ({error})") from error

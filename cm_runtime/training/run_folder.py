@@ -94,7 +94,7 @@ class RunFolder:
                 raise OutputError(f"{self.path} holds {found[0]}; go on with --resume, or start over with --force")
             self._clear()
             self._sweep()
-            with atomic.written(self.path / "config.toml") as temporary:
+            with atomic.write(self.path / "config.toml") as temporary:
                 temporary.write_text(_toml(config), encoding="utf-8")
             with self._closing():
                 yield None
@@ -105,9 +105,9 @@ class RunFolder:
         The log loses the lines of steps that a killed run had logged and not saved: they come again.
         """
         if self._lines is not None:
-            with atomic.written(self._log) as temporary:
+            with atomic.write(self._log) as temporary:
                 temporary.write_bytes(self._lines)
-        with atomic.written(self._sessions) as temporary:
+        with atomic.write(self._sessions) as temporary:
             entry = {**session, "inputs": self._made_of["inputs"], "from_images": images}
             lines = json.dumps([*self._earlier, entry], indent=1)
             temporary.write_text(lines + "\n", encoding="utf-8")
@@ -128,7 +128,7 @@ class RunFolder:
         target = self.kept(phase, method)
         if target.is_file():
             return
-        with atomic.written(target) as temporary:
+        with atomic.write(target) as temporary:
             shutil.copyfile(self.checkpoint, temporary)
 
     def log(self, record: dict[str, Any]) -> None:

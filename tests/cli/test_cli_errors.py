@@ -21,7 +21,7 @@ from PIL import Image
 
 from cm_runtime.cli import image_sources, main
 from cm_runtime.errors import ArtifactError, EngineError
-from cm_runtime.files.atomic import claimed
+from cm_runtime.files.atomic import claim
 
 Cli = Callable[..., Any]
 LONG = "x" * 100_000
@@ -295,7 +295,7 @@ def test_a_folder_of_another_job_or_run_is_refused(cli: Cli, place: Path) -> Non
     before = contents(place)
     outcome = cli(*options, "--seed", 2)
     assert outcome.err == "error: out holds another job: its seed is 0, not 2; give another folder, or --force\n"
-    with claimed(place / "out"):
+    with claim(place / "out"):
         outcome = cli(*options)
     assert outcome.err == "error: out: another run is at work in it; wait for its end, or give another\n"
     (place / "out" / "shard-000000.npz").write_bytes(b"PK")

@@ -65,7 +65,7 @@ def test_quiet_is_silent(clock: Clock, capsys: pytest.CaptureFixture[str]) -> No
     list(progress.counted(paced(clock, 50, 2.0), 1000, "images", lambda _: 20))
     progress.say("a plan")
     progress.phase("a phase")
-    with progress.waiting("a wait"):
+    with progress.spinner("a wait"):
         clock.now += 100
     assert lines(capsys) == []
     assert not logging.getLogger("cm_runtime.progress").isEnabledFor(logging.WARNING)  # what auto measures

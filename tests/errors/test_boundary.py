@@ -41,11 +41,11 @@ def test_an_exception_is_one_line(
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        boundary.guarded(fail, debug=False)
+        boundary.guard(fail, debug=False)
     assert (ended.value.code, capsys.readouterr()) == (status, ("", f"{line}\n" if line else ""))
     if status == 1 and line:
         with pytest.raises(type(error)):
-            boundary.guarded(fail, debug=True)
+            boundary.guard(fail, debug=True)
 
 
 def test_a_line_of_100_kb_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +53,7 @@ def test_a_line_of_100_kb_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
         raise ValueError("x" * 100_000)
 
     with pytest.raises(SystemExit):
-        boundary.guarded(fail, debug=False)
+        boundary.guard(fail, debug=False)
     assert 500 < len(capsys.readouterr().err) < 1500
 
 
@@ -66,7 +66,7 @@ def test_a_full_disk_under_standard_output_is_one_line(
 
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115  # closed with the test
     with pytest.raises(SystemExit) as ended:
-        boundary.guarded(lambda: typer.echo("a") if where == "write" else sys.stdout.write("a"), debug=False)
+        boundary.guard(lambda: typer.echo("a") if where == "write" else sys.stdout.write("a"), debug=False)
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: standard output: no space left on the disk\n"
 
@@ -81,7 +81,7 @@ def test_ctrl_c_that_a_package_made_another_exception_of_is_still_ctrl_c(capsys:
             raise ImportError("initialization failed") from None
 
     with pytest.raises(SystemExit) as ended:
-        boundary.guarded(load, debug=False)
+        boundary.guard(load, debug=False)
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -93,7 +93,7 @@ def test_warnings_are_shown_with_debug_alone(debug: bool) -> None:
         warnings.warn("a decompression bomb", stacklevel=1)
 
     with warnings.catch_warnings(record=True) as shown:
-        boundary.guarded(warn, debug=debug)
+        boundary.guard(warn, debug=debug)
     assert [str(each.message) for each in shown] == ["a decompression bomb"] * debug
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cm_runtime.errors.wording import joined, quantity
+from cm_runtime.errors.wording import join_words, quantity
 
 
 @pytest.mark.parametrize(
@@ -23,4 +23,4 @@ def test_a_count_and_its_noun_agree(count: int, noun: str, text: str) -> None:
     ("words", "text"), [([], ""), (["a"], "a"), (["a", "b"], "a and b"), (["a", "b", "c"], "a, b and c")]
 )
 def test_words_in_a_row(words: list[str], text: str) -> None:
-    assert joined(words) == text
+    assert join_words(words) == text

@@ -17,7 +17,7 @@ from cm_runtime import export
 from cm_runtime.backends import DEFAULT_MODEL
 from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import ArtifactError
-from cm_runtime.export.from_onnx import recovered
+from cm_runtime.export.from_onnx import recover
 from cm_runtime.manifest import read_manifest
 from cm_runtime.networks.unet import UNetConfig
 
@@ -29,7 +29,7 @@ def network_of(files: exports.Files) -> UNetConfig:
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
 def test_every_tensor_comes_back_as_it_was_stored(each: exports.Files, form: str) -> None:
     original = read_checkpoint(each.half_checkpoint if "half" in form else each.checkpoint)
-    found = recovered(getattr(each, form), original.config.network)
+    found = recover(getattr(each, form), original.config.network)
     assert (found.config, found.training, found.sha256) == (original.config, original.training, original.sha256)
     (weights,), (expected,) = found.ema.values(), original.ema.values()
     assert weights.keys() == expected.keys()
@@ -41,7 +41,7 @@ def test_every_tensor_comes_back_as_it_was_stored(each: exports.Files, form: str
 
 def test_the_bundled_model_is_what_its_file_computes() -> None:
     """It says its own network: its training is recorded."""
-    found, ort = recovered(DEFAULT_MODEL), cm.load()
+    found, ort = recover(DEFAULT_MODEL), cm.load()
     f, shape, label = found.model(), ort.manifest.image_shape, np.arange(3)
     assert found.sigmas == ort.manifest.sigmas
     for k, sigma in enumerate((80.0, 1.1, 0.01)):
@@ -63,7 +63,7 @@ def test_a_run_records_the_network_and_of_several_the_last_counts(boundary: expo
     shape = network.model_dump(mode="json", exclude={"image_size", "image_channels", "num_classes"})
     runs = [{"config": {"network": {**shape, "channels": 64}}}, {"config": {"network": shape}}]
     for config in ({"network": shape}, {"runs": runs}):
-        assert recovered(recorded(boundary, tmp_path, config)).config.network == network
+        assert recover(recorded(boundary, tmp_path, config)).config.network == network
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_without_a_recorded_network_the_checkpoint_itself_is_asked_for(
     boundary: exports.Files, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     with pytest.raises(ArtifactError, match=r"told\.onnx does not say its network's shape: use the checkpoint"):
-        recovered(recorded(boundary, tmp_path, config))
+        recover(recorded(boundary, tmp_path, config))
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_without_a_recorded_network_the_checkpoint_itself_is_asked_for(
 def test_another_network_is_refused(boundary: exports.Files, changes: dict[str, Any], complaint: str) -> None:
     network = UNetConfig.model_validate({**network_of(boundary).model_dump(), **changes})
     with pytest.raises(ArtifactError, match=complaint):
-        recovered(boundary.onnx, network)
+        recover(boundary.onnx, network)
 
 
 def test_a_recorded_network_that_is_none_is_refused(boundary: exports.Files, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="records no network of ours"):
-        recovered(recorded(boundary, tmp_path, {"network": {"channels": "many"}}))
+        recover(recorded(boundary, tmp_path, {"network": {"channels": "many"}}))
 
 
 def test_weights_cut_short_are_refused(boundary: exports.Files, tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_weights_cut_short_are_refused(boundary: exports.Files, tmp_path: Path) 
     data = exports.data_file(path)
     data.write_bytes(data.read_bytes()[:-4])
     with pytest.raises(ArtifactError, match="damaged or cut short"):
-        recovered(path, network_of(boundary))
+        recover(path, network_of(boundary))
     data.unlink()
     with pytest.raises(ArtifactError, match="its weights are not there"):
-        recovered(path, network_of(boundary))
+        recover(path, network_of(boundary))
 
 
 def test_only_the_manifests_data_file_is_opened(boundary: exports.Files, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_only_the_manifests_data_file_is_opened(boundary: exports.Files, tmp_pat
                 entry.value = "/etc/passwd"
     path.write_bytes(graph.SerializeToString())
     with pytest.raises(ArtifactError, match="damaged"):
-        recovered(path, network_of(boundary))
+        recover(path, network_of(boundary))
 
 
 @pytest.mark.parametrize("how", [{"graph": "sampler"}, {"precision": "fp16"}])
@@ -128,7 +128,7 @@ def test_a_file_without_all_of_the_weights_is_refused(
 ) -> None:
     export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx", **how)
     with pytest.raises(ArtifactError, match="without all of its checkpoint"):
-        recovered(tmp_path / "m.onnx", network_of(boundary))
+        recover(tmp_path / "m.onnx", network_of(boundary))
 
 
 def test_a_missing_weight_is_named(boundary: exports.Files, tmp_path: Path) -> None:
@@ -138,4 +138,4 @@ def test_a_missing_weight_is_named(boundary: exports.Files, tmp_path: Path) -> N
             part.name = "other"
     onnx.save(graph, tmp_path / "m.onnx")
     with pytest.raises(ArtifactError, match=r"missing F\.label_emb\.weight"):
-        recovered(tmp_path / "m.onnx", network_of(boundary))
+        recover(tmp_path / "m.onnx", network_of(boundary))

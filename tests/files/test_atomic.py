@@ -12,7 +12,7 @@ import kills
 import pytest
 
 from cm_runtime.errors import OutputError
-from cm_runtime.files.atomic import check_output, check_writable, folder_written, sha256, written
+from cm_runtime.files.atomic import check_output, check_writable, folder_written, sha256, write
 
 as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere, so permissions refuse nothing")
 
@@ -20,7 +20,7 @@ as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywher
 @pytest.mark.parametrize("size", [0, 1, 3, 7, 255, 1 << 20])
 def test_what_the_block_writes_is_the_file(tmp_path, size):
     content = bytes(i % 251 for i in range(size))
-    with written(tmp_path / "out.bin") as temporary:
+    with write(tmp_path / "out.bin") as temporary:
         temporary.write_bytes(content)
     assert (tmp_path / "out.bin").read_bytes() == content
     assert os.listdir(tmp_path) == ["out.bin"]
@@ -28,7 +28,7 @@ def test_what_the_block_writes_is_the_file(tmp_path, size):
 
 def test_nothing_has_the_final_name_before_the_block_ends(tmp_path):
     target = tmp_path / "out.bin"
-    with written(target) as temporary:
+    with write(target) as temporary:
         temporary.write_bytes(b"half")
         assert not target.exists()
         assert temporary.parent.parent == tmp_path  # the same file system, so that the move is one step
@@ -37,7 +37,7 @@ def test_nothing_has_the_final_name_before_the_block_ends(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.png", "model.onnx", "a.b.npz", "plain"])
 def test_the_names_ending_is_kept_for_writers_that_go_by_it(tmp_path, name):
-    with written(tmp_path / name) as temporary:
+    with write(tmp_path / name) as temporary:
         assert temporary.suffix == (tmp_path / name).suffix and temporary != tmp_path / name
         temporary.touch()
     assert os.listdir(tmp_path) == [name]
@@ -45,7 +45,7 @@ def test_the_names_ending_is_kept_for_writers_that_go_by_it(tmp_path, name):
 
 @pytest.mark.parametrize("failure", [RuntimeError("crash"), KeyboardInterrupt(), SystemExit(3)])
 def test_a_crash_in_the_block_leaves_nothing_and_is_passed_on(tmp_path, failure):
-    with pytest.raises(type(failure)) as caught, written(tmp_path / "out.bin") as temporary:
+    with pytest.raises(type(failure)) as caught, write(tmp_path / "out.bin") as temporary:
         temporary.write_bytes(b"half")
         raise failure
     assert caught.value is failure
@@ -55,7 +55,7 @@ def test_a_crash_in_the_block_leaves_nothing_and_is_passed_on(tmp_path, failure)
 def test_a_crash_in_the_block_keeps_the_old_content(tmp_path):
     target = tmp_path / "out.bin"
     target.write_bytes(b"old")
-    with pytest.raises(RuntimeError), written(target) as temporary:
+    with pytest.raises(RuntimeError), write(target) as temporary:
         temporary.write_bytes(b"half of the new")
         raise RuntimeError
     assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["out.bin"]
@@ -68,7 +68,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_content(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
-        with pytest.raises(OutputError, match="cannot be written: File too large") as caught, written(target) as made:
+        with pytest.raises(OutputError, match="cannot be written: File too large") as caught, write(target) as made:
             made.write_bytes(bytes(1 << 17))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -77,7 +77,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_content(tmp_path):
 
 
 def test_a_block_that_writes_nothing_is_an_error(tmp_path):
-    with pytest.raises(OutputError, match="cannot be written"), written(tmp_path / "out.bin"):
+    with pytest.raises(OutputError, match="cannot be written"), write(tmp_path / "out.bin"):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -85,20 +85,20 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
 def test_force_replaces_and_its_absence_refuses_at_once(tmp_path):
     target = tmp_path / "out.bin"
     target.write_bytes(b"old")
-    with pytest.raises(OutputError, match="exists; replace it with --force"), written(target, force=False):
+    with pytest.raises(OutputError, match="exists; replace it with --force"), write(target, force=False):
         pytest.fail("the block must not run: it may take hours")
     assert target.read_bytes() == b"old"
-    with written(target, force=True) as temporary:
+    with write(target, force=True) as temporary:
         temporary.write_bytes(b"new")
     assert target.read_bytes() == b"new"
-    with written(tmp_path / "other.bin", force=False) as temporary:
+    with write(tmp_path / "other.bin", force=False) as temporary:
         temporary.write_bytes(b"new")
     assert sorted(os.listdir(tmp_path)) == ["other.bin", "out.bin"]
 
 
 def test_without_force_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "out.bin"
-    with pytest.raises(OutputError, match="exists"), written(target, force=False) as temporary:
+    with pytest.raises(OutputError, match="exists"), write(target, force=False) as temporary:
         temporary.write_bytes(b"mine")
         target.write_bytes(b"theirs")
     assert target.read_bytes() == b"theirs" and os.listdir(tmp_path) == ["out.bin"]
@@ -107,7 +107,7 @@ def test_without_force_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
 def _write(target, letter, barrier):
     barrier.wait()
     for _ in range(15):
-        with written(target) as temporary, temporary.open("wb") as file:
+        with write(target) as temporary, temporary.open("wb") as file:
             for _ in range(64):
                 file.write(letter * 1024)
 
@@ -130,7 +130,7 @@ def test_two_writers_at_once_never_mix(tmp_path):
 
 
 def _write_and_hang(target, ready):
-    with written(target) as temporary:
+    with write(target) as temporary:
         temporary.write_bytes(b"half")
         ready.set()
         threading.Event().wait()
@@ -147,7 +147,7 @@ def test_a_killed_writer_leaves_the_final_name_alone(tmp_path):
     process.kill()
     process.join()
     assert target.read_bytes() == b"old"
-    with written(target) as temporary:
+    with write(target) as temporary:
         temporary.write_bytes(b"new")
     assert target.read_bytes() == b"new"
 
@@ -204,7 +204,7 @@ def test_a_folder_that_must_not_be_replaced_is_not(tmp_path):
 
 def test_a_kill_at_any_moment_leaves_a_file_whole_and_its_litter_to_the_next(tmp_path, name="x.npz"):
     def write(folder, word=b"new"):
-        with written(folder / name) as temporary:
+        with write(folder / name) as temporary:
             temporary.write_bytes(word)
 
     before = tmp_path / "before"
@@ -237,7 +237,7 @@ def test_the_one_rule_of_what_is_replaced_without_force(tmp_path, name, needs_fo
 def test_the_files_mode_follows_the_umask(tmp_path, umask, mode, force):
     before = os.umask(umask)
     try:
-        with written(tmp_path / "out.bin", force=force) as temporary:
+        with write(tmp_path / "out.bin", force=force) as temporary:
             temporary.write_bytes(b"x")
     finally:
         os.umask(before)
@@ -247,7 +247,7 @@ def test_the_files_mode_follows_the_umask(tmp_path, umask, mode, force):
 def test_a_link_is_replaced_and_what_it_names_is_kept(tmp_path):
     (tmp_path / "old.bin").write_bytes(b"old")
     (tmp_path / "link.bin").symlink_to("old.bin")
-    with written(tmp_path / "link.bin") as temporary:
+    with write(tmp_path / "link.bin") as temporary:
         temporary.write_bytes(b"new")
     assert (tmp_path / "old.bin").read_bytes() == b"old"
     assert (tmp_path / "link.bin").read_bytes() == b"new"
@@ -255,7 +255,7 @@ def test_a_link_is_replaced_and_what_it_names_is_kept(tmp_path):
 
 def test_relative_names_are_taken_from_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with written("out.bin") as temporary:
+    with write("out.bin") as temporary:
         temporary.write_bytes(b"x")
     assert os.listdir(tmp_path) == ["out.bin"]
 
@@ -278,14 +278,14 @@ def test_impossible_targets_are_refused_before_any_work(tmp_path, name, complain
     with pytest.raises(OutputError, match=complaint) as caught:
         check_writable(tmp_path / name)
     assert "\n" not in str(caught.value)
-    with pytest.raises(OutputError, match=complaint), written(tmp_path / name):
+    with pytest.raises(OutputError, match=complaint), write(tmp_path / name):
         pytest.fail("the block must not run")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 def test_the_longest_name_a_file_may_have_can_be_written(tmp_path):
     target = tmp_path / ("x" * 251 + ".bin")
-    with written(target) as temporary:
+    with write(target) as temporary:
         temporary.write_bytes(b"x")
     assert target.exists()
 

@@ -9,7 +9,7 @@ import pytest
 
 from cm_runtime.errors import DataError
 from cm_runtime.files import streams
-from cm_runtime.files.npz import blocks, header, opened
+from cm_runtime.files.npz import blocks, header, open_npz
 
 
 def read(path: Path, rows: int) -> list[Any]:
@@ -50,7 +50,7 @@ def test_what_unpacks_to_very_much_is_refused_by_its_header(tmp_path: Path, monk
     monkeypatch.setattr(streams, "USUAL_INFLATED", 2**20)
     np.savez_compressed(tmp_path / "x.npz", a=np.zeros(2**21, np.uint8))
     with (
-        opened(tmp_path / "x.npz") as archive,
+        open_npz(tmp_path / "x.npz") as archive,
         pytest.raises(DataError, match="unpacks to 2097152 bytes, more than 10"),
     ):
         header(archive, archive.getinfo("a.npy"), tmp_path / "x.npz")
@@ -61,5 +61,5 @@ def test_a_header_of_python_2_is_read_in_silence(tmp_path: Path) -> None:
     head = b"{'descr': '|u1', 'fortran_order': False, 'shape': (4L,), }\n"
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("a.npy", b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head + bytes(4))
-    with opened(tmp_path / "x.npz") as archive:
+    with open_npz(tmp_path / "x.npz") as archive:
         assert header(archive, archive.getinfo("a.npy"), tmp_path / "x.npz").shape == (4,)

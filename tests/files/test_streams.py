@@ -56,7 +56,7 @@ def test_what_is_no_file_is_named(tmp_path: Path, listening: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(ConfigError, match="is a pipe, not"), streams.opened(tmp_path / "pipe", ConfigError):
+    with pytest.raises(ConfigError, match="is a pipe, not"), streams.open_file(tmp_path / "pipe", ConfigError):
         pass
     assert "is a pipe, not" in refused(tmp_path / "pipe")
     assert "is a socket, not" in refused(listening)

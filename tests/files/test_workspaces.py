@@ -10,13 +10,13 @@ from pathlib import Path
 import kills
 import pytest
 
-from cm_runtime.files.atomic import written
+from cm_runtime.files.atomic import write
 from cm_runtime.files.workspaces import scratch, sweep, workspace
 
 
 def half(folder: Path) -> None:
     """Dies by SIGKILL in the middle of a file."""
-    with written(folder / "x.npz") as temporary:
+    with write(folder / "x.npz") as temporary:
         temporary.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -34,17 +34,17 @@ def left(tmp_path: Path) -> str:
 
 
 def test_the_next_writer_of_the_kind_sweeps_and_others_do_not(tmp_path: Path, left: str) -> None:
-    with written(tmp_path / "y.onnx") as temporary:
+    with write(tmp_path / "y.onnx") as temporary:
         temporary.touch()
     assert litter(tmp_path) == [left]
-    with written(tmp_path / "y.npz") as temporary:
+    with write(tmp_path / "y.npz") as temporary:
         assert litter(tmp_path) == [temporary.parent.name]
         temporary.touch()
     assert litter(tmp_path) == [] and {path.name for path in tmp_path.iterdir()} == {"y.onnx", "y.npz"}
 
 
 def test_what_a_living_process_writes_is_never_swept(tmp_path: Path) -> None:
-    with written(tmp_path / "x.npz") as temporary:
+    with write(tmp_path / "x.npz") as temporary:
         temporary.write_bytes(b"mine")
         assert kills.runs(lambda folder: sweep(folder), tmp_path)
         sweep(tmp_path)  # another thread of this process
@@ -81,7 +81,7 @@ def test_where_no_locks_work_files_are_written_and_nothing_is_swept(
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with written(tmp_path / "x.npz") as temporary:
+    with write(tmp_path / "x.npz") as temporary:
         temporary.touch()
     assert litter(tmp_path) == [left] and (tmp_path / "x.npz").exists()
 

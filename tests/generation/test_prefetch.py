@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cm_runtime.generation.prefetch import ahead
+from cm_runtime.generation.prefetch import prefetch
 
 
 def settled(made: list[int]) -> int:
@@ -26,15 +26,15 @@ def counted(made: list[int], end: int = 1000) -> Iterator[int]:
 
 @pytest.mark.parametrize("most", [1, 2, 50])
 def test_all_parts_come_in_order(most: int) -> None:
-    assert list(ahead(counted([], 30), most)) == list(range(30))
-    assert list(ahead(iter([None, 0, False]), most)) == [None, 0, False]
-    assert list(ahead(iter([]), most)) == []
+    assert list(prefetch(counted([], 30), most)) == list(range(30))
+    assert list(prefetch(iter([None, 0, False]), most)) == [None, 0, False]
+    assert list(prefetch(iter([]), most)) == []
 
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_no_more_are_made_than_asked_for_and_none_for_a_reader_that_left(most: int) -> None:
     made: list[int] = []
-    parts = ahead(counted(made), most)
+    parts = prefetch(counted(made), most)
     assert made == []
     assert [next(parts), next(parts)] == [0, 1]
     assert settled(made) == 2 + most
@@ -48,7 +48,7 @@ def test_what_is_raised_comes_in_its_place() -> None:
         yield 1
         raise RuntimeError("no more")
 
-    parts = ahead(failing(), 5)
+    parts = prefetch(failing(), 5)
     assert next(parts) == 1
     with pytest.raises(RuntimeError, match="no more"):
         next(parts)

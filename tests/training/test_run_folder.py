@@ -293,7 +293,7 @@ def test_what_a_killed_run_was_writing_is_swept_up(
     finished(tmp_path)
     names: list[Path] = []
     for target in ("state.pt", "ckpt.pt"):
-        with pytest.raises(Killed), atomic.written(tmp_path / target) as temporary:
+        with pytest.raises(Killed), atomic.write(tmp_path / target) as temporary:
             names.append(temporary)
             raise Killed
     for temporary in names:  # SIGKILL lets nothing be removed

@@ -602,7 +602,7 @@ def test_a_run_killed_at_any_write_ends_as_the_one_never_killed(
     methods = ({"method": "edm"}, {"method": "cd", "mu": 0.7}, {"method": "ect"})
     phases = [{"steps": 1, **method, **shared} for method in methods]
     config = distilling(save_every=1, sample_every=1, phase=phases)
-    written = atomic.written
+    written = atomic.write
     writes: list[str] = []
     last = -1
 
@@ -617,7 +617,7 @@ def test_a_run_killed_at_any_write_ends_as_the_one_never_killed(
         if killed:
             raise Killed
 
-    monkeypatch.setattr(atomic, "written", counted)
+    monkeypatch.setattr(atomic, "write", counted)
     train(config, toy_images, tmp_path / "whole")
     whole, names = left_behind(tmp_path / "whole"), list(writes)
     assert len(names) >= 1 + 3 * 3 + 2  # the config; checkpoint, state and grid of every step; two phases

@@ -8,7 +8,7 @@ from cm_runtime.bench.report.formatting import clean, digits, head, interval, sh
 from cm_runtime.bench.report.grouping import subject
 from cm_runtime.bench.results import Conditions, Gpu, Peaks, Processor, Result
 from cm_runtime.bench.scenario import model_name
-from cm_runtime.errors.wording import joined, quantity
+from cm_runtime.errors.wording import join_words, quantity
 
 # Beyond these a run is said to have been disturbed, at the top.
 STOLEN = 0.02
@@ -54,7 +54,7 @@ def paragraph(result: Result) -> str:
     models = list(dict.fromkeys(clean(model_name(each.model), 40) for each in result.scenarios))
     rivals = dict.fromkeys(clean(side.name, 40) for each in measured for side in each.contenders if side.time_ratio)
     seconds = None if result.conditions is None else result.conditions.seconds
-    first = f"{quantity(len(measured), 'scenario')} of {quantity(len(models), 'model')} ({joined(models)})"
+    first = f"{quantity(len(measured), 'scenario')} of {quantity(len(models), 'model')} ({join_words(models)})"
     how = ", as its quick setting does it" if result.settings.quick else ""
     lines = [
         f"{first}, measured on {day(result)}{how}" + (f", in {_duration(seconds)}." if seconds is not None else "."),
@@ -62,7 +62,7 @@ def paragraph(result: Result) -> str:
         f"The machine: {machine_line(result)}.",
     ]
     if rivals:
-        lines.append(f"Beside it, in alternation and drawing the same images: {joined(list(rivals))}.")
+        lines.append(f"Beside it, in alternation and drawing the same images: {join_words(list(rivals))}.")
     return " ".join(lines)
 
 

@@ -66,7 +66,7 @@ def report(
     for path in written:
         atomic.check_output(path)
     for path, content in written.items():
-        with atomic.written(path) as temporary:
+        with atomic.write(path) as temporary:
             temporary.write_bytes(content)
     if markdown:
         from cm_runtime.bench.report.markdown import summary

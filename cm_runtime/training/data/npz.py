@@ -8,7 +8,7 @@ import numpy as np
 
 from cm_runtime.errors import data_error
 from cm_runtime.errors.wording import quantity
-from cm_runtime.files.npz import Member, array, header, opened
+from cm_runtime.files.npz import Member, array, header, open_npz
 from cm_runtime.training.data.image_set import MAX_CLASSES, ImageSet
 
 CHANNELS = (1, 3)
@@ -23,7 +23,7 @@ def read_npz(path: Path, name: str) -> ImageSet:
 
     Raises DataError, OSError.
     """
-    with opened(path) as archive:
+    with open_npz(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         key, label_key = ("images", "labels") if "images" in members else ("arr_0", "arr_1")
         if key not in members:
