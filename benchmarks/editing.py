@@ -38,7 +38,7 @@ from cm_runtime import editing
 from cm_runtime.errors import CmRuntimeError, DataError
 from cm_runtime.files import image_writer
 from cm_runtime.manifest import Manifest
-from cm_runtime.steps import to_uint8
+from cm_runtime.sampling import to_uint8
 from cm_runtime.training.data import open_data
 
 Array = NDArray[Any]

@@ -41,15 +41,15 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-from cm_runtime import schedule
 from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import CmRuntimeError
 from cm_runtime.files.atomic import check_writable, write
+from cm_runtime.schedule import NoiseRange
 from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, EdmPhase, IctPhase, Phase, load_config
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.loop import train
 
-EPS = schedule.SIGMA_MIN
+EPS = NoiseRange.sigma_min
 SIGMAS = (0.5, 2.0, 10.0, 80.0)
 EDM_SIGMAS = (0.5, 2.0, 10.0)
 DEVIATIONS = (0.3, 0.5)
@@ -131,9 +131,9 @@ def grid_of(phase: Phase) -> list[float] | None:
     """The noise levels, ascending, that a phase ends on; None where it draws them from all."""
     match phase:
         case CdPhase(N=N):
-            return list(schedule.karras_sigmas(N)[::-1])
+            return list(NoiseRange().karras(N)[::-1])
         case CtPhase(s1=s1) | IctPhase(s1=s1):
-            return list(schedule.karras_sigmas(s1 + 1)[::-1])
+            return list(NoiseRange().karras(s1 + 1)[::-1])
     return None
 
 

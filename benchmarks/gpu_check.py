@@ -48,6 +48,7 @@ from cm_runtime.errors import CmRuntimeError  # noqa: E402
 from cm_runtime.files import atomic  # noqa: E402
 from cm_runtime.kernels import launches  # noqa: E402
 from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Images  # noqa: E402
+from cm_runtime.request import labels_of, sampling_request  # noqa: E402
 
 BUDGET = 470.0  # seconds
 PACKAGES = ("torch", "pycuda", "cuda-bindings", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton")
@@ -401,7 +402,7 @@ class OwnDrawer:
     def outside(self, batch: int, steps: int) -> float:
         """The share of a batch's time on the GPU that is no evaluation of the network, by the GPU's events."""
         sampler = self._model.on_device
-        chosen = sampling.request(self._model.manifest, batch, steps, micro_batch=batch)
+        chosen = sampling_request(self._model.manifest, batch, steps, micro_batch=batch)
         prepared = sampler.prepare(chosen, batch)
         clock = Clock(sampler.device)
         shares = []
@@ -423,8 +424,8 @@ class PeerDrawer:
         """(N,H,W,C) uint8."""
         if (batch, steps) not in self._given:
             m, index = self._manifest, np.arange(batch, dtype=np.uint64)
-            chosen = sampling.request(m, batch, steps, micro_batch=batch)
-            label = sampling.labels_of(chosen, index, m.num_classes)
+            chosen = sampling_request(m, batch, steps, micro_batch=batch)
+            label = labels_of(chosen, index, m.num_classes)
             self._given[batch, steps] = noise.normals(0, index, steps, m.image_shape), chosen.sigmas, label
         return np.rint((self._peer(*self._given[batch, steps]) + 1) * 127.5).astype(np.uint8)
 

@@ -39,7 +39,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is 
 
 import cm_runtime as cm
 from cm_runtime.bench import peers
-from cm_runtime.schedule import sigmas_of_timesteps
+from cm_runtime.schedule import NoiseRange
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = 40
@@ -131,7 +131,7 @@ def pipeline(folder: Path, classes: int) -> Callable[[NDArray[np.float32], Seque
 
 def compare(model: Any, theirs: Callable[..., Any], batch: int, steps: int, rounds: int) -> dict[str, Any]:
     """Seconds of both, alternating, after one round that warms up and must agree; SystemExit where it does not."""
-    sigmas = sigmas_of_timesteps(TIMESTEPS[steps], GRID)
+    sigmas = NoiseRange().from_timesteps(TIMESTEPS[steps], GRID)
     shape = model.manifest.image_shape
     z = np.stack([cm.noise.normal(0, np.arange(batch, dtype=np.uint64), k, shape) for k in range(steps)])
 

@@ -28,9 +28,10 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-from cm_runtime import backends, noise, sampling
+from cm_runtime import backends, noise
 from cm_runtime.errors import CmRuntimeError
 from cm_runtime.generation import job
+from cm_runtime.request import even_micro_batch, sampling_request
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = 1000  # images that peak memory is compared with
@@ -82,8 +83,8 @@ def ratios(folder: Path, backend: str, turns: int, shards: int) -> list[float]:
     """Images a second of shards over those of the bare engine, one ratio a turn."""
     threads = len(os.sched_getaffinity(0))
     engine: Any = backends.load(None, backend, threads=threads)  # type: ignore[arg-type]
-    at_once = sampling.even_micro_batch(1000, engine.micro_batch)
-    chosen = sampling.request(engine.manifest, turns * shards * 1000, STEPS, micro_batch=at_once)
+    at_once = even_micro_batch(1000, engine.micro_batch)
+    chosen = sampling_request(engine.manifest, turns * shards * 1000, STEPS, micro_batch=at_once)
     whole = job.of(engine, chosen, backends.DEFAULT_MODEL, "npz", 1000, threads)
     index = np.arange(at_once, dtype=np.uint64)
     x = np.float32(chosen.sigmas[0]) * noise.normal(0, index, 0, engine.manifest.image_shape)

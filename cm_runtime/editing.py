@@ -19,9 +19,8 @@ from cm_runtime.errors import RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import Manifest
 from cm_runtime.projections import LUMA, Array, Edit, Luma, Mask, PatchMean, Projection
-from cm_runtime.request import no_label
-from cm_runtime.sampling import Denoiser, Drawer, Output
-from cm_runtime.schedule import sampler_sigmas
+from cm_runtime.request import Output, edit_request, even_micro_batch, no_label, sampling_request
+from cm_runtime.sampling import Denoiser, Drawer
 
 MOST_FRAMES = 10_000
 STEPS = 8  # where something is known of every x0: each step fits the rest to it better
@@ -147,7 +146,7 @@ def interpolate(
         raise RequestError(f"there is nothing between image {first} and itself")
     if m.num_classes and label is None:
         raise no_label(m.num_classes)
-    draws = len(sampling.request(m, 1, steps, sigmas=sigmas, micro_batch=1, output=output, clip=clip).sigmas)
+    draws = len(sampling_request(m, 1, steps, sigmas=sigmas, micro_batch=1, output=output, clip=clip).sigmas)
     ends = noise.normals(seed, [first, last], draws, m.image_shape)
     z = np.stack([slerp(a, b, np.linspace(0, 1, frames)) for a, b in ends])
     return sampling.sample(
@@ -260,7 +259,7 @@ def _answers(model: Denoiser, shape: tuple[int, ...], project: Projection, how: 
     m = model.manifest
     project.check(shape)
     if how.sigmas is None:
-        sigmas = sampler_sigmas(_steps(how, STEPS), m.sigmas, m.sigma_min, m.sigma_max, m.rho)
+        sigmas = m.noise_range.levels(_steps(how, STEPS), m.sigmas)
     elif how.steps is None:
         sigmas = tuple(how.sigmas)
     else:
@@ -275,7 +274,7 @@ def _from(model: Denoiser, y: Array, sigma: float, is_noisy: bool, how: _How) ->
         raise RequestError(f"sigma must be above {m.sigma_min:g} and at most {m.sigma_max:g}, not {sigma:g}")
     if how.sigmas is not None:
         raise RequestError("this edit takes the sigma where it begins, and steps, not sigmas")
-    sigmas = sampler_sigmas(_steps(how, 2), None, m.sigma_min, sigma, m.rho)
+    sigmas = replace(m.noise_range, sigma_max=sigma).levels(_steps(how, 2))
     return _run(model, Edit(y, is_noisy=is_noisy), sigmas, how)
 
 
@@ -286,15 +285,13 @@ def _steps(how: _How, default: int) -> int:
 def _run(model: Denoiser, edit: Edit, sigmas: Sequence[float], how: _How) -> NDArray[Any]:
     label = _labels(how.label, len(edit.start), model.manifest)
     edit = replace(edit, label=label, answers=how.answers)
-    chosen = sampling.edit_request(
+    chosen = edit_request(
         model.manifest,
         edit,
         sigmas,
         seed=how.seed,
         start=how.index,
-        micro_batch=sampling.even_micro_batch(max(edit.count, 1), model.micro_batch)
-        if how.batch is None
-        else how.batch,
+        micro_batch=even_micro_batch(max(edit.count, 1), model.micro_batch) if how.batch is None else how.batch,
         output=how.output,
         clip=how.clip,
     )

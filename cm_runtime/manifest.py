@@ -34,7 +34,7 @@ from cm_runtime.errors.wording import quantity
 from cm_runtime.files import atomic, protobuf, streams
 from cm_runtime.files.protobuf import MalformedError, fields, read_entry, write_entry
 from cm_runtime.precond import Form, precond
-from cm_runtime.schedule import LARGEST, RHO, SIGMA_MAX, SIGMA_MIN, SMALLEST, checked_sigmas
+from cm_runtime.schedule import LARGEST, SMALLEST, NoiseRange
 
 METADATA_KEY = "cm_runtime"
 FORMAT_VERSION = 1
@@ -134,11 +134,11 @@ class Manifest(_Frozen):
     image_shape: tuple[Size, Size, Size] = Field(description="(C, H, W)")
     num_classes: int = Field(ge=0, le=1_000_000)
     precond: Form
-    sigma_min: float = Field(SIGMA_MIN, ge=SMALLEST)
-    sigma_max: float = Field(SIGMA_MAX, le=LARGEST)
+    sigma_min: float = Field(NoiseRange.sigma_min, ge=SMALLEST)
+    sigma_max: float = Field(NoiseRange.sigma_max, le=LARGEST)
     sigma_data: float = Field(0.5, gt=0)
     sigma_boundary: float = Field(ge=0)
-    rho: float = Field(RHO, ge=0.1, le=100)
+    rho: float = Field(NoiseRange.rho, ge=0.1, le=100)
     sigmas: dict[int, tuple[float, ...]] = Field(
         default_factory=dict, description="tuned levels per step count; of a sampler graph, its own"
     )
@@ -167,7 +167,7 @@ class Manifest(_Frozen):
         for steps, levels in self.sigmas.items():
             if len(levels) != steps:
                 raise ValueError(f"sigmas for {quantity(steps, 'step')} are {len(levels)}")
-            checked_sigmas(levels, self.sigma_min, self.sigma_max)
+            self.noise_range.check(levels)
         if self.graph == "sampler" and len(self.sigmas) != 1:
             raise ValueError("a sampler graph has the noise levels of one number of steps")
         return self
@@ -178,6 +178,11 @@ class Manifest(_Frozen):
         return f"<Manifest of a {self.graph}: {self.images}, {self.precond} form, {self.precision}{training}>"
 
     __str__ = __repr__
+
+    @property
+    def noise_range(self) -> NoiseRange:
+        """sigma_min, sigma_max and rho as one value."""
+        return NoiseRange(self.sigma_min, self.sigma_max, self.rho)
 
     @property
     def images(self) -> str:

@@ -18,7 +18,7 @@ from cm_runtime.errors import RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import Manifest
 from cm_runtime.projections import Edit
-from cm_runtime.schedule import checked_sigmas, karras_sigmas, level_text, same_levels, sampler_sigmas
+from cm_runtime.schedule import level_text, same_levels
 
 Labels = int | Sequence[int] | NDArray[np.integer] | Mapping[int, int] | Literal["all", "random"] | None
 Checked = tuple[int, ...] | Literal["all", "random"] | None
@@ -29,7 +29,7 @@ MOST_COUNTED = 1 << 20  # images that a mapping of classes to counts asks for
 
 @dataclass(frozen=True)
 class Request:
-    """Images ``start`` to ``start + count - 1`` of a seed, checked against a model by `request`; edited, or drawn.
+    """Images ``start`` to ``start + count - 1`` of a seed, edited or drawn, as `sampling_request` checked them.
 
     labels: "all", "random", or a list in turn: image i has entry i mod its length.
     """
@@ -45,7 +45,7 @@ class Request:
     edit: Edit | None = None
 
 
-def request(
+def sampling_request(
     manifest: Manifest,
     count: int,
     steps: int | None = None,
@@ -71,10 +71,10 @@ def request(
     elif sigmas is not None:
         if steps is not None:
             raise RequestError("give steps or sigmas, not both")
-        levels = checked_sigmas(sigmas, manifest.sigma_min, manifest.sigma_max)
+        levels = manifest.noise_range.check(sigmas)
     else:
         chosen = 2 if steps is None else steps
-        levels = sampler_sigmas(chosen, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
+        levels = manifest.noise_range.levels(chosen, manifest.sigmas)
     return _request(manifest, count, levels, seed, start, labels, micro_batch, output, clip)
 
 
@@ -112,7 +112,7 @@ def teacher_request(
         raise RequestError("this model is no EDM teacher; a few steps sample it")
     if not 2 <= steps <= 1000:
         raise RequestError(f"an EDM teacher takes from 2 to 1000 ODE steps, not {steps}")
-    levels = tuple(float(s) for s in karras_sigmas(steps, manifest.sigma_min, manifest.sigma_max, manifest.rho))
+    levels = tuple(float(s) for s in manifest.noise_range.karras(steps))
     return _request(manifest, count, levels, seed, start, labels, micro_batch, "uint8", True)
 
 
@@ -152,7 +152,7 @@ def edit_request(
     if edit.label is not None and edit.label.shape != (inputs,):
         raise RequestError(f"{quantity(inputs, 'image')} to edit need one label each, not {edit.label.size}")
     first = float(sigmas[0]) if len(sigmas) else m.sigma_max
-    levels = checked_sigmas(sigmas, m.sigma_min, min(first, m.sigma_max))
+    levels = replace(m.noise_range, sigma_max=min(first, m.sigma_max)).check(sigmas)
     checked = _request(m, edit.count, levels, seed, start, None, micro_batch, output, clip)
     return replace(checked, labels=None, edit=edit)
 

@@ -12,22 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime import noise as addressable
-from cm_runtime.errors import RequestError
+from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import Manifest
 from cm_runtime.projections import Edit
-from cm_runtime.request import Labels as Labels
-from cm_runtime.request import Output as Output
-from cm_runtime.request import Request as Request
+from cm_runtime.request import Labels, Output, Request, labels_of, sampling_request
 from cm_runtime.request import count_images as counted
-from cm_runtime.request import edit_request as edit_request
 from cm_runtime.request import even_micro_batch as even
-from cm_runtime.request import labels_of as labels_of
-from cm_runtime.request import request as request
-from cm_runtime.request import split as split
-from cm_runtime.request import teacher_request as teacher_request
-from cm_runtime.schedule import karras_sigmas
-from cm_runtime.steps import Array, HostSteps, to_nhwc, to_uint8
+
+pass
+
+Array = NDArray[np.float32]
+NOT_FINITE = "the model's output is not finite; its weights or its precision cannot serve"
 
 X = TypeVar("X")
 L = TypeVar("L", contravariant=True)
@@ -73,7 +69,7 @@ class Evaluation(Protocol[X, L]):
 
 
 class StepOps(Protocol[X]):
-    """What surrounds f in the loop; see `steps.HostSteps`, and `cuda.DeviceSteps`."""
+    """What surrounds f in the loop; see `sampling.HostSteps`, and `cuda.DeviceSteps`."""
 
     def first(self, sigma: float) -> X: ...
     def step(self, x0: X, k: int, sigma: float) -> X: ...
@@ -88,6 +84,61 @@ def run(denoiser: Evaluation[X, L], ops: StepOps[X], sigmas: Sequence[float], la
         x = ops.step(x0, k, sigma)
         x0 = denoiser.denoise(x, sigma, label)
     return ops.finish(x0)
+
+
+def not_finite(finite: NDArray[np.bool_]) -> EngineError:
+    """The error of images (N,) some of which are not finite."""
+    return EngineError(f"{NOT_FINITE} ({np.count_nonzero(~finite)} of {quantity(finite.size, 'image')})")
+
+
+@dataclass(frozen=True)
+class HostSteps:
+    """First noise, clamp, projection and renoise for one micro-batch.
+
+    noise: k -> z_k, (N,C,H,W) float32 standard normals; sigma_min: the noise that x0 is taken to hold already;
+    clip: clamp each x0 to [-1, 1]; edit: of as many images, one given image each, or None.
+    """
+
+    noise: Callable[[int], Array]
+    sigma_min: float
+    clip: bool = True
+    edit: Edit | None = None
+
+    def first(self, sigma: float) -> Array:
+        """sigma_0 z_0, with what an edit begins with."""
+        if self.edit is None:
+            return self.noise(0) * np.float32(sigma)
+        if self.edit.is_noisy:
+            return self.edit.start.copy()
+        return self.edit.start + self.noise(0) * np.float32(sigma)
+
+    def step(self, x0: Array, k: int, sigma: float) -> Array:
+        """project(clamp(x0)) + sqrt(sigma_k^2 - sigma_min^2) z_k (arXiv 2303.01469, alg. 1, 4); x0 is overwritten."""
+        x = self.finish(x0)
+        x += self.noise(k) * np.float32(math.sqrt(sigma**2 - self.sigma_min**2))
+        return x
+
+    def finish(self, x0: Array) -> Array:
+        """project(clamp(x0)), in place. Raises EngineError where x0 is not finite."""
+        finite = np.isfinite(x0)
+        if not finite.all():
+            raise not_finite(np.array([each.all() for each in finite]))
+        if self.clip:
+            np.clip(x0, -1, 1, out=x0)
+        return x0 if self.edit is None or self.edit.project is None else self.edit.project(x0)
+
+
+def to_nhwc(x0: Array) -> Array:
+    """(N,C,H,W) -> (N,H,W,C), contiguous."""
+    return np.ascontiguousarray(np.moveaxis(x0, 1, -1))
+
+
+def to_uint8(x0: Array) -> NDArray[np.uint8]:
+    """rint((clip(x0, -1, 1) + 1) * 127.5), half to even, with (N,C,H,W) -> (N,H,W,C)."""
+    grey = np.clip(to_nhwc(x0), -1, 1)
+    grey += 1
+    grey *= 127.5
+    return np.rint(grey, out=grey).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -188,7 +239,7 @@ def sample(
         if steps is None and sigmas is None:
             steps = z.shape[0]
     count = counted(labels, count, 256)
-    chosen = request(
+    chosen = sampling_request(
         model.manifest,
         count,
         steps,
@@ -220,7 +271,7 @@ def heun(denoiser: Denoiser, x: Array, label: NDArray[np.int64] | None, steps: i
     x: (N,C,H,W) float32; for teachers, whose D is a denoiser but not a consistency function.
     """
     m = denoiser.manifest
-    t = [*karras_sigmas(steps, m.sigma_min, m.sigma_max, m.rho), 0.0]
+    t = [*m.noise_range.karras(steps), 0.0]
     for now, after in pairwise(t):
         d = (x - denoiser.denoise(x, now, label)) / np.float32(now)
         euler = x + np.float32(after - now) * d

@@ -19,7 +19,7 @@ from cm_runtime.checkpoints.native import Checkpoint
 from cm_runtime.export.torch_exporter import plain
 from cm_runtime.extras import require
 from cm_runtime.manifest import Manifest
-from cm_runtime.steps import Array
+from cm_runtime.sampling import Array
 
 LARGEST = 1 << 30  # bytes of weights: of larger ones three copies would lie in memory
 SECONDS, LEAST = 3.0, 5

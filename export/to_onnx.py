@@ -23,7 +23,6 @@ from cm_runtime.files import atomic
 from cm_runtime.manifest import METADATA_KEY, GraphKind, Manifest, Precision, data_name, read_manifest, written
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.onnx_graph import message, operators
-from cm_runtime.schedule import checked_sigmas, sampler_sigmas
 
 LARGEST_INSIDE = 1 << 30  # bytes of weights in the .onnx itself: protobuf refuses a message of 2 GiB
 
@@ -116,9 +115,9 @@ def _levels(manifest: Manifest, steps: int | None, sigmas: Sequence[float] | Non
     if sigmas is not None:
         if steps is not None:
             raise RequestError("give steps or sigmas, not both")
-        return checked_sigmas(sigmas, manifest.sigma_min, manifest.sigma_max)
+        return manifest.noise_range.check(sigmas)
     chosen = 2 if steps is None else steps
-    return sampler_sigmas(chosen, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
+    return manifest.noise_range.levels(chosen, manifest.sigmas)
 
 
 def _build(model: ConsistencyModel, manifest: Manifest, levels: Sequence[float], *, inline: bool) -> Graph:

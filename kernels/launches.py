@@ -1,7 +1,7 @@
 """The kernels as launches: names, grids and arguments, made of addresses on a device and shapes, and checked.
 
 Whoever launches them, pycuda or the host build of the tests, does so with these and nothing else. The words are those
-of cm_runtime/steps.py, which is the same mathematics in NumPy; images are in the network's type and layout.
+of `sampling.HostSteps`, which is the same mathematics in NumPy; images are in the network's type and layout.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from cm_runtime import editing, noise
 from cm_runtime.errors import RequestError
 from cm_runtime.manifest import Manifest, TrainingSummary
 from cm_runtime.projections import LUMA
-from cm_runtime.sampling import sample
-from cm_runtime.steps import to_uint8
+from cm_runtime.sampling import sample, to_uint8
 
 EPS, T = 0.002, 80.0
 Array = np.ndarray[Any, Any]

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "cm_runtime"
 # A file imports only from its left. Nothing imports the face (__init__.py, __main__.py), which may import everything.
 ORDER = """
     errors < files < extras, subprocesses < schedule, precond, noise, projections, manifest < onnx_graph
-    < request, steps < sampling < editing < networks < checkpoints < kernels < cuda < backends < generation
+    < request < sampling < editing < networks < checkpoints < kernels < cuda < backends < generation
     < evaluate < training < export < bench < cli
 """
 PLACES = ORDER.replace("<", " ").replace(",", " ").split()
@@ -184,7 +184,7 @@ def planted(tmp_path: Path) -> Path:
         ("cli/sample.py", "import numpy as np", "imports numpy outside a function"),
         ("cli/sample.py", "if TYPE_CHECKING: pass\nelse:\n import rich.progress", "imports rich outside a function"),
         ("backends/ort.py", "import onnxruntime", "imports onnxruntime outside a function"),
-        ("steps/__init__.py", "if SPEED:\n from torch import nn", "imports torch outside a function"),
+        ("sampling/__init__.py", "if SPEED:\n from torch import nn", "imports torch outside a function"),
         ("training/loop.py", "import pooch", "imports pooch outside a function"),
         ("sampling/__init__.py", "from cm_runtime import load", "imports load from the face"),
         ("sampling/__init__.py", "import cm_runtime", "imports the package from the face"),

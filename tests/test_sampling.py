@@ -12,20 +12,9 @@ import scipy.stats
 from cm_runtime import noise
 from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.manifest import TrainingSummary
-from cm_runtime.sampling import (
-    Denoiser,
-    batches,
-    even_micro_batch,
-    heun,
-    request,
-    run,
-    sample,
-    split,
-    teacher_batches,
-    teacher_request,
-)
-from cm_runtime.schedule import sampler_sigmas
-from cm_runtime.steps import HostSteps, to_uint8
+from cm_runtime.request import even_micro_batch, sampling_request, split, teacher_request
+from cm_runtime.sampling import Denoiser, HostSteps, batches, heun, run, sample, teacher_batches, to_uint8
+from cm_runtime.schedule import NoiseRange
 
 LAST = 2**64 - 1
 S, EPS, T = 0.5, 0.002, 80.0
@@ -231,7 +220,7 @@ def test_labels_are_functions_of_seed_and_index(classes, reference_words):
 
 
 def test_labels_default_to_all_classes_and_reach_the_results(classes):
-    parts = list(batches(classes, request(classes.manifest, 17, 2, start=3, micro_batch=5)))
+    parts = list(batches(classes, sampling_request(classes.manifest, 17, 2, start=3, micro_batch=5)))
     assert [len(part.images) for part in parts] == [5, 5, 5, 2]
     assert np.concatenate([part.index for part in parts]).tolist() == list(range(3, 20))
     assert np.concatenate([part.labels for part in parts]).tolist() == [i % 7 for i in range(3, 20)]
@@ -260,8 +249,8 @@ def test_a_mapping_of_labels_is_how_many_images_of_each(classes, start):
     classes.labels.clear()
     sample(classes, steps=1, labels={5: 2}, start=start)
     assert classes.labels == [5, 5]
-    stored = request(classes.manifest, 6, 1, start=start, labels={3: 4, 0: 2}, micro_batch=6).labels
-    again = request(classes.manifest, 8, 1, start=start - start % 2, labels=stored, micro_batch=6).labels
+    stored = sampling_request(classes.manifest, 6, 1, start=start, labels={3: 4, 0: 2}, micro_batch=6).labels
+    again = sampling_request(classes.manifest, 8, 1, start=start - start % 2, labels=stored, micro_batch=6).labels
     assert again == stored  # a plain list, from which a job or a picture draws them again
 
 
@@ -275,7 +264,7 @@ def test_what_is_no_model_is_refused(gaussian):
 
 
 def test_without_classes_no_labels_are_asked_for(gaussian):
-    (part,) = batches(gaussian, request(gaussian.manifest, 3, micro_batch=3))
+    (part,) = batches(gaussian, sampling_request(gaussian.manifest, 3, micro_batch=3))
     assert part.labels is None and gaussian.labels == []
 
 
@@ -284,7 +273,7 @@ def test_without_classes_no_labels_are_asked_for(gaussian):
 
 def test_batches_are_lazy_and_no_larger_than_asked(gaussian):
     """2^40 images take no more memory or time than the ones that are looked at."""
-    stream = batches(gaussian, request(gaussian.manifest, 1 << 40, 2, micro_batch=7))
+    stream = batches(gaussian, sampling_request(gaussian.manifest, 1 << 40, 2, micro_batch=7))
     assert gaussian.sizes == []
     assert next(stream).index.tolist() == list(range(7))
     assert gaussian.sizes == [7, 7]
@@ -306,7 +295,7 @@ def test_the_default_is_256_images(gaussian):
 
 @pytest.mark.parametrize(("count", "batch"), [(10, 3), (3, 10), (7, 7), (1, 1), (255, 7)])
 def test_splitting_a_request_covers_the_same_images(gaussian, count, batch):
-    whole = request(gaussian.manifest, count, 2, seed=4, start=LAST - 300, micro_batch=5)
+    whole = sampling_request(gaussian.manifest, count, 2, seed=4, start=LAST - 300, micro_batch=5)
     parts = list(split(whole, batch))
     assert [part.count for part in parts[:-1]] == [batch] * (len(parts) - 1) and parts[-1].count <= batch
     images = [part.images for each in parts for part in batches(gaussian, each)]
@@ -548,16 +537,16 @@ class Sampler:
 
 @pytest.mark.parametrize("sigmas", [(80, 2.51522), [80.0, 2.515218976147159], np.array([80.00001, 2.5152190001])])
 def test_a_sampler_takes_its_own_levels_as_they_are_printed(make_manifest, sigmas):
-    exact = sampler_sigmas(2)
+    exact = NoiseRange().levels(2)
     manifest = make_manifest(graph="sampler", sigmas={2: exact})
-    assert request(manifest, 3, sigmas=sigmas, micro_batch=4).sigmas == exact
+    assert sampling_request(manifest, 3, sigmas=sigmas, micro_batch=4).sigmas == exact
     assert (sample(Sampler(manifest), count=3, sigmas=sigmas) == 7).all()
 
 
 @pytest.mark.parametrize("sigmas", [(80, 2.51521), (80,), (80, 2.51522, 1)])
 def test_a_sampler_refuses_levels_that_look_different(make_manifest, sigmas):
-    manifest = make_manifest(graph="sampler", sigmas={2: sampler_sigmas(2)})
+    manifest = make_manifest(graph="sampler", sigmas={2: NoiseRange().levels(2)})
     with pytest.raises(RequestError, match=r"in 2 steps, at 80, 2\.51522, not at 80") as caught:
-        request(manifest, 3, sigmas=sigmas, micro_batch=4)
+        sampling_request(manifest, 3, sigmas=sigmas, micro_batch=4)
     own, asked = re.findall(r" at ([^;]*?)(?:, not|;)", str(caught.value))
     assert own != asked

@@ -1,25 +1,15 @@
 """cm_runtime/schedule.py against the papers' formulas in decimal and integer arithmetic, and published values."""
 
-import math
 from decimal import Decimal, localcontext
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from cm_runtime.errors import RequestError
 from cm_runtime.schedule import (
-    N_of_k,
-    checked_sigmas,
-    ict_N_of_k,
-    ict_probabilities,
-    karras_sigmas,
+    NoiseRange,
     level_text,
-    mu_of_k,
     same_levels,
-    sampler_sigmas,
-    sigmas_of_timesteps,
-    sigmas_of_ts,
 )
 
 INFINITE = float("inf")
@@ -36,18 +26,20 @@ def decimal_grid(N: int, low: str, high: str, rho: int) -> list[float]:
 
 @pytest.mark.parametrize("N", [2, 3, 7, 18, 40, 255])
 def test_grid_is_the_papers_formula(N):
-    sigmas = karras_sigmas(N)
+    sigmas = NoiseRange().karras(N)
     assert sigmas.shape == (N,) and sigmas.dtype == np.float64
     np.testing.assert_allclose(sigmas, decimal_grid(N, "0.002", "80", 7), rtol=1e-13)
 
 
 @pytest.mark.parametrize(("low", "high", "rho"), [("0.01", "50", 3), ("0.5", "1", 1), ("0.002", "0.003", 7)])
 def test_grid_of_other_ends_and_exponents(low, high, rho):
-    np.testing.assert_allclose(karras_sigmas(7, float(low), float(high), rho), decimal_grid(7, low, high, rho), 1e-13)
+    np.testing.assert_allclose(
+        NoiseRange(float(low), float(high), rho).karras(7), decimal_grid(7, low, high, rho), 1e-13
+    )
 
 
 def test_grid_holds_the_published_level_and_its_exact_ends():
-    sigmas = karras_sigmas(40)
+    sigmas = NoiseRange().karras(40)
     assert sigmas[22] == pytest.approx(1.382368, abs=5e-7)
     assert (sigmas[0], sigmas[-1]) == (80.0, 0.002)
     assert (np.diff(sigmas) < 0).all()
@@ -56,55 +48,55 @@ def test_grid_holds_the_published_level_and_its_exact_ends():
 @pytest.mark.parametrize("N", [1, 0, -3])
 def test_grid_refuses_fewer_than_two_points(N):
     with pytest.raises(RequestError, match=f"at least 2 points, not {N}"):
-        karras_sigmas(N)
+        NoiseRange().karras(N)
 
 
 @pytest.mark.parametrize("ends", [(0, 80), (-1, 80), (80, 80), (81, 80), (NAN, 80), (0.002, NAN), (0.002, INFINITE)])
 def test_grid_refuses_impossible_ends(ends):
     with pytest.raises(RequestError, match="0 < sigma_min < sigma_max"):
-        karras_sigmas(7, *ends)
+        NoiseRange(*ends).karras(7)
 
 
 def test_steps_without_tuning_are_a_grid_less_its_last_point():
-    assert sampler_sigmas(1) == (80.0,)
-    assert sampler_sigmas(2) == pytest.approx((80.0, 2.5152), abs=5e-5)
-    assert sampler_sigmas(7) == pytest.approx(decimal_grid(8, "0.002", "80", 7)[:-1])
-    assert len(sampler_sigmas(1000)) == 1000
+    assert NoiseRange().levels(1) == (80.0,)
+    assert NoiseRange().levels(2) == pytest.approx((80.0, 2.5152), abs=5e-5)
+    assert NoiseRange().levels(7) == pytest.approx(decimal_grid(8, "0.002", "80", 7)[:-1])
+    assert len(NoiseRange().levels(1000)) == 1000
 
 
 def test_steps_take_the_tuned_levels_of_their_number_only():
     tuned = {2: (80.0, 1.382368)}
-    assert sampler_sigmas(2, tuned) == (80.0, 1.382368)
-    assert sampler_sigmas(3, tuned) == sampler_sigmas(3)
+    assert NoiseRange().levels(2, tuned) == (80.0, 1.382368)
+    assert NoiseRange().levels(3, tuned) == NoiseRange().levels(3)
 
 
 def test_steps_follow_the_models_range():
-    assert sampler_sigmas(3, None, 0.01, 50.0, 3) == pytest.approx(decimal_grid(4, "0.01", "50", 3)[:-1])
+    assert NoiseRange(0.01, 50.0, 3).levels(3) == pytest.approx(decimal_grid(4, "0.01", "50", 3)[:-1])
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range_are_refused(steps):
     with pytest.raises(RequestError, match=f"from 1 to 1000, not {steps}"):
-        sampler_sigmas(steps)
+        NoiseRange().levels(steps)
 
 
 def test_good_sigmas_come_back_as_floats():
-    assert checked_sigmas([80, 3, 1]) == (80.0, 3.0, 1.0)
-    assert checked_sigmas(np.array([80, 0.821], np.float32)) == pytest.approx((80, 0.821), rel=1e-6)
-    assert checked_sigmas([1.0], 0.5, 1.0) == (1.0,)
+    assert NoiseRange().check([80, 3, 1]) == (80.0, 3.0, 1.0)
+    assert NoiseRange().check(np.array([80, 0.821], np.float32)) == pytest.approx((80, 0.821), rel=1e-6)
+    assert NoiseRange(0.5, 1.0).check([1.0]) == (1.0,)
 
 
 def test_a_first_sigma_equal_but_for_rounding_becomes_sigma_max():
-    assert checked_sigmas([80.00001, 1]) == (80.0, 1.0)
+    assert NoiseRange().check([80.00001, 1]) == (80.0, 1.0)
 
 
 @pytest.mark.parametrize("sigma_max", [80.0, 79.123456, 1.0000051, 123456.51])
 def test_a_first_sigma_may_be_sigma_max_as_it_is_printed(sigma_max: float):
-    assert checked_sigmas([float(level_text([sigma_max])), 0.9], sigma_max=sigma_max) == (sigma_max, 0.9)
+    assert NoiseRange(sigma_max=sigma_max).check([float(level_text([sigma_max])), 0.9]) == (sigma_max, 0.9)
 
 
 def test_levels_are_the_same_if_they_look_the_same():
-    exact = sampler_sigmas(2)
+    exact = NoiseRange().levels(2)
     assert level_text(exact) == "80, 2.51522" and exact[1] == pytest.approx(2.515218976147159, rel=1e-12)
     assert same_levels((80, 2.51522), exact) and same_levels(exact, exact) and same_levels((80, 2.5152190001), exact)
     for other in [(80, 2.51521), (80,), (80, 2.51522, 0.1), (80, NAN)]:
@@ -133,7 +125,7 @@ def test_levels_are_the_same_if_they_look_the_same():
 )
 def test_bad_sigmas_are_refused_in_one_line(sigmas, complaint):
     with pytest.raises(RequestError, match=complaint) as caught:
-        checked_sigmas(sigmas)
+        NoiseRange().check(sigmas)
     assert "\n" not in str(caught.value)
 
 
@@ -146,8 +138,8 @@ PUBLISHED += [(67, 151, 3.991219), (62, 151, 5.248503)]
 @pytest.mark.parametrize(("index", "N", "sigma"), PUBLISHED)
 def test_published_two_step_samplers_in_both_conventions(index, N, sigma):
     """openai/consistency_models, scripts/launch.sh: --ts 0,index,N-1 --steps N."""
-    assert sigmas_of_ts([0, index, N - 1], N) == pytest.approx((80, sigma), abs=5e-7)
-    assert sigmas_of_timesteps([index, 0], N) == sigmas_of_ts([0, index, N - 1], N)
+    assert NoiseRange().from_ts([0, index, N - 1], N) == pytest.approx((80, sigma), abs=5e-7)
+    assert NoiseRange().from_timesteps([index, 0], N) == NoiseRange().from_ts([0, index, N - 1], N)
 
 
 @pytest.mark.parametrize(
@@ -171,21 +163,21 @@ def test_timesteps_mean_what_they_mean_in_diffusers(N, timesteps):
     scheduler.set_timesteps(timesteps=timesteps)
     *levels, last = scheduler.sigmas.tolist()
     assert last == pytest.approx(0.002)
-    assert sigmas_of_timesteps(timesteps, N) == pytest.approx(levels, rel=1e-6)
-    assert sigmas_of_ts([*timesteps[::-1], N - 1], N) == pytest.approx(levels, rel=1e-6)
+    assert NoiseRange().from_timesteps(timesteps, N) == pytest.approx(levels, rel=1e-6)
+    assert NoiseRange().from_ts([*timesteps[::-1], N - 1], N) == pytest.approx(levels, rel=1e-6)
 
 
 @pytest.mark.parametrize(("low", "high", "rho"), [("0.01", "50", 3), ("0.002", "80", 5)])
 def test_both_conventions_count_in_the_grid_of_the_models_range(low, high, rho):
     grid = decimal_grid(11, low, high, rho)
     scale = float(low), float(high), rho
-    assert sigmas_of_ts([0, 3, 7, 10], 11, *scale) == pytest.approx((grid[0], grid[3], grid[7]))
-    assert sigmas_of_timesteps([7, 3, 0], 11, *scale) == pytest.approx((grid[0], grid[3], grid[7]))
+    assert NoiseRange(*scale).from_ts([0, 3, 7, 10], 11) == pytest.approx((grid[0], grid[3], grid[7]))
+    assert NoiseRange(*scale).from_timesteps([7, 3, 0], 11) == pytest.approx((grid[0], grid[3], grid[7]))
 
 
 def test_what_both_conventions_give_is_what_a_sampler_takes():
-    levels = sigmas_of_ts(np.arange(1_000_000, dtype=np.int32)[::999], 1_000_000)
-    assert len(levels) == 1001 and checked_sigmas(levels) == levels
+    levels = NoiseRange().from_ts(np.arange(1_000_000, dtype=np.int32)[::999], 1_000_000)
+    assert len(levels) == 1001 and NoiseRange().check(levels) == levels
     assert {type(s) for s in levels} == {float}
 
 
@@ -212,7 +204,7 @@ def test_what_both_conventions_give_is_what_a_sampler_takes():
 )
 def test_bad_ts_are_refused_in_one_line(ts, N, complaint):
     with pytest.raises(RequestError, match=f"ts .*{complaint}|^{complaint}") as caught:
-        sigmas_of_ts(ts, N)
+        NoiseRange().from_ts(ts, N)
     assert "\n" not in str(caught.value)
 
 
@@ -238,71 +230,5 @@ def test_bad_ts_are_refused_in_one_line(ts, N, complaint):
 )
 def test_bad_timesteps_are_refused_in_one_line(timesteps, N, complaint):
     with pytest.raises(RequestError, match=f"timesteps .*{complaint}|^{complaint}") as caught:
-        sigmas_of_timesteps(timesteps, N)
+        NoiseRange().from_timesteps(timesteps, N)
     assert "\n" not in str(caught.value)
-
-
-# How a training grid grows
-
-
-@pytest.mark.parametrize(
-    ("k", "N", "mu"), [(0, 2, 0.9025), (1, 3, 0.95), (400_000, 143, 0.999278), (800_000, 201, 0.999487)]
-)
-def test_imagenet_training_schedule_has_its_published_values(k, N, mu):
-    K, s0, s1 = 800_000, 2, 200
-    assert N_of_k(k, K, s0, s1) == N
-    assert mu_of_k(k, K, s0, s1, 0.95) == pytest.approx(mu, abs=5e-7)
-
-
-@pytest.mark.parametrize(("K", "s0", "s1"), [(800_000, 2, 150), (7, 2, 3), (255, 1, 20), (400_000, 10, 1280)])
-def test_grid_growth_is_the_smallest_square_that_reaches_the_target(K, s0, s1):
-    """ceil(sqrt(q) - 1) + 1 is the least n with n^2 >= q, which integers decide exactly."""
-    for k in {*range(0, K, max(K // 300, 1)), K}:
-        target = k * ((s1 + 1) ** 2 - s0**2) + s0**2 * K  # K q
-        n = max(math.isqrt(target // K) - 1, 0)
-        while n * n * K < target:
-            n += 1
-        found = N_of_k(k, K, s0, s1)
-        on_a_square = n * n * K == target and k not in (0, K)  # there floating point may fall on either side
-        assert found in ({max(n, 2), n + 1} if on_a_square else {max(n, 2)})
-
-
-def test_grid_growth_never_shrinks_and_mu_grows_with_it():
-    N = [N_of_k(k, 1000, 2, 150) for k in range(1001)]
-    assert sorted(N) == N and (N[0], N[-1]) == (2, 151)
-    mu = [mu_of_k(k, 1000, 2, 150, 0.9) for k in range(1001)]
-    assert sorted(mu) == mu and mu[-1] == pytest.approx(0.9 ** (2 / 150))
-
-
-def test_mu_of_nothing_is_nothing():
-    assert [mu_of_k(k, 1000, 2, 150, 0.0) for k in (0, 1, 999)] == [0.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize(("k", "N"), [(0, 11), (49_999, 11), (50_000, 21), (349_999, 641), (350_000, 1281)])
-def test_icts_grid_doubles_as_published(k, N):
-    assert ict_N_of_k(k, 400_000, 10, 1280) == N
-    assert ict_N_of_k(400_000, 400_000, 10, 1280) == 1281
-
-
-@pytest.mark.parametrize(("K", "s0", "s1"), [(8, 1, 1), (1, 10, 1280), (1000, 3, 20), (7, 5, 9)])
-def test_icts_grid_never_shrinks_nor_leaves_its_ends(K, s0, s1):
-    N = [ict_N_of_k(k, K, s0, s1) for k in range(K + 1)]
-    assert sorted(N) == N and N[0] == s0 + 1 and N[-1] <= s1 + 1
-    assert all(b in (a, 2 * (a - 1) + 1, s1 + 1) for a, b in pairwise(N))
-
-
-def test_icts_bins_are_as_likely_as_published():
-    published = [0.062633, 0.181737, 0.245501, 0.213494, 0.142446, 0.080605, 0.041080, 0.019580, 0.008944, 0.003980]
-    found = ict_probabilities(karras_sigmas(11)[::-1], -1.1, 2.0)
-    np.testing.assert_allclose(found, published, atol=6e-7)
-    assert found.sum() == pytest.approx(1, abs=1e-12)
-
-
-def test_icts_bins_are_a_lognormals_quadrature():
-    """The integral of the lognormal's density over a bin, over that of all bins."""
-    grid = karras_sigmas(7)[::-1]
-    masses = []
-    for low, high in pairwise(np.log(grid)):
-        u = np.linspace(low, high, 100_001)
-        masses.append(np.trapezoid(np.exp(-((u + 0.4) ** 2) / (2 * 1.3**2)), u))
-    np.testing.assert_allclose(ict_probabilities(grid, -0.4, 1.3), np.array(masses) / sum(masses), rtol=1e-7)

@@ -31,7 +31,6 @@ from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, Output
 from cm_runtime.extras import EXTRAS, has, require
 from cm_runtime.files import atomic, streams
 from cm_runtime.manifest import Manifest, data_path
-from cm_runtime.schedule import sampler_sigmas
 from cm_runtime.subprocesses import cores
 
 LOG = logging.getLogger("cm_runtime")  # a warning is one line on standard error, unless somebody listens
@@ -267,7 +266,7 @@ def _images(engine: Backend, asked: Question, feed: Mapping[str, NDArray[Any]]) 
     if manifest.graph == "sampler":
         return made
     low = min(max(LOW_SIGMA, manifest.sigma_min), manifest.sigma_max)
-    levels = sampler_sigmas(2, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
+    levels = manifest.noise_range.levels(2, manifest.sigmas)
     label = feed["label"][:count] if "label" in feed else None
     image = np.zeros((count, *manifest.image_shape), np.float32)
     for k, sigma in enumerate((*levels, low)):

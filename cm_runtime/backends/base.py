@@ -14,7 +14,7 @@ from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import OUTPUTS, Manifest, Precision
 from cm_runtime.precond import precond
-from cm_runtime.steps import Array, not_finite
+from cm_runtime.sampling import Array, not_finite
 
 LOG = logging.getLogger("cm_runtime")
 MAX_THREADS = 1024

@@ -23,8 +23,8 @@ from cm_runtime.files import streams
 from cm_runtime.kernels.launches import Images
 from cm_runtime.manifest import GraphKind, Manifest, read_manifest
 from cm_runtime.onnx_graph import Verdict
-from cm_runtime.sampling import Batch, Request
-from cm_runtime.steps import Array
+from cm_runtime.request import Request
+from cm_runtime.sampling import Array, Batch
 from cm_runtime.subprocesses import engine_threads
 
 LOG = logging.getLogger("cm_runtime")

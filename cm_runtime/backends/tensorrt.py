@@ -21,8 +21,8 @@ from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, Out
 from cm_runtime.extras import NO_DRIVER, has, has_driver, require
 from cm_runtime.kernels.launches import Images
 from cm_runtime.manifest import GraphKind
-from cm_runtime.sampling import Batch, Request
-from cm_runtime.steps import Array
+from cm_runtime.request import Request
+from cm_runtime.sampling import Array, Batch
 
 DEVICES = ("auto", "cuda", "cuda:0")
 KEPT_LINES = 10_000

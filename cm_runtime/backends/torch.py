@@ -25,8 +25,8 @@ from cm_runtime.extras import NO_DRIVER, has_driver
 from cm_runtime.kernels.launches import Images
 from cm_runtime.manifest import OUTPUTS, GraphKind, Manifest, Precision
 from cm_runtime.networks.consistency import ConsistencyModel
-from cm_runtime.sampling import Batch, Request
-from cm_runtime.steps import Array
+from cm_runtime.request import Request
+from cm_runtime.sampling import Array, Batch
 from cm_runtime.subprocesses import engine_threads
 
 MOST_BATCH_SIZES = 256  # that are compiled, each apart; torch by itself gives up after 8

@@ -23,7 +23,7 @@ from cm_runtime.backends.ort import open_session
 from cm_runtime.bench.scenario import PEERS, Peer
 from cm_runtime.errors import CheckpointError, EngineError, RequestError
 from cm_runtime.extras import require
-from cm_runtime.steps import Array, to_nhwc
+from cm_runtime.sampling import Array, to_nhwc
 from cm_runtime.subprocesses import engine_threads
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from cm_runtime.bench.contenders import Side
 from cm_runtime.bench.results import MOST_BLOCKS, Agreement, Estimate
 from cm_runtime.bench.scenario import Scenario
 from cm_runtime.bench.worker_process import Process, WorkerError
-from cm_runtime.steps import to_uint8
+from cm_runtime.sampling import to_uint8
 
 AGREEMENT = 1e-3  # largest difference of a pixel in [-1, 1] before quantisation
 GREY = 1.001 * 2 / 255  # and after it

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cm_runtime import __version__, schedule
+from cm_runtime import __version__
 from cm_runtime.backends.ort import has_cuda
 from cm_runtime.bench import machine, peaks, summary
 from cm_runtime.bench.builds import Build, base_build, this_build
@@ -144,7 +144,7 @@ def _measured(scenario: Scenario, shared: Shared, measured: Sequence[Peaks], num
 
 def _levels(manifest: Manifest, steps: int) -> tuple[float, ...]:
     """A model's own noise levels for that many steps."""
-    return schedule.sampler_sigmas(steps, manifest.sigmas, manifest.sigma_min, manifest.sigma_max, manifest.rho)
+    return manifest.noise_range.levels(steps, manifest.sigmas)
 
 
 def _sides(scenario: Scenario, shared: Shared, model: Model, sigmas: Sequence[float]) -> list[Side]:

@@ -27,7 +27,7 @@ from cm_runtime.errors import CheckpointError
 from cm_runtime.files import atomic, streams
 from cm_runtime.networks.consistency import ModelConfig
 from cm_runtime.precond import Form
-from cm_runtime.schedule import RHO, SIGMA_MAX, SIGMA_MIN
+from cm_runtime.schedule import NoiseRange
 
 WEIGHTS = "diffusion_pytorch_model"
 SCHEDULER = "scheduler_config.json"
@@ -52,9 +52,9 @@ def read(folder: Path, precond: Form | None = None, known: Published | None = No
         chosen = _weights(where)
         weights = diffusers_tensors.to_ours(_tensors(chosen), network)
         N = sampler.pop("num_train_timesteps", None)
-        boundary = 0.0 if form == "edm" else sampler.get("sigma_min", SIGMA_MIN)
+        boundary = 0.0 if form == "edm" else sampler.get("sigma_min", NoiseRange.sigma_min)
         model = ModelConfig(network=network, precond=form, sigma_boundary=boundary, **sampler)
-        published_range = (model.sigma_min, model.sigma_max, model.rho) == (SIGMA_MIN, SIGMA_MAX, RHO)
+        published_range = model.noise_range == NoiseRange()
         return Checkpoint(
             config=model,
             default_ema=EMA,

@@ -24,7 +24,7 @@ from cm_runtime.files import atomic
 from cm_runtime.networks.consistency import ModelConfig
 from cm_runtime.networks.unet import UNet, UNetConfig
 from cm_runtime.precond import Form
-from cm_runtime.schedule import SIGMA_MIN
+from cm_runtime.schedule import NoiseRange
 
 HEAD_CHANNELS = 64
 INNERMOST = 8  # pixels of the last level's feature map, in all published networks
@@ -49,7 +49,9 @@ def convert(
         expected = shapes_of(UNet(network))
     check_tensors(expected, weights, "its tensors do not fit the network that they suggest")
     return Checkpoint(
-        config=ModelConfig(network=network, precond=form, sigma_boundary=0.0 if form == "edm" else SIGMA_MIN),
+        config=ModelConfig(
+            network=network, precond=form, sigma_boundary=0.0 if form == "edm" else NoiseRange.sigma_min
+        ),
         default_ema=EMA,
         ema={EMA: {f"F.{name}": tensor for name, tensor in weights.items()}},
         training=published.summary(known, "openai"),

@@ -12,7 +12,7 @@ from typing import Literal
 from cm_runtime.errors import CheckpointError, RequestError
 from cm_runtime.manifest import TrainingSummary
 from cm_runtime.precond import Form
-from cm_runtime.schedule import karras_sigmas
+from cm_runtime.schedule import NoiseRange
 
 IMAGENET, BEDROOM, CAT = "ImageNet-64", "LSUN Bedroom-256", "LSUN Cat-256"
 
@@ -36,7 +36,7 @@ class Published:
         """The published levels of two steps."""
         if self.N is None or self.middle is None:
             return {}
-        grid = karras_sigmas(self.N)
+        grid = NoiseRange().karras(self.N)
         return {2: (float(grid[0]), float(grid[self.middle]))}
 
 

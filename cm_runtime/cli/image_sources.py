@@ -60,11 +60,12 @@ def drawn(model: Path | None, drawing: Drawing, device: str, threads: int) -> Im
     """Images of a model, 10000 by default: few steps of a consistency model, or 18 ODE steps of an EDM teacher."""
     from cm_runtime import backends, sampling
     from cm_runtime.files import atomic
+    from cm_runtime.request import count_images, sampling_request, teacher_request
 
     engine = backends.load(model, drawing.backend or "auto", device, threads)  # type: ignore[arg-type]
     manifest = engine.manifest
     labels = parsing.labels(drawing.labels)
-    count = sampling.count_images(labels, drawing.count, 10_000)
+    count = count_images(labels, drawing.count, 10_000)
     given: dict[str, Any] = {
         "seed": drawing.seed or 0,
         "labels": labels,
@@ -75,11 +76,11 @@ def drawn(model: Path | None, drawing: Drawing, device: str, threads: int) -> Im
             if getattr(drawing, name) is not None:
                 raise RequestError(f"an EDM teacher is sampled by an ODE solver; give its --steps, not --{name}")
         steps = 18 if drawing.steps is None else drawing.steps
-        request = sampling.teacher_request(manifest, count, steps, **given)
+        request = teacher_request(manifest, count, steps, **given)
         batches, sampler = sampling.teacher_batches(engine, request), "heun"
     else:
         levels = parsing.levels(manifest, drawing.steps, drawing.sigmas, drawing.ts, drawing.timesteps, drawing.grid)
-        request = sampling.request(manifest, count, drawing.steps, sigmas=levels, **given)
+        request = sampling_request(manifest, count, drawing.steps, sigmas=levels, **given)
         batches, sampler = sampling.batches(engine, request), "multistep"
     where = model or backends.DEFAULT_MODEL
     channels, height, width = manifest.image_shape

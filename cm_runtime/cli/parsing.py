@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cm_runtime.manifest import Manifest
-    from cm_runtime.sampling import Labels
+    from cm_runtime.request import Labels
 
 
 def labels(text: str | None) -> Labels:
@@ -59,18 +59,16 @@ def levels(
     The grid spans the model's own sigma_min and sigma_max, with its rho. Raises RequestError, also where more than one
     of those and --steps is given.
     """
-    from cm_runtime import schedule
 
     ways = {"steps": steps, "sigmas": sigmas, "ts": ts, "timesteps": timesteps}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise RequestError(f"give {' or '.join(given)}, {'not both' if len(given) == 2 else 'only one of them'}")
-    scale = manifest.sigma_min, manifest.sigma_max, manifest.rho
     if ts is not None:
-        return schedule.sigmas_of_ts(whole_numbers("--ts", ts), _training_grid("--ts", grid), *scale)
+        return manifest.noise_range.from_ts(whole_numbers("--ts", ts), _training_grid("--ts", grid))
     if timesteps is not None:
         asked = whole_numbers("--timesteps", timesteps)
-        return schedule.sigmas_of_timesteps(asked, _training_grid("--timesteps", grid), *scale)
+        return manifest.noise_range.from_timesteps(asked, _training_grid("--timesteps", grid))
     if grid is not None:
         raise RequestError("--grid is what --ts or --timesteps count in; give one of them, or leave --grid out")
     return None if sigmas is None else numbers("--sigmas", sigmas)
@@ -87,10 +85,10 @@ def _training_grid(option: str, grid: int | None) -> int:
 
 def micro_batch(text: str | None, batch: int, most: int) -> int:
     """auto: ``batch`` split evenly with at most ``most`` in each; or a whole number. Raises RequestError."""
-    from cm_runtime import sampling
+    from cm_runtime.request import even_micro_batch
 
     if text is None or text == "auto":
-        return sampling.even_micro_batch(max(batch, 1), most)
+        return even_micro_batch(max(batch, 1), most)
     try:
         return int(text)
     except ValueError as error:

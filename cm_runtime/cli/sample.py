@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from cm_runtime.backends import base
     from cm_runtime.manifest import Manifest
-    from cm_runtime.sampling import Batch, Denoiser, Request
+    from cm_runtime.request import Request
+    from cm_runtime.sampling import Batch, Denoiser
 
 
 def sample(
@@ -100,14 +101,15 @@ def sample(
     at_once = 256 if batch is None else batch
     if at_once < 1:
         raise RequestError(f"--batch must be at least 1, not {batch}")
-    from cm_runtime import backends, sampling
+    from cm_runtime import backends
     from cm_runtime.files import atomic
+    from cm_runtime.request import count_images, sampling_request
 
     classes = parsing.labels(labels)
-    total = sampling.count_images(classes, count, at_once)
+    total = count_images(classes, count, at_once)
 
     def request(engine: base.Backend, size: int) -> Request:
-        return sampling.request(
+        return sampling_request(
             engine.manifest,
             total,
             steps,
@@ -139,12 +141,13 @@ def _write(engine: Denoiser, chosen: Request, batch: int, output: Path) -> None:
     from cm_runtime.cli.progress import track
     from cm_runtime.errors.wording import quantity
     from cm_runtime.files import image_writer
+    from cm_runtime.request import split
 
     channels, height, width = engine.manifest.image_shape
     if output.suffix == ".png":
         image_writer.check_grid(chosen.count, height, width)
     text = _description(chosen, engine.manifest)
-    requests = sampling.split(chosen, batch)
+    requests = split(chosen, batch)
     drawn = chain.from_iterable(sampling.batches(engine, each) for each in requests)
     parts: Iterator[Batch] = track(drawn, chosen.count, "images")
     if output.suffix == ".npz":

@@ -48,10 +48,11 @@ def tune(
 
     Example: cm-runtime tune model.onnx --steps 2 -o tuned.onnx
     """
-    from cm_runtime import backends, sampling
+    from cm_runtime import backends
     from cm_runtime.backends import engine_file
     from cm_runtime.files import atomic
     from cm_runtime.manifest import read_manifest, write_manifest
+    from cm_runtime.request import sampling_request
 
     wanted = _steps(steps)
     if model is not None and backends.is_checkpoint(model):
@@ -86,7 +87,7 @@ def tune(
     network = Extractor(extractor, value_range=value_range, output_name=output_name, device=device, threads=workers)
     size = parsing.micro_batch(micro_batch, min(samples, 256), engine.micro_batch)
     asked = parsing.labels(labels)
-    sampling.request(manifest, samples, seed=seed, labels=asked, micro_batch=size)  # refused now, if ever
+    sampling_request(manifest, samples, seed=seed, labels=asked, micro_batch=size)  # refused now, if ever
     channels, height, width = manifest.image_shape
     network.check((height, width, channels))
     expected, _ = image_sources.reference(reference, network, manifest, manifold=0)
@@ -104,8 +105,7 @@ def tune(
         left = 1 + tuning.most_candidates(count)
         candidates, images = quantity(left - 1, "candidate"), quantity(samples, "image")
         progress.phase(f"tuning {quantity(count, 'step')}, by up to {candidates} of {images}")
-        scale = manifest.sigma_min, manifest.sigma_max, manifest.rho
-        found = tuning.search(objective, count, levels, *scale)
+        found = tuning.search(objective, count, levels, manifest.noise_range)
         levels[count] = found.sigmas
         write_manifest(source, target, manifest.model_copy(update={"sigmas": levels}), force=force)
         source, force = target, True  # what was found is kept, whatever becomes of the next search

@@ -24,8 +24,8 @@ from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Images, Placed
 from cm_runtime.manifest import GraphKind, Manifest
 from cm_runtime.precond import precond
 from cm_runtime.projections import Edit, Projection, map_arrays
-from cm_runtime.sampling import Batch, Request, labels_of, run
-from cm_runtime.steps import NOT_FINITE, Array, not_finite
+from cm_runtime.request import Request, labels_of
+from cm_runtime.sampling import NOT_FINITE, Array, Batch, not_finite, run
 
 LOG = logging.getLogger("cm_runtime")
 MOST_PREPARED = 4  # numbers of images and steps whose memory is kept

@@ -1,4 +1,4 @@
-"""The step ops on a GPU, `steps.HostSteps`' twin: each is one launch, and images are addresses that stay."""
+"""The step ops on a GPU, `sampling.HostSteps`' twin: each is one launch, and images are addresses that stay."""
 
 from __future__ import annotations
 

@@ -138,6 +138,6 @@ def few_images(images: Observation, reference: Observation | None) -> str | None
     if not few:
         return None
     return (
-        f"the Frechet distance is biased upwards: {join_words(few)}, where {quantity(dimension, 'feature')} take {least} or"
-        " more; compare it with distances of as many images only"
+        f"the Frechet distance is biased upwards: {join_words(few)}, where {quantity(dimension, 'feature')} take"
+        f" {least} or more; compare it with distances of as many images only"
     )

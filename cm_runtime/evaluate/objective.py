@@ -13,8 +13,8 @@ from cm_runtime import sampling
 from cm_runtime.evaluate.extractor import Extractor
 from cm_runtime.evaluate.metrics import Observation, compare, observe
 from cm_runtime.manifest import Manifest
-from cm_runtime.sampling import Batch, Denoiser
-from cm_runtime.steps import Array
+from cm_runtime.request import Labels, sampling_request
+from cm_runtime.sampling import Array, Batch, Denoiser
 
 MEMORY = 1 << 28
 
@@ -66,13 +66,13 @@ class FrechetObjective:
     reference: Observation
     count: int
     seed: int
-    labels: sampling.Labels
+    labels: Labels
     micro_batch: int
     shown: Callable[[Iterator[Batch], tuple[float, ...]], Iterator[Batch]]
 
     def __call__(self, sigmas: tuple[float, ...]) -> float:
         """Raises RequestError, EngineError, DataError."""
-        request = sampling.request(
+        request = sampling_request(
             self.model.manifest,
             self.count,
             sigmas=sigmas,

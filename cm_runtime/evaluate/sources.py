@@ -16,8 +16,7 @@ from cm_runtime.errors import data_error
 from cm_runtime.errors.wording import quantity
 from cm_runtime.files import streams
 from cm_runtime.files.npz import Member, blocks, header, keys, open_npz
-from cm_runtime.sampling import Batch
-from cm_runtime.steps import to_uint8
+from cm_runtime.sampling import Batch, to_uint8
 
 _BLOCK = 1 << 24  # bytes of pixels read at once
 MAX_SIDE = 4096

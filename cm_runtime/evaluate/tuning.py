@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from cm_runtime.errors import RequestError
-from cm_runtime.schedule import RHO, SIGMA_MAX, SIGMA_MIN, sampler_sigmas
+from cm_runtime.schedule import NoiseRange
 
 STEPS = (2, 3, 4)
 GRID = 10  # coarse candidates of a two-step sampler
@@ -68,9 +68,7 @@ def search(
     objective: Objective,
     steps: int,
     known: Mapping[int, Levels] | None = None,
-    sigma_min: float = SIGMA_MIN,
-    sigma_max: float = SIGMA_MAX,
-    rho: float = RHO,
+    noise_range: NoiseRange | None = None,
 ) -> Tuned:
     """Minimises ``objective`` over the middle levels of a sampler of 2, 3 or 4 steps; the first is sigma_max.
 
@@ -83,7 +81,9 @@ def search(
         raise RequestError(f"noise levels are tuned for 2, 3 or 4 steps, not {steps}")
     known = known or {}
     ask = _Search(objective)
-    default = sampler_sigmas(steps, None, sigma_min, sigma_max, rho)
+    noise_range = noise_range or NoiseRange()
+    sigma_min, sigma_max = noise_range.sigma_min, noise_range.sigma_max
+    default = noise_range.levels(steps)
     default_value = ask(default)
     if steps in known:
         ask(known[steps])
@@ -95,7 +95,7 @@ def search(
         level = ask.best[1]
         _refine(ask, ask.best, 1, max(level / spacing, sigma_min * 1.01), min(level * spacing, sigma_max * 0.99))
     else:
-        fewer = sampler_sigmas(steps - 1, known, sigma_min, sigma_max, rho)
+        fewer = noise_range.levels(steps - 1, known)
         for place, (above, below) in enumerate(pairwise((*fewer, sigma_min)), start=1):
             ask((*fewer[:place], math.sqrt(above * below), *fewer[place:]))
         for _ in range(SWEEPS):

@@ -29,7 +29,8 @@ from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
 from cm_runtime.files import atomic, npz, streams
 from cm_runtime.files.image_writer import NpzWriter, encoded
-from cm_runtime.sampling import Batch, Output
+from cm_runtime.request import Output
+from cm_runtime.sampling import Batch
 
 Kind = Literal["npz", "png", "wds", "parquet"]
 MOST = 1_000_000  # shards in a folder, numbered in six digits

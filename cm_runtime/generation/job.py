@@ -28,7 +28,8 @@ from cm_runtime.files import atomic, streams
 from cm_runtime.files.workspaces import sweep
 from cm_runtime.generation import formats
 from cm_runtime.generation.prefetch import prefetch
-from cm_runtime.sampling import Batch, Output, Request
+from cm_runtime.request import Output, Request, sampling_request
+from cm_runtime.sampling import Batch
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 NEXT = "manifest.next.json"  # of the job that a folder is growing into; it becomes the manifest when all is there
@@ -167,7 +168,7 @@ def drawn(engine: Backend, job: Job, number: int) -> Iterator[Batch]:
     """The images of one shard. Raises OutOfMemoryError where the engine would go on with smaller micro-batches."""
     first, count = job.start + number * job.shard_size, size(job, number)
     filled = -(-count // job.micro_batch) * job.micro_batch
-    chosen = sampling.request(
+    chosen = sampling_request(
         engine.manifest,
         filled,
         sigmas=job.sigmas,

@@ -20,8 +20,8 @@ from cm_runtime.errors import RequestError
 from cm_runtime.extras import require
 from cm_runtime.generation.prefetch import prefetch
 from cm_runtime.manifest import Manifest, read_manifest
-from cm_runtime.sampling import Batch, Denoiser, Drawer, Labels, Output, Request
-from cm_runtime.steps import Array
+from cm_runtime.request import Labels, Output, Request, count_images, sampling_request, split
+from cm_runtime.sampling import Array, Batch, Denoiser, Drawer
 from cm_runtime.subprocesses import cores
 
 INDICES = 1 << 64
@@ -58,7 +58,7 @@ class Stream:
         is_torch = backends.is_checkpoint(self.model)  # which DataLoader has told to take one thread, as a fork must
         engine = backends.load(self.model, threads=0 if is_torch else share)
         whole = self.request(engine.manifest, engine.micro_batch)
-        parts = islice(sampling.split(whole, whole.micro_batch), worker, None, workers)
+        parts = islice(split(whole, whole.micro_batch), worker, None, workers)
         return self._ahead(chain.from_iterable(sampling.batches(engine, part) for part in parts))
 
     def dataset(self) -> Any:
@@ -74,9 +74,9 @@ class Stream:
 
     def request(self, manifest: Manifest, micro_batch: int) -> Request:
         """For all the images. Raises RequestError."""
-        return sampling.request(
+        return sampling_request(
             manifest,
-            sampling.count_images(self.labels, self.count, INDICES - self.start),
+            count_images(self.labels, self.count, INDICES - self.start),
             self.steps,
             sigmas=self.sigmas,
             seed=self.seed,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cm_runtime.networks.unet import UNet, UNetConfig
 from cm_runtime.precond import Form, Precond, precond
-from cm_runtime.schedule import LARGEST, RHO, SIGMA_MAX, SIGMA_MIN, SMALLEST
+from cm_runtime.schedule import LARGEST, SMALLEST, NoiseRange
 
 
 class ModelConfig(BaseModel):
@@ -20,9 +20,9 @@ class ModelConfig(BaseModel):
     precond: Form
     sigma_data: float = Field(0.5, gt=0)
     sigma_boundary: float = Field(ge=0, description="where f is the identity: 0 for the edm form")
-    sigma_min: float = Field(SIGMA_MIN, ge=SMALLEST, description="the sampler's, not the form's")
-    sigma_max: float = Field(SIGMA_MAX, le=LARGEST)
-    rho: float = Field(RHO, ge=0.1, le=100)
+    sigma_min: float = Field(NoiseRange.sigma_min, ge=SMALLEST, description="the sampler's, not the form's")
+    sigma_max: float = Field(NoiseRange.sigma_max, le=LARGEST)
+    rho: float = Field(NoiseRange.rho, ge=0.1, le=100)
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -30,6 +30,11 @@ class ModelConfig(BaseModel):
         if not self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} must lie below sigma_max {self.sigma_max:g}")
         return self
+
+    @property
+    def noise_range(self) -> NoiseRange:
+        """sigma_min, sigma_max and rho as one value."""
+        return NoiseRange(self.sigma_min, self.sigma_max, self.rho)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from cm_runtime import schedule
+from cm_runtime.training import schedule
 from cm_runtime.training.config import CdPhase, CtPhase, Phase
 
 

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from cm_runtime import schedule
 from cm_runtime.checkpoints.load import load_checkpoint
 from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
 from cm_runtime.errors import Interrupted, TrainingError
 from cm_runtime.manifest import TrainingSummary
 from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
 from cm_runtime.networks.unet import NetworkShape, UNetConfig
+from cm_runtime.schedule import NoiseRange
 from cm_runtime.training import preview, provenance, second_points
 from cm_runtime.training.batches import Stream
 from cm_runtime.training.config import Phase, TrainConfig
@@ -129,7 +129,7 @@ def model_config_of(config: TrainConfig, data: ImageSet, phase: Phase | None = N
         network=network,
         precond=form,
         sigma_data=config.sigma_data,
-        sigma_boundary=0.0 if form == "edm" else schedule.SIGMA_MIN,
+        sigma_boundary=0.0 if form == "edm" else NoiseRange.sigma_min,
     )
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cm_runtime import schedule
+from cm_runtime.schedule import NoiseRange
+from cm_runtime.training import schedule
 from cm_runtime.training.config import CdPhase, ConsistencyPhase, CtPhase, EctPhase, IctPhase
 from cm_runtime.training.noise import LEVEL, Draws
 
@@ -80,11 +81,11 @@ def ect_r(t: Tensor, stage: int, q: float, k: float, b: float) -> Tensor:
 @lru_cache(maxsize=4)
 def _grid(N: int, device: torch.device) -> Tensor:
     """The Karras grid, ascending: (N,) float32."""
-    return torch.from_numpy(np.flip(schedule.karras_sigmas(N)).astype(np.float32)).to(device)
+    return torch.from_numpy(np.flip(NoiseRange().karras(N)).astype(np.float32)).to(device)
 
 
 @lru_cache(maxsize=4)
 def _edges(N: int, P_mean: float, P_std: float, device: torch.device) -> Tensor:
     """The inner edges of iCT's bins on (0, 1): (N - 2,) float64."""
-    p = schedule.ict_probabilities(np.flip(schedule.karras_sigmas(N)), P_mean, P_std)
+    p = schedule.ict_probabilities(np.flip(NoiseRange().karras(N)), P_mean, P_std)
     return torch.from_numpy(np.cumsum(p)[:-1]).to(device)

@@ -10,7 +10,7 @@ from cm_runtime.backends.torch import TorchBackend
 from cm_runtime.checkpoints.native import Checkpoint
 from cm_runtime.manifest import TrainingSummary
 from cm_runtime.networks.consistency import ConsistencyModel
-from cm_runtime.steps import to_uint8
+from cm_runtime.sampling import to_uint8
 
 
 def draw(model: ConsistencyModel, method: str, count: int, seed: int) -> NDArray[np.uint8]:

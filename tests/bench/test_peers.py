@@ -20,7 +20,7 @@ from cm_runtime.bench import peers
 from cm_runtime.bench.scenario import PEERS, Peer
 from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import EngineError, MissingExtraError, RequestError
-from cm_runtime.schedule import karras_sigmas
+from cm_runtime.schedule import NoiseRange
 
 LEVELS = {1: (80.0,), 2: (80.0, 1.38), 3: (80.0, 7.7, 0.31)}  # on no grid
 KINDS = {"diffusers": ("boundary",), "torch.compile": ("boundary",)}  # the others take every form
@@ -104,7 +104,7 @@ def test_many_steps_on_the_sampler_grid(boundary: exports.Files, tmp_path: Path)
     """More than diffusers' own grid of 40 has points."""
     drawer = peers.peer("diffusers", boundary.half_checkpoint, tmp_path, threads=1)
     model, z, label = given(boundary, 50, 1)
-    sigmas = tuple(float(s) for s in karras_sigmas(51)[:-1])
+    sigmas = tuple(float(s) for s in NoiseRange().karras(51)[:-1])
     assert apart(model, drawer, z, sigmas, label) < 1e-4
 
 

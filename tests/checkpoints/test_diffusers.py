@@ -23,7 +23,7 @@ from cm_runtime.cli import main
 from cm_runtime.errors import CheckpointError, CmRuntimeError, OutputError, RequestError
 from cm_runtime.export import parity
 from cm_runtime.manifest import Manifest
-from cm_runtime.schedule import sigmas_of_timesteps
+from cm_runtime.schedule import NoiseRange
 
 SIGMAS = (0.002, 0.0021, 0.03, 0.5, 1.382368, 10.0, 80.0)
 WEIGHTS = "diffusion_pytorch_model"
@@ -119,7 +119,7 @@ def test_the_sampler_draws_what_the_pipeline_draws(
     expected = theirs(
         batch_size=3, timesteps=timesteps, num_inference_steps=None, class_labels=label, output_type="np"
     ).images
-    sigmas = sigmas_of_timesteps(timesteps, 40)
+    sigmas = NoiseRange().from_timesteps(timesteps, 40)
     found = cm.sample(model, noise=z, sigmas=sigmas, labels=label, output="float32")
     np.testing.assert_allclose(found, expected * 2 - 1, atol=1e-3, rtol=0)
     assert np.abs(found).max() > 0.1 and found.std() > 0.05

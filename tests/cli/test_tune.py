@@ -16,7 +16,7 @@ import pytest
 from cm_runtime.checkpoints.native import save_checkpoint
 from cm_runtime.export import onnx as export_onnx
 from cm_runtime.manifest import read_manifest, write_manifest
-from cm_runtime.schedule import karras_sigmas
+from cm_runtime.schedule import NoiseRange
 
 Cli = Callable[..., Any]
 PIXELS = 8 * 8 * 3
@@ -52,7 +52,7 @@ def test_levels_are_stored_used_and_no_worse_than_the_default(cli: Cli, place: P
     assert levels[0] == 80 and 0.002 < levels[1] < 80
     tuned, default = distance(cli, "tuned.onnx", "--steps", 2), distance(cli, "model.onnx", "--steps", 2)
     assert tuned <= default
-    assert f"2 steps, default 80, {karras_sigmas(3)[1]:g}: Frechet distance {default:.4g}" in outcome.out
+    assert f"2 steps, default 80, {NoiseRange().karras(3)[1]:g}: Frechet distance {default:.4g}" in outcome.out
     assert f"Frechet distance {tuned:.4g} after" in outcome.out
     line = f"{levels[0]:g}, {levels[1]:g}"
     assert f"2 steps, tuned   {line}" in outcome.out

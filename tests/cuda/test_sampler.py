@@ -31,6 +31,7 @@ from cm_runtime.cuda import context, sampler
 from cm_runtime.cuda.sampler import OnDevice
 from cm_runtime.errors import EngineError, MissingExtraError, OutOfMemoryError, RequestError
 from cm_runtime.manifest import read_manifest
+from cm_runtime.request import sampling_request
 
 CONTENT = b"what the builder made"
 GRAPHS = ("denoiser", "network", "sampler")
@@ -313,7 +314,7 @@ def test_the_next_batch_is_on_its_way_while_one_leaves(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
-    chosen = sampling.request(model.manifest, 20, micro_batch=4)
+    chosen = sampling_request(model.manifest, 20, micro_batch=4)
     parts = sampling.batches(model, chosen)
     next(parts)
     for later in range(4):
@@ -329,7 +330,7 @@ def test_a_caller_that_stops_early_leaves_nothing_behind(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
-    chosen = sampling.request(model.manifest, 20, micro_batch=4)
+    chosen = sampling_request(model.manifest, 20, micro_batch=4)
     parts = sampling.batches(model, chosen)
     first = next(parts)
     parts.close()
@@ -343,7 +344,7 @@ def test_images_that_nobody_asks_for_any_more_are_no_error(
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
     z = noise.normals(5, np.arange(12, dtype=np.uint64), 2, model.manifest.image_shape)
     z[1, 6, 0, 0, 0] = np.inf
-    parts = sampling.batches(model, sampling.request(model.manifest, 12, micro_batch=4), z)
+    parts = sampling.batches(model, sampling_request(model.manifest, 12, micro_batch=4), z)
     next(parts)
     parts.close()
 
@@ -381,7 +382,7 @@ def test_a_model_whose_images_are_not_finite_is_refused(
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
     z = noise.normals(5, np.arange(8, dtype=np.uint64), 2, model.manifest.image_shape)
     z[1, 6, 0, 0, 0] = np.inf
-    chosen = sampling.request(model.manifest, 8, micro_batch=4)
+    chosen = sampling_request(model.manifest, 8, micro_batch=4)
     parts = sampling.batches(model, chosen, z)
     next(parts)
     with pytest.raises(EngineError, match="output is not finite"):

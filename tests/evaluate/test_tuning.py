@@ -22,7 +22,7 @@ from cm_runtime.evaluate.statistics import Statistics
 from cm_runtime.evaluate.tuning import search
 from cm_runtime.manifest import Manifest
 from cm_runtime.sampling import sample
-from cm_runtime.schedule import karras_sigmas
+from cm_runtime.schedule import NoiseRange
 
 Levels = tuple[float, ...]
 
@@ -38,7 +38,7 @@ def test_two_steps_end_at_the_minimum(optimum: float) -> None:
     found = search(bowl(optimum), 2)
     assert found.sigmas[0] == 80 and found.sigmas[1] == pytest.approx(optimum, rel=0.05)
     assert found.value == bowl(optimum)(found.sigmas)
-    assert found.default == pytest.approx((80, karras_sigmas(3)[1]))
+    assert found.default == pytest.approx((80, NoiseRange().karras(3)[1]))
     assert found.evaluations <= 18
 
 
@@ -60,7 +60,7 @@ def test_four_steps_begin_where_three_ended() -> None:
 @pytest.mark.parametrize("steps", [2, 3, 4])
 def test_it_is_never_worse_than_the_default_or_than_what_was_tuned(steps: int) -> None:
     """An objective that is small at one point and rough elsewhere, as a search cannot follow."""
-    default = tuple(float(f"{s:.6g}") for s in karras_sigmas(steps + 1)[:-1])
+    default = tuple(float(f"{s:.6g}") for s in NoiseRange().karras(steps + 1)[:-1])
     known = {steps: tuple(float(f"{s:.3g}") for s in np.geomspace(80, 0.3, steps))}
 
     def rough(levels: Levels) -> float:

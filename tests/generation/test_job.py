@@ -22,6 +22,7 @@ from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.errors import DataError, EngineError, OutOfMemoryError, OutputError, RequestError
 from cm_runtime.generation import job as jobs
 from cm_runtime.generation.job import Job
+from cm_runtime.request import labels_of, sampling_request, split
 
 Make = Callable[..., Job]
 
@@ -41,7 +42,7 @@ def make_job(engine: OrtBackend, model: Path) -> Make:
     def make(
         count: int = 20, shard_size: int = 7, kind: Any = "npz", micro_batch: int = 3, threads: int = 1, **request: Any
     ) -> Job:
-        chosen = sampling.request(engine.manifest, count, 1, micro_batch=micro_batch, **request)
+        chosen = sampling_request(engine.manifest, count, 1, micro_batch=micro_batch, **request)
         return jobs.of(engine, chosen, model, kind, shard_size, threads)
 
     return make
@@ -81,8 +82,8 @@ def test_shards_together_are_what_sample_draws(
     wanted = sampling.sample(engine, count, 1, seed=5, start=2, labels="random")
     assert np.abs(images.astype(int) - wanted).max() <= 1
     index = np.arange(2, 2 + count, dtype=np.uint64)
-    chosen = sampling.request(engine.manifest, count, 1, seed=5, start=2, labels="random", micro_batch=4)
-    expected = sampling.labels_of(chosen, index, exports.CLASSES)
+    chosen = sampling_request(engine.manifest, count, 1, seed=5, start=2, labels="random", micro_batch=4)
+    expected = labels_of(chosen, index, exports.CLASSES)
     assert expected is not None and labels == expected.tolist()
     sizes = [jobs.size(job, number) for number in job.numbers]
     assert sum(sizes) == count and set(sizes[:-1]) <= {shard_size}
@@ -130,7 +131,7 @@ def test_an_engine_that_goes_on_with_smaller_micro_batches_is_stopped(
     """As one on a GPU does when memory does not last: its bytes would be others."""
 
     def halving(chosen: Any, noise: Any = None) -> Iterator[sampling.Batch]:
-        part = next(sampling.split(chosen, 1))
+        part = next(split(chosen, 1))
         yield sampling.Batch(np.array([part.start], np.uint64), None, np.zeros((1, 8, 8, 3), np.uint8))
 
     monkeypatch.setattr(engine, "batches", halving, raising=False)

@@ -21,13 +21,14 @@ from pathlib import Path
 import exports
 import pytest
 
-from cm_runtime import backends, sampling
+from cm_runtime import backends
 from cm_runtime.backends.base import Backend
 from cm_runtime.errors import EngineError, MissingExtraError, RequestError
 from cm_runtime.files.workspaces import TEMPORARY, sweep
 from cm_runtime.generation import job as jobs
 from cm_runtime.generation import ray_driver, ray_runner
 from cm_runtime.generation.job import Job
+from cm_runtime.request import sampling_request
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def engine() -> Backend:
 
 
 def work(engine: Backend, count: int, shard_size: int) -> Job:
-    chosen = sampling.request(engine.manifest, count, micro_batch=10)
+    chosen = sampling_request(engine.manifest, count, micro_batch=10)
     return jobs.of(engine, chosen, backends.DEFAULT_MODEL, "npz", shard_size, 1)
 
 

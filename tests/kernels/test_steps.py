@@ -16,7 +16,7 @@ from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import LEVEL, REQUEST, Images, Placed
 from cm_runtime.precond import precond
 from cm_runtime.projections import Edit, Luma, Mask, PatchMean, Projection
-from cm_runtime.steps import HostSteps, to_uint8
+from cm_runtime.sampling import HostSteps, to_uint8
 
 Array = np.ndarray[Any, Any]
 TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cm_runtime import noise
 from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
 from cm_runtime.networks.unet import Dropout, UNetConfig
-from cm_runtime.schedule import karras_sigmas
+from cm_runtime.schedule import NoiseRange
 from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, EdmPhase, IctPhase, Phase
 from cm_runtime.training.losses import Batch, Loss, loss_of
 from cm_runtime.training.noise import Draws
@@ -312,7 +312,7 @@ def discrete(method: str, N: int, s: float, **keys: Any) -> tuple[Loss, int]:
 )
 def test_the_discrete_methods_are_least_at_their_known_fixed_points(method: str, N: int, ratio: float) -> None:
     s = 0.3
-    grid = karras_sigmas(N)[::-1]
+    grid = NoiseRange().karras(N)[::-1]
     g = fixed_point(grid, (heun_step if method == "heun" else mean_step)(s))
     assert g[-1] / true_f(80.0, s) == pytest.approx(ratio, abs=6e-4)
     f = on_table(grid, g)
@@ -339,7 +339,7 @@ def test_the_target_is_another_network_without_gradient_on_the_point_below(metho
     assert label_t is label and label_r is label
     assert key_t is not None and key_r is not None and torch.equal(key_t, key_r)
     assert (target_has_gradient, student_has_gradient) == (False, True)
-    grid = karras_sigmas(18)[::-1].astype(np.float32)
+    grid = NoiseRange().karras(18)[::-1].astype(np.float32)
     at = np.searchsorted(grid, t.numpy())
     assert (grid[at] == t.numpy()).all() and (grid[at - 1] == r.numpy()).all()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cm_runtime.schedule import karras_sigmas
+from cm_runtime.schedule import NoiseRange
 from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, IctPhase
 from cm_runtime.training.noise import Draws
 from cm_runtime.training.noise_pairs import Pairs, ect_r, ect_stage, lognormal, pairs_of
@@ -26,7 +26,7 @@ def drawn(pairs: Pairs, k: int, N: int, count: int = 50_000) -> np.ndarray:
     """How often each of N - 1 pairs of neighbours is drawn; anything else fails."""
     t, r = pairs(Draws(0, torch.arange(count)), k)
     assert t.dtype == r.dtype == torch.float32 and t.shape == r.shape == (count,)
-    grid = karras_sigmas(N)[::-1].astype(np.float32)
+    grid = NoiseRange().karras(N)[::-1].astype(np.float32)
     n = np.searchsorted(grid, r.numpy())
     assert (grid[n] == r.numpy()).all() and (grid[n + 1] == t.numpy()).all()
     return np.bincount(n, minlength=N - 1)
@@ -60,7 +60,7 @@ def test_ct_draws_neighbours_of_a_growing_grid_uniformly(k: int, N: int) -> None
 @pytest.mark.parametrize(("k", "N"), [(0, 11), (49_999, 11), (50_000, 21), (399_999, 1281)])
 def test_icts_grid_doubles_as_published(k: int, N: int) -> None:
     t, r = pairs_of(IctPhase(method="ict", **SHARED))(Draws(0, torch.arange(2000)), k)
-    grid = karras_sigmas(N)[::-1].astype(np.float32)
+    grid = NoiseRange().karras(N)[::-1].astype(np.float32)
     assert np.isin(t.numpy(), grid).all() and np.isin(r.numpy(), grid).all()
     assert (np.searchsorted(grid, t.numpy()) - np.searchsorted(grid, r.numpy()) == 1).all()
 

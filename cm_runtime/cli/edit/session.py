@@ -223,10 +223,10 @@ def write(
 
 
 def _bytes(made: NDArray[Any]) -> NDArray[Any]:
-    """float32 in units of [-1, 1], or uint8 as it is -> uint8, by `steps.to_uint8`."""
+    """float32 in units of [-1, 1], or uint8 as it is -> uint8, by `sampling.to_uint8`."""
     import numpy as np
 
-    from cm_runtime.steps import to_uint8
+    from cm_runtime.sampling import to_uint8
 
     if made.dtype == np.uint8:
         return made

@@ -1,4 +1,4 @@
-"""cm_runtime/steps.py against algorithm 1's formulas in float64 and exact arithmetic for the pixels."""
+"""`sampling.HostSteps` against algorithm 1's formulas in float64 and exact arithmetic for the pixels."""
 
 import math
 from fractions import Fraction
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cm_runtime.errors import EngineError
-from cm_runtime.steps import HostSteps, to_nhwc, to_uint8
+from cm_runtime.sampling import HostSteps, to_nhwc, to_uint8
 
 SHAPES = [(1, 1, 1, 1), (3, 1, 3, 7), (7, 3, 5, 3), (1, 3, 255, 1), (2, 4, 8, 8)]
 
