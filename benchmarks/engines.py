@@ -64,7 +64,7 @@ def measured(network: str, batch: int, folder: Path, seconds: float) -> dict[str
     wanted = np.clip(times["diffusers"].images, -1, 1)
     apart = {name: _apart(each, wanted) for name, each in times.items()}
     asked = auto.question(path, manifest, "cpu", batch=batch)
-    taken = backends.load(path, batch=batch)
+    taken = backends.load(path, micro_batch=batch)
     best = min(("ort", "openvino"), key=lambda name: times[name].median)
     flop = STEPS * batch * gflop(folder / f"{network}-denoiser.onnx")
     return {

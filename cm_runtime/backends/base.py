@@ -1,11 +1,12 @@
-"""What every engine shares: checked inputs and outputs, and how many images it should see at once."""
+"""Engines' common ground: their options, checked inputs and outputs, and how many images one should see at once."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,9 +18,28 @@ from cm_runtime.precond import precond
 from cm_runtime.sampling import Array, not_finite
 
 LOG = logging.getLogger("cm_runtime")
+BackendName = Literal["auto", "ort", "openvino", "torch", "torch.compile", "tensorrt", "tensorrt-rtx"]
+ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 MAX_THREADS = 1024
 _UNFLAGGED: set[str] = set()  # sampler files without the output `finite` that a warning has named
 NETWORK_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Engine and hardware of a model, as `load` explains them. Raises RequestError for what no engine takes."""
+
+    backend: BackendName = "auto"
+    device: str = "auto"
+    precision: ComputePrecision = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.backend not in get_args(BackendName):
+            raise RequestError(f"backend must be one of {', '.join(get_args(BackendName))}, not {self.backend!r}")
+        if self.precision not in get_args(ComputePrecision):
+            raise RequestError(f"precision must be auto, fp32, bf16 or fp16, not {self.precision!r}")
+        checked_threads(self.threads)
 
 
 class Backend(ABC):

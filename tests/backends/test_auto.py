@@ -100,7 +100,7 @@ def test_the_faster_is_taken_and_next_time_opened_alone(
 
 def test_real_engines_rank_as_they_are_timed_here(boundary: exports.Files) -> None:
     """The whole path with ONNX Runtime and OpenVINO, and what is said of it."""
-    model = cm.load(boundary.onnx, batch=4)
+    model = cm.load(boundary.onnx, micro_batch=4)
     asked = auto.question(boundary.onnx, model.manifest, "cpu", batch=4)
     answer = auto.remembered(asked)
     assert answer is not None and next(iter(answer.seconds)) == model.name
