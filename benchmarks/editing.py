@@ -46,12 +46,12 @@ SIGMA = 0.3
 GAIN = 3.0  # dB, that denoising must gain
 SHOWN = {"coat": 4, "boot": 9, "trousers": 1}  # label; the first of each in the test images
 STRIPS = {
-    "inpaint": ["coat.png", "trousers.png", "boot.png", "--label", "4,1,9", "--box", "8,10,12,12", "--answers", "5"],
-    "superres-2": ["coat.png", "trousers.png", "boot.png", "--label", "4,1,9", "--factor", "2", "--answers", "5"],
-    "superres-4": ["coat.png", "trousers.png", "boot.png", "--label", "4,1,9", "--factor", "4", "--answers", "5"],
-    "stroke": ["painting.png", "--label", "4", "--sigma", "2", "--answers", "6"],
+    "inpaint": ["coat.png", "trousers.png", "boot.png", "--labels", "4,1,9", "--box", "8,10,12,12", "--answers", "5"],
+    "superres-2": ["coat.png", "trousers.png", "boot.png", "--labels", "4,1,9", "--factor", "2", "--answers", "5"],
+    "superres-4": ["coat.png", "trousers.png", "boot.png", "--labels", "4,1,9", "--factor", "4", "--answers", "5"],
+    "stroke": ["painting.png", "--labels", "4", "--sigma", "2", "--answers", "6"],
     "denoise": ["noisy.npz", "--sigma", "0.3"],
-    "interpolate": ["--from", "3", "--to", "11", "--label", "7", "--frames", "9"],
+    "interpolate": ["--from", "3", "--to", "11", "--labels", "7", "--frames", "9"],
 }
 
 

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from race import Runner, Times, race, ratio
 
-from cm_runtime import backends, export, noise, sampling
+import cm_runtime as cm
+from cm_runtime import backends, export, noise
 from cm_runtime.backends import auto
 from cm_runtime.bench.flops import gflop
 from cm_runtime.bench.machine import machine
@@ -125,11 +126,11 @@ def outside(folder: Path, batch: int = 256) -> dict[str, float]:
                 inside[0] += time.perf_counter() - began
 
         model.evaluate = timed  # type: ignore[method-assign]
-        sampling.sample(model, 8)
+        cm.sample(model, 8)
         found = []
         for _ in range(5 if network == "default" else 1):
             inside[0], began = 0.0, time.perf_counter()
-            sampling.sample(model, batch)
+            cm.sample(model, batch)
             found.append(1 - inside[0] / (time.perf_counter() - began))
         shares[network] = round(float(np.median(found)), 4)
     return shares

@@ -40,6 +40,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # a checkout that is not installed
 
+import cm_runtime as cm  # noqa: E402
 from cm_runtime import backends, cuda, export, noise, sampling  # noqa: E402
 from cm_runtime.bench import peers  # noqa: E402
 from cm_runtime.bench.networks import standing  # noqa: E402
@@ -48,7 +49,7 @@ from cm_runtime.errors import CmRuntimeError  # noqa: E402
 from cm_runtime.files import atomic  # noqa: E402
 from cm_runtime.kernels import launches  # noqa: E402
 from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Images  # noqa: E402
-from cm_runtime.request import labels_of, sampling_request  # noqa: E402
+from cm_runtime.request import Draw, sampling_request  # noqa: E402
 
 BUDGET = 470.0  # seconds
 PACKAGES = ("torch", "pycuda", "cuda-bindings", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton")
@@ -271,11 +272,11 @@ def engines_agree(on_gpu: bool, folder: Path) -> dict[str, Any]:
 
     source = folder / "default.pt"
     save_checkpoint(recover(backends.DEFAULT_MODEL), source)
-    wanted = sampling.sample(backends.load(backends.DEFAULT_MODEL, "ort", "cpu"), 64)
+    wanted = cm.sample(backends.load(backends.DEFAULT_MODEL, "ort", "cpu"), 64)
     found: dict[str, Any] = {}
     for name, opened in contenders(source, folder, on_gpu).items():
         try:
-            made = sampling.sample(opened(), 64)
+            made = cm.sample(opened(), 64)
         except CmRuntimeError as error:
             found[name] = {"skipped": str(error)}
             continue
@@ -397,12 +398,12 @@ class OwnDrawer:
 
     def draw(self, batch: int, steps: int) -> Any:
         """(N,H,W,C) uint8."""
-        return sampling.sample(self._model, batch, steps, batch=batch)
+        return cm.sample(self._model, batch, steps, micro_batch=batch)
 
     def outside(self, batch: int, steps: int) -> float:
         """The share of a batch's time on the GPU that is no evaluation of the network, by the GPU's events."""
         sampler = self._model.on_device
-        chosen = sampling_request(self._model.manifest, batch, steps, micro_batch=batch)
+        chosen = sampling_request(self._model.manifest, Draw(count=batch, steps=steps, micro_batch=batch))
         prepared = sampler.prepare(chosen, batch)
         clock = Clock(sampler.device)
         shares = []
@@ -424,8 +425,8 @@ class PeerDrawer:
         """(N,H,W,C) uint8."""
         if (batch, steps) not in self._given:
             m, index = self._manifest, np.arange(batch, dtype=np.uint64)
-            chosen = sampling_request(m, batch, steps, micro_batch=batch)
-            label = labels_of(chosen, index, m.num_classes)
+            chosen = sampling_request(m, Draw(count=batch, steps=steps, micro_batch=batch))
+            label = sampling.labels_of(chosen, index, m.num_classes)
             self._given[batch, steps] = noise.normals(0, index, steps, m.image_shape), chosen.sigmas, label
         return np.rint((self._peer(*self._given[batch, steps]) + 1) * 127.5).astype(np.uint8)
 

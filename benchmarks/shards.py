@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is 
 from cm_runtime import backends, noise
 from cm_runtime.errors import CmRuntimeError
 from cm_runtime.generation import job
-from cm_runtime.request import even_micro_batch, sampling_request
+from cm_runtime.request import Draw, even_micro_batch, sampling_request
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = 1000  # images that peak memory is compared with
@@ -84,8 +84,8 @@ def ratios(folder: Path, backend: str, turns: int, shards: int) -> list[float]:
     threads = len(os.sched_getaffinity(0))
     engine: Any = backends.load(None, backend, threads=threads)  # type: ignore[arg-type]
     at_once = even_micro_batch(1000, engine.micro_batch)
-    chosen = sampling_request(engine.manifest, turns * shards * 1000, STEPS, micro_batch=at_once)
-    whole = job.of(engine, chosen, backends.DEFAULT_MODEL, "npz", 1000, threads)
+    chosen = sampling_request(engine.manifest, Draw(count=turns * shards * 1000, steps=STEPS, micro_batch=at_once))
+    whole = job.Job.from_request(engine, chosen, backends.DEFAULT_MODEL, job.Shards(), threads)
     index = np.arange(at_once, dtype=np.uint64)
     x = np.float32(chosen.sigmas[0]) * noise.normal(0, index, 0, engine.manifest.image_shape)
     label = (index % np.uint64(engine.manifest.num_classes)).astype(np.int64)
@@ -105,7 +105,7 @@ def ratios(folder: Path, backend: str, turns: int, shards: int) -> list[float]:
 
     found = []
     bare(4 * at_once)
-    with job.opened(whole, folder):
+    with job.open_folder(whole, folder):
         for turn in range(turns):
             numbers = range(turn * shards, (turn + 1) * shards)
             pair = [lambda: bare(shards * 1000), lambda these=numbers: sharded(these)]  # type: ignore[misc]
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
             many = undisturbed(options.count, folder / "many", options.backend)
             kills = killed(options.count, folder / "killed", options.backend)
             sums = [(folder / name / job.SUMS).read_text() for name in ("many", "killed")]
-            manifest = job.kept(folder / "many")
+            manifest = job.load_job(folder / "many")
     except (CmRuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

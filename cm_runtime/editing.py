@@ -7,9 +7,8 @@ engine the model runs. Images are (N,H,W,C), uint8, or float32 in [-1, 1].
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +18,7 @@ from cm_runtime.errors import RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import Manifest
 from cm_runtime.projections import LUMA, Array, Edit, Luma, Mask, PatchMean, Projection
-from cm_runtime.request import Output, edit_request, even_micro_batch, no_label, sampling_request
+from cm_runtime.request import Draw, DrawOptions, Labels, edit_request, explicit_signature, no_label, sampling_request
 from cm_runtime.sampling import Denoiser, Drawer
 
 MOST_FRAMES = 10_000
@@ -27,79 +26,77 @@ STEPS = 8  # where something is known of every x0: each step fits the rest to it
 HAAR_MAD = 0.6744897501960817  # the median of |z|
 
 
-class Options(TypedDict, total=False):
-    """Of an edit. label: one for all images, or one each; steps and sigmas exclude each other.
+class EditOptions(DrawOptions, total=False):
+    """Options of an edit: those of drawing, where labels are one for all images or one each, and its own.
 
-    steps: default 8 to inpaint, colorize and enlarge, 2 for a painting, 1 to denoise;
-    seed, index: answer n of them all has the noise of image ``index + n``; answers: to each image, one behind another;
-    batch: images the engine sees at once; output: uint8, or float32 before quantisation; clip: clamp each x0.
+    steps: default 8 to inpaint, colorize and enlarge, 2 for a painting, 1 to denoise; seed and start: answer n of them
+    all has the noise of image ``start + n``; answers: to each image, one behind another.
     """
 
-    label: int | Sequence[int] | None
     steps: int | None
-    sigmas: Sequence[float] | None
     seed: int
-    index: int
     answers: int
-    batch: int | None
-    output: Output
-    clip: bool
 
 
 @dataclass(frozen=True)
-class _How:
-    """`Options` with their defaults."""
+class _Plan:
+    """`EditOptions` as values."""
 
-    label: int | Sequence[int] | None = None
-    steps: int | None = None
-    sigmas: Sequence[float] | None = None
-    seed: int = 0
-    index: int = 0
+    draw: Draw
     answers: int = 1
-    batch: int | None = None
-    output: Output = "uint8"
-    clip: bool = True
+
+    @classmethod
+    def of(cls, options: EditOptions) -> _Plan:
+        draw = {name: value for name, value in options.items() if name != "answers"}
+        return cls(Draw(**draw), options.get("answers", 1))  # type: ignore[arg-type]
 
 
-def inpaint(model: Denoiser, images: ArrayLike, hole: ArrayLike, **options: Unpack[Options]) -> NDArray[Any]:
+@explicit_signature(EditOptions, answers=1)
+def inpaint(model: Denoiser, images: ArrayLike, hole: ArrayLike, **options: Unpack[EditOptions]) -> NDArray[Any]:
     """Fills the hole of each image: (M * answers, H, W, C). What is known stays, to the bit in float32.
 
     images: (M,H,W,C); hole: (H,W), or (M,H,W), true or 1 where pixels are to be made. Raises RequestError.
     """
     y = from_images(images, model.manifest)
-    return _answers(model, y.shape, Mask(y, _known(hole, y)), _How(**options))
+    return _answers(model, y.shape, Mask(y, _known(hole, y)), _Plan.of(options))
 
 
-def colorize(model: Denoiser, grey: ArrayLike, **options: Unpack[Options]) -> NDArray[Any]:
+@explicit_signature(EditOptions, answers=1)
+def colorize(model: Denoiser, grey: ArrayLike, **options: Unpack[EditOptions]) -> NDArray[Any]:
     """Gives each image its colours: (M * answers, H, W, 3), of which the luminance is that of ``grey``.
 
     grey: (M,H,W,1), or (M,H,W,3), of which the luminance is taken. Raises RequestError.
     """
     channels, height, width = model.manifest.image_shape
     y = from_images(grey, model.manifest, channels=(1, 3))
-    return _answers(model, (len(y), channels, height, width), Luma(luminance(y)), _How(**options))
+    return _answers(model, (len(y), channels, height, width), Luma(luminance(y)), _Plan.of(options))
 
 
-def superres(model: Denoiser, small: ArrayLike, factor: int, **options: Unpack[Options]) -> NDArray[Any]:
+@explicit_signature(EditOptions, answers=1)
+def superres(model: Denoiser, small: ArrayLike, factor: int, **options: Unpack[EditOptions]) -> NDArray[Any]:
     """Enlarges each image: (M * answers, H, W, C), of which the means of factor x factor patches are ``small``.
 
     small: (M, H / factor, W / factor, C). Raises RequestError.
     """
     channels, height, width = model.manifest.image_shape
     y = from_images(small, model.manifest, size=small_size(model.manifest, factor))
-    return _answers(model, (len(y), channels, height, width), PatchMean(y, factor), _How(**options))
+    return _answers(model, (len(y), channels, height, width), PatchMean(y, factor), _Plan.of(options))
 
 
-def stroke(model: Denoiser, paintings: ArrayLike, sigma: float, **options: Unpack[Options]) -> NDArray[Any]:
+@explicit_signature(EditOptions, answers=1)
+def stroke(model: Denoiser, paintings: ArrayLike, sigma: float, **options: Unpack[EditOptions]) -> NDArray[Any]:
     """Makes pictures of paintings by strokes: (M * answers, H, W, C) (SDEdit, arXiv 2108.01073, algorithm 1).
 
     paintings: (M,H,W,C); sigma: the noise put over them; the more, the less is kept. Steps go down from there on the
     Karras grid. Raises RequestError.
     """
-    return _from(model, from_images(paintings, model.manifest), sigma, False, _How(**options))
+    return _from(model, from_images(paintings, model.manifest), sigma, False, _Plan.of(options))
 
 
-def denoise(model: Denoiser, noisy: ArrayLike, sigma: float | None = None, **options: Unpack[Options]) -> NDArray[Any]:
+@explicit_signature(EditOptions, answers=1)
+def denoise(
+    model: Denoiser, noisy: ArrayLike, sigma: float | None = None, **options: Unpack[EditOptions]
+) -> NDArray[Any]:
     """Takes the noise off images: (M * answers, H, W, C), in one step where no other number is asked for.
 
     noisy: (M,H,W,C), float32 if the noise is not to be clipped; sigma: of the noise, in units of the range [-1, 1];
@@ -107,51 +104,49 @@ def denoise(model: Denoiser, noisy: ArrayLike, sigma: float | None = None, **opt
     """
     m = model.manifest
     y = from_images(noisy, m, is_bounded=False)
-    how = _How(**options)
-    if how.steps is None:
-        how = replace(how, steps=1)
+    plan = _Plan.of(options)
+    if plan.draw.steps is None:
+        plan = replace(plan, draw=replace(plan.draw, steps=1))
     if sigma is not None:
-        return _from(model, y, sigma, True, how)
+        return _from(model, y, sigma, True, plan)
     levels = np.clip(estimated_sigma(y), 1.001 * m.sigma_min, m.sigma_max)
-    label = _labels(how.label, len(y), m)
-    made = []
+    labels = _labels(plan.draw.labels, len(y), m)
+    images = []
     for n, level in enumerate(levels):
-        own = replace(how, index=how.index + n * how.answers, label=None if label is None else int(label[n]))
-        made.append(_from(model, y[n : n + 1], float(level), True, own))
-    return np.concatenate(made)
+        label = None if labels is None else int(labels[n])
+        draw = replace(plan.draw, start=plan.draw.start + n * plan.answers, labels=label)
+        images.append(_from(model, y[n : n + 1], float(level), True, replace(plan, draw=draw)))
+    return np.concatenate(images)
 
 
+@explicit_signature()
 def interpolate(
     model: Denoiser | Drawer,
     first: int,
     last: int,
     frames: int = 9,
     *,
-    label: int | None = None,
     steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
     seed: int = 0,
-    batch: int | None = None,
-    output: Output = "uint8",
-    clip: bool = True,
+    **options: Unpack[DrawOptions],
 ) -> NDArray[Any]:
     """What lies between images ``first`` and ``last`` of a seed: (frames, H, W, C), both included, under one label.
 
     Every draw of noise goes along the great circle between theirs (slerp). Raises RequestError.
     """
-    m = model.manifest
+    draw, m = Draw(steps=steps, seed=seed, **options), model.manifest
     if not 2 <= frames <= MOST_FRAMES:
         raise RequestError(f"frames must be from 2 to {MOST_FRAMES}, not {frames}")
     if first == last:
         raise RequestError(f"there is nothing between image {first} and itself")
-    if m.num_classes and label is None:
+    if draw.start:
+        raise RequestError("interpolation goes from image first to image last; leave start out")
+    if m.num_classes and draw.labels is None:
         raise no_label(m.num_classes)
-    draws = len(sampling_request(m, 1, steps, sigmas=sigmas, micro_batch=1, output=output, clip=clip).sigmas)
+    draws = sampling_request(m, replace(draw, count=1, micro_batch=1)).steps
     ends = noise.normals(seed, [first, last], draws, m.image_shape)
     z = np.stack([slerp(a, b, np.linspace(0, 1, frames)) for a, b in ends])
-    return sampling.sample(
-        model, steps=steps, sigmas=sigmas, noise=z, labels=label, batch=batch, output=output, clip=clip
-    )
+    return sampling.draw_images(model, draw, z)
 
 
 def slerp(a: Array, b: Array, t: NDArray[np.float64]) -> Array:
@@ -159,10 +154,10 @@ def slerp(a: Array, b: Array, t: NDArray[np.float64]) -> Array:
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     angle = math.acos(np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1, 1))
     if angle < 1e-6 or math.pi - angle < 1e-6:  # one number, or nearly: there is no great circle
-        made = np.outer(1 - t, x) + np.outer(t, y)
+        path = np.outer(1 - t, x) + np.outer(t, y)
     else:
-        made = (np.outer(np.sin((1 - t) * angle), x) + np.outer(np.sin(t * angle), y)) / math.sin(angle)
-    z = made.astype(np.float32).reshape(len(t), *a.shape)
+        path = (np.outer(np.sin((1 - t) * angle), x) + np.outer(np.sin(t * angle), y)) / math.sin(angle)
+    z = path.astype(np.float32).reshape(len(t), *a.shape)
     z[t == 0], z[t == 1] = a, b
     return z
 
@@ -220,8 +215,8 @@ def from_images(
     height, width = size or (height, width)
     array = np.asarray(images)
     if array.ndim != 4 or array.shape[0] < 1 or array.shape[1:3] != (height, width) or array.shape[3] not in channels:
-        wanted = " or ".join(map(str, channels))
-        raise RequestError(f"images must be (N, {height}, {width}, {wanted}), not {array.shape}")
+        counts = " or ".join(map(str, channels))
+        raise RequestError(f"images must be (N, {height}, {width}, {counts}), not {array.shape}")
     if array.dtype == np.uint8:
         array = array / np.float32(127.5) - 1
     elif array.dtype.kind != "f":
@@ -254,61 +249,48 @@ def _known(hole: ArrayLike, y: Array) -> Array:
     return (~holes).astype(np.float32)
 
 
-def _answers(model: Denoiser, shape: tuple[int, ...], project: Projection, how: _How) -> NDArray[Any]:
+def _answers(model: Denoiser, shape: tuple[int, ...], project: Projection, plan: _Plan) -> NDArray[Any]:
     """From x ~ N(A^-1[(A y)(1 - Omega)], sigma_0^2 I) on; the mean is the projection of 0."""
-    m = model.manifest
+    m, draw = model.manifest, plan.draw
     project.check(shape)
-    if how.sigmas is None:
-        sigmas = m.noise_range.levels(_steps(how, STEPS), m.sigmas)
-    elif how.steps is None:
-        sigmas = tuple(how.sigmas)
+    if draw.sigmas is None:
+        sigmas = m.noise_range.levels(STEPS if draw.steps is None else draw.steps, m.sigmas)
+    elif draw.steps is None:
+        sigmas = tuple(draw.sigmas)
     else:
         raise RequestError("give steps or sigmas, not both")
-    return _run(model, Edit(project(np.zeros(shape, np.float32)), project), sigmas, how)
+    return _run(model, Edit(project(np.zeros(shape, np.float32)), project), sigmas, plan)
 
 
-def _from(model: Denoiser, y: Array, sigma: float, is_noisy: bool, how: _How) -> NDArray[Any]:
+def _from(model: Denoiser, y: Array, sigma: float, is_noisy: bool, plan: _Plan) -> NDArray[Any]:
     """From images at a noise level in the middle on, down the Karras grid below it."""
-    m = model.manifest
+    m, steps = model.manifest, plan.draw.steps
     if not m.sigma_min < sigma <= m.sigma_max:
         raise RequestError(f"sigma must be above {m.sigma_min:g} and at most {m.sigma_max:g}, not {sigma:g}")
-    if how.sigmas is not None:
+    if plan.draw.sigmas is not None:
         raise RequestError("this edit takes the sigma where it begins, and steps, not sigmas")
-    sigmas = replace(m.noise_range, sigma_max=sigma).levels(_steps(how, 2))
-    return _run(model, Edit(y, is_noisy=is_noisy), sigmas, how)
+    sigmas = replace(m.noise_range, sigma_max=sigma).levels(2 if steps is None else steps)
+    return _run(model, Edit(y, is_noisy=is_noisy), sigmas, plan)
 
 
-def _steps(how: _How, default: int) -> int:
-    return default if how.steps is None else how.steps
+def _run(model: Denoiser, edit: Edit, sigmas: tuple[float, ...], plan: _Plan) -> NDArray[Any]:
+    labels = _labels(plan.draw.labels, len(edit.start), model.manifest)
+    edit = replace(edit, label=labels, answers=plan.answers)
+    request = edit_request(model.manifest, replace(plan.draw, sigmas=sigmas), edit, model.micro_batch)
+    return np.concatenate([part.images for part in sampling.batches(model, request)])
 
 
-def _run(model: Denoiser, edit: Edit, sigmas: Sequence[float], how: _How) -> NDArray[Any]:
-    label = _labels(how.label, len(edit.start), model.manifest)
-    edit = replace(edit, label=label, answers=how.answers)
-    chosen = edit_request(
-        model.manifest,
-        edit,
-        sigmas,
-        seed=how.seed,
-        start=how.index,
-        micro_batch=even_micro_batch(max(edit.count, 1), model.micro_batch) if how.batch is None else how.batch,
-        output=how.output,
-        clip=how.clip,
-    )
-    return np.concatenate([part.images for part in sampling.batches(model, chosen)])
-
-
-def _labels(label: int | Sequence[int] | None, count: int, manifest: Manifest) -> NDArray[np.int64] | None:
+def _labels(labels: Labels, count: int, manifest: Manifest) -> NDArray[np.int64] | None:
     """One label for each of ``count`` images, or None. Raises RequestError."""
-    if label is None:
+    if labels is None:
         return None
     try:
-        given = np.atleast_1d(np.asarray(label))
+        numbers = np.atleast_1d(np.asarray(labels))
     except ValueError as error:  # ragged
-        raise RequestError(f"labels are whole numbers, not {label!r}") from error
-    if given.dtype.kind not in "iu" or given.max(initial=0) > np.iinfo(np.int64).max:
-        raise RequestError(f"labels are whole numbers, not {label!r}")
-    given = given.astype(np.int64)
-    if given.shape not in ((1,), (count,)):
-        raise RequestError(f"give one label, or one for each of {quantity(count, 'image')}, not {given.size}")
-    return np.broadcast_to(given, count)
+        raise RequestError(f"labels are whole numbers, not {labels!r}") from error
+    if numbers.dtype.kind not in "iu" or numbers.max(initial=0) > np.iinfo(np.int64).max:
+        raise RequestError(f"labels are whole numbers, not {labels!r}")
+    numbers = numbers.astype(np.int64)
+    if numbers.shape not in ((1,), (count,)):
+        raise RequestError(f"give one label, or one for each of {quantity(count, 'image')}, not {numbers.size}")
+    return np.broadcast_to(numbers, count)

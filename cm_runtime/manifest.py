@@ -29,11 +29,12 @@ from pydantic import (
     model_validator,
 )
 
+from cm_runtime.choices import Form, GraphKind, Precision
 from cm_runtime.errors import ArtifactError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.files import atomic, protobuf, streams
 from cm_runtime.files.protobuf import MalformedError, fields, read_entry, write_entry
-from cm_runtime.precond import Form, precond
+from cm_runtime.precond import precond
 from cm_runtime.schedule import LARGEST, SMALLEST, NoiseRange
 
 METADATA_KEY = "cm_runtime"
@@ -49,8 +50,6 @@ FICLONE = 0x40049409  # of linux/fs.h
 _DATA_FILE = re.compile(r"[\w .+-]+-[0-9a-f]{12}\.data")  # only such files are ever overwritten or removed
 
 Size = Annotated[int, Field(gt=0, le=4096)]
-GraphKind = Literal["denoiser", "sampler", "network"]
-Precision = Literal["fp32", "fp16", "bf16"]
 OUTPUTS: dict[GraphKind, tuple[str, ...]] = {
     "denoiser": ("denoised",),
     "sampler": ("images", "finite"),

@@ -8,14 +8,14 @@ Nothing else computes a c_ coefficient. Every form returns coefficients in the d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
+from cm_runtime.choices import Form
 from cm_runtime.errors import ConfigError
 from cm_runtime.schedule import LARGEST, SMALLEST
 
-Form = Literal["boundary", "edm", "piecewise"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 # A NumPy or torch array of noise levels, or a NumPy scalar: all that is asked of it is arithmetic.

@@ -1,4 +1,4 @@
-"""What a model can be asked to draw or edit, checked, and how images are shared out and labelled.
+"""Images that a caller asks for, `Draw`, checked against a model as a `Request`, and shared out.
 
 Image ``i`` of a seed depends on (model, seed, i) alone: its noise and its label are addressed by those numbers, so
 micro-batches may be of any size and come in any order.
@@ -6,14 +6,14 @@ micro-batches may be of any size and come in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import noise
 from cm_runtime.errors import RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import Manifest
@@ -21,117 +21,151 @@ from cm_runtime.projections import Edit
 from cm_runtime.schedule import level_text, same_levels
 
 Labels = int | Sequence[int] | NDArray[np.integer] | Mapping[int, int] | Literal["all", "random"] | None
-Checked = tuple[int, ...] | Literal["all", "random"] | None
+CheckedLabels = tuple[int, ...] | Literal["all", "random"] | None
 Output = Literal["uint8", "float32"]
+F = TypeVar("F", bound=Callable[..., Any])
+INDICES = 1 << 64  # images that a seed has
 MICRO_BATCH_LIMIT = 1 << 16
 MOST_COUNTED = 1 << 20  # images that a mapping of classes to counts asks for
 
 
-@dataclass(frozen=True)
-class Request:
-    """Images ``start`` to ``start + count - 1`` of a seed, edited or drawn, as `sampling_request` checked them.
+class DrawOptions(TypedDict, total=False):
+    """Fields of `Draw` as keywords of public functions; count, steps and seed have places of their own there."""
 
-    labels: "all", "random", or a list in turn: image i has entry i mod its length.
+    sigmas: Sequence[float] | None
+    start: int
+    labels: Labels
+    micro_batch: int | None
+    output: Output
+    clip: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Images to draw: ``start`` to ``start + count - 1`` of a seed, in a few steps.
+
+    Args:
+        count: how many; None is the sum of what ``labels`` counts, or the function's own default.
+        steps: network evaluations of an image, default 2; excludes sigmas.
+        sigmas: noise levels in place of steps, descending from the model's sigma_max.
+        seed: image i of a seed is always the same.
+        start: index of the first image.
+        labels: "all" (image i has class i mod classes; the default), "random", one label, a list used in turn (image i
+            has entry i mod its length), or a mapping of classes to counts: {3: 100, 7: 50} is 100 images of class 3 and
+            then 50 of 7, from ``start`` on, of which ``count`` must be the sum.
+        micro_batch: images that the engine sees at once; None is its own choice.
+        output: uint8, or float32 before quantisation.
+        clip: clamp every x0 to [-1, 1].
+
+    Example:
+        >>> Draw(count=256, steps=2, labels=[0, 3])
+    """
+
+    count: int | None = None
+    steps: int | None = None
+    sigmas: Sequence[float] | None = None
+    seed: int = 0
+    start: int = 0
+    labels: Labels = None
+    micro_batch: int | None = None
+    output: Output = "uint8"
+    clip: bool = True
+
+    def total(self, default: int) -> int:
+        """The number of images: ``count``; or else the sum of a mapping of classes to counts; or ``default``.
+
+        Raises RequestError for a mapping that counts no images, or too many.
+        """
+        if self.count is not None or not isinstance(self.labels, Mapping):
+            return default if self.count is None else self.count
+        for each in self.labels.values():
+            if not _is_whole(each) or each < 1:
+                raise RequestError(f"labels of a mapping are for 1 image or more each, not {each!r}")
+        total = sum(map(int, self.labels.values()))
+        if not 1 <= total <= MOST_COUNTED:
+            raise RequestError(f"a mapping of labels is for 1 to {MOST_COUNTED} images, not {total}")
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Draw):
+    """A `Draw` that `sampling_request` checked against a model and settled; or an edit, by `edit_request`.
+
+    labels: "all", "random", or a tuple in turn: image i has entry i mod its length; an edit has its own.
     """
 
     count: int
+    steps: int
     sigmas: tuple[float, ...]
-    seed: int
-    start: int
-    labels: Checked
+    labels: CheckedLabels
     micro_batch: int
-    output: Output
-    clip: bool
     edit: Edit | None = None
 
 
-def sampling_request(
-    manifest: Manifest,
-    count: int,
-    steps: int | None = None,
-    *,
-    sigmas: Sequence[float] | None = None,
-    seed: int = 0,
-    start: int = 0,
-    labels: Labels = None,
-    micro_batch: int,
-    output: Output = "uint8",
-    clip: bool = True,
-) -> Request:
-    """A request that the model can serve, or a RequestError that says why not.
+def sampling_request(manifest: Manifest, draw: Draw, most: int = MICRO_BATCH_LIMIT) -> Request:
+    """Check a draw against a model.
 
-    steps (default 2) and sigmas exclude each other. labels: all classes in turn where there are classes, "random", one
-    label, a list in turn, or a mapping of classes to counts, which add up to ``count``: in its order, from ``start``.
+    Args:
+        manifest: of the model.
+        draw: of 256 images where it has no count.
+        most: images that the engine should see at once; micro-batches are even shares of at most so many where the
+            draw names no size.
+
+    Raises:
+        RequestError: the model cannot serve it.
     """
     if manifest.is_teacher:
         raise RequestError("this model is an EDM teacher, which a few steps cannot sample; make it consistent first")
-    steps = None if steps is None else _whole("steps", steps)
+    steps = None if draw.steps is None else _whole("steps", draw.steps)
     if manifest.graph == "sampler":
-        levels = _own_levels(manifest, steps, sigmas, output, clip)
-    elif sigmas is not None:
+        levels = _fixed_levels(manifest, draw, steps)
+    elif draw.sigmas is not None:
         if steps is not None:
             raise RequestError("give steps or sigmas, not both")
-        levels = manifest.noise_range.check(sigmas)
+        levels = manifest.noise_range.check(draw.sigmas)
     else:
-        chosen = 2 if steps is None else steps
-        levels = manifest.noise_range.levels(chosen, manifest.sigmas)
-    return _request(manifest, count, levels, seed, start, labels, micro_batch, output, clip)
+        levels = manifest.noise_range.levels(2 if steps is None else steps, manifest.sigmas)
+    return _request(manifest, draw, levels, most)
 
 
-def _own_levels(
-    manifest: Manifest, steps: int | None, sigmas: Sequence[float] | None, output: Output, clip: bool
-) -> tuple[float, ...]:
-    """The exact levels of a sampler graph, where nothing else is asked of it than they as printed, or their number.
+def _fixed_levels(manifest: Manifest, draw: Draw, steps: int | None) -> tuple[float, ...]:
+    """The exact levels of a sampler graph, if the draw names them as printed, or their number, or neither.
 
     Raises RequestError.
     """
     (levels,) = manifest.sigmas.values()
-    if steps not in (None, len(levels)) or (sigmas is not None and not same_levels(sigmas, levels)):
-        asked = quantity(steps or 0, "step") if sigmas is None else f"at {level_text(sigmas)}"
+    if steps not in (None, len(levels)) or (draw.sigmas is not None and not same_levels(draw.sigmas, levels)):
+        asked = quantity(steps or 0, "step") if draw.sigmas is None else f"at {level_text(draw.sigmas)}"
         raise RequestError(
             f"this sampler file draws in {quantity(len(levels), 'step')}, at {level_text(levels)}, not {asked};"
             " a denoiser file draws in any"
         )
-    if output != "uint8" or not clip:
+    if draw.output != "uint8" or not draw.clip:
         raise RequestError("a sampler file makes uint8 images, clamped at each step; a denoiser file makes others too")
     return levels
 
 
-def teacher_request(
-    manifest: Manifest,
-    count: int,
-    steps: int = 18,
-    *,
-    seed: int = 0,
-    start: int = 0,
-    labels: Labels = None,
-    micro_batch: int,
-) -> Request:
-    """A request for `teacher_batches`: the Karras grid of ``steps`` ODE steps. Raises RequestError."""
+def teacher_request(manifest: Manifest, draw: Draw, most: int = MICRO_BATCH_LIMIT) -> Request:
+    """Check a draw for `sampling.teacher_batches`: the Karras grid of ``steps`` ODE steps, default 18.
+
+    Raises RequestError.
+    """
     if not manifest.is_teacher:
         raise RequestError("this model is no EDM teacher; a few steps sample it")
+    steps = 18 if draw.steps is None else draw.steps
     if not 2 <= steps <= 1000:
         raise RequestError(f"an EDM teacher takes from 2 to 1000 ODE steps, not {steps}")
     levels = tuple(float(s) for s in manifest.noise_range.karras(steps))
-    return _request(manifest, count, levels, seed, start, labels, micro_batch, "uint8", True)
+    return _request(manifest, draw, levels, most)
 
 
-def edit_request(
-    manifest: Manifest,
-    edit: Edit,
-    sigmas: Sequence[float],
-    *,
-    seed: int = 0,
-    start: int = 0,
-    micro_batch: int,
-    output: Output = "uint8",
-    clip: bool = True,
-) -> Request:
-    """A request for the answers to an edit, image n with noise number ``start + n``. Raises RequestError.
+def edit_request(manifest: Manifest, draw: Draw, edit: Edit, most: int = MICRO_BATCH_LIMIT) -> Request:
+    """Check a request for the answers to an edit: answer n has noise number ``start + n``. Raises RequestError.
 
-    sigmas: as of a sampler, but the first may be any from above sigma_min to sigma_max.
+    draw: its sigmas are as of a sampler, but the first may be any from above sigma_min to sigma_max; its count and its
+    labels are the edit's.
     """
-    m = manifest
+    m, sigmas = manifest, draw.sigmas or ()
     if m.is_teacher:
         raise RequestError("this model is an EDM teacher, which a few steps cannot edit with; make it consistent first")
     if m.graph == "sampler":
@@ -153,48 +187,57 @@ def edit_request(
         raise RequestError(f"{quantity(inputs, 'image')} to edit need one label each, not {edit.label.size}")
     first = float(sigmas[0]) if len(sigmas) else m.sigma_max
     levels = replace(m.noise_range, sigma_max=min(first, m.sigma_max)).check(sigmas)
-    checked = _request(m, edit.count, levels, seed, start, None, micro_batch, output, clip)
-    return replace(checked, labels=None, edit=edit)
+    request = _request(m, replace(draw, count=edit.count, labels=None), levels, most)
+    return replace(request, labels=None, edit=edit)
 
 
-def _request(
-    manifest: Manifest,
-    count: int,
-    levels: tuple[float, ...],
-    seed: int,
-    start: int,
-    labels: Labels,
-    micro_batch: int,
-    output: Output,
-    clip: bool,
-) -> Request:
-    count, seed, start = _whole("count", count), _whole("seed", seed), _whole("start", start)
+def _request(manifest: Manifest, draw: Draw, levels: tuple[float, ...], most: int) -> Request:
+    count, seed, start = _whole("count", draw.total(256)), _whole("seed", draw.seed), _whole("start", draw.start)
     if count < 1:
         raise RequestError(f"count must be at least 1, not {count}")
-    micro_batch = min(_whole("micro_batch", micro_batch), count)
+    size = even_micro_batch(count, most) if draw.micro_batch is None else draw.micro_batch
+    micro_batch = min(_whole("micro_batch", size), count)
     if not 1 <= micro_batch <= MICRO_BATCH_LIMIT:
         raise RequestError(f"micro-batch must be from 1 to {MICRO_BATCH_LIMIT}, not {micro_batch}")
     if not 0 <= seed < 1 << 64:
         raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
-    if not 0 <= start <= (1 << 64) - count:
+    if not 0 <= start <= INDICES - count:
         raise RequestError(f"image indices must be from 0 to 2^64-1; {quantity(count, 'image')} from {start} are not")
-    if output not in ("uint8", "float32"):
-        raise RequestError(f"output must be uint8 or float32, not {output!r}")
-    checked = _checked_labels(labels, manifest.num_classes)
-    if isinstance(labels, Mapping):
-        total = count_images(labels, None, 0)
+    if draw.output not in get_args(Output):
+        raise RequestError(f"output must be uint8 or float32, not {draw.output!r}")
+    labels = _checked_labels(draw.labels, manifest.num_classes)
+    if isinstance(draw.labels, Mapping):
+        total = replace(draw, count=None).total(0)
         if total != count:
             raise RequestError(f"the labels are for {quantity(total, 'image')}, but {count} are asked for")
-        checked = _in_turn(labels, start)
-    return Request(count, levels, seed, start, checked, micro_batch, output, clip)
+        labels = _in_turn(draw.labels, start)
+    settled = {"count": count, "seed": seed, "start": start, "labels": labels, "micro_batch": micro_batch}
+    return Request(**{**vars(draw), **settled, "steps": len(levels), "sigmas": levels})
 
 
 def no_label(num_classes: int) -> RequestError:
-    """An edit of images whose class nobody said."""
+    """The error of an edit of images whose classes are unknown."""
     classes = quantity(num_classes, "class")
     return RequestError(
-        f"this model has {classes}: give the images' own, from 0 to {num_classes - 1}, as label (--label)"
+        f"this model has {classes}: give the images' own, from 0 to {num_classes - 1}, as labels (--labels)"
     )
+
+
+def explicit_signature(options: Any = DrawOptions, **defaults: Any) -> Callable[[F], F]:
+    """Show ``**options: Unpack[...]`` as keywords with the defaults of `Draw`, or others, in help and in editors."""
+    values = {field.name: field.default for field in fields(Draw)} | defaults
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=values[name])
+        for name in options.__annotations__
+    ]
+
+    def show(function: F) -> F:
+        signature = inspect.signature(function)
+        plain = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        function.__signature__ = signature.replace(parameters=[*plain, *more])  # type: ignore[attr-defined]
+        return function
+
+    return show
 
 
 def even_micro_batch(count: int, most: int) -> int:
@@ -202,43 +245,12 @@ def even_micro_batch(count: int, most: int) -> int:
     return -(-count // -(-count // most))
 
 
-def split(chosen: Request, batch: int) -> Iterator[Request]:
-    """The same images as requests of ``batch`` each, the last one shorter."""
-    for first in range(0, chosen.count, batch):
-        count = min(batch, chosen.count - first)
-        edit = chosen.edit and chosen.edit.part(first, count)
-        yield replace(chosen, start=chosen.start + first, count=count, edit=edit)
-
-
-def labels_of(chosen: Request, index: NDArray[np.uint64], num_classes: int) -> NDArray[np.int64] | None:
-    """The label of each image, a function of (seed, index): (n,) int64, or None without classes; an edit's."""
-    if chosen.edit is not None:
-        return chosen.edit.labels(int(index[0]) - chosen.start, index.size)
-    if chosen.labels is None:
-        return None
-    if chosen.labels == "random":
-        return noise.random_labels(chosen.seed, index, num_classes)
-    if chosen.labels == "all":
-        return (index % np.uint64(num_classes)).astype(np.int64)
-    listed = np.atleast_1d(np.asarray(chosen.labels, np.int64))
-    picked: NDArray[np.int64] = listed[(index % np.uint64(listed.size)).astype(np.intp)]
-    return picked
-
-
-def count_images(labels: Labels, count: int | None, default: int) -> int:
-    """The number of images: ``count``; or else the sum of a mapping of classes to counts; or ``default``.
-
-    Raises RequestError for a mapping that counts no images, or too many.
-    """
-    if count is not None or not isinstance(labels, Mapping):
-        return default if count is None else count
-    for each in labels.values():
-        if not _is_whole(each) or each < 1:
-            raise RequestError(f"labels of a mapping are for 1 image or more each, not {each!r}")
-    total = sum(map(int, labels.values()))
-    if not 1 <= total <= MOST_COUNTED:
-        raise RequestError(f"a mapping of labels is for 1 to {MOST_COUNTED} images, not {total}")
-    return total
+def split(request: Request, size: int) -> Iterator[Request]:
+    """Share out a request's images as requests of ``size`` each, the last one shorter."""
+    for first in range(0, request.count, size):
+        count = min(size, request.count - first)
+        edit = request.edit and request.edit.part(first, count)
+        yield replace(request, start=request.start + first, count=count, edit=edit)
 
 
 def _in_turn(counts: Mapping[int, int], start: int) -> tuple[int, ...]:
@@ -259,7 +271,7 @@ def _whole(name: str, value: Any) -> int:
     return int(value)
 
 
-def _checked_labels(labels: Labels, num_classes: int) -> Checked:
+def _checked_labels(labels: Labels, num_classes: int) -> CheckedLabels:
     if not num_classes:
         if labels is not None:
             raise RequestError("this model has no classes; leave the labels out")
@@ -270,8 +282,8 @@ def _checked_labels(labels: Labels, num_classes: int) -> Checked:
         if labels not in ("all", "random"):
             raise RequestError(f"labels must be all, random or numbers from 0 to {num_classes - 1}, not {labels!r}")
         return labels
-    given: Any = np.atleast_1d(labels).tolist() if isinstance(labels, np.ndarray) else labels
-    listed = [given] if _is_whole(given) else given
+    plain: Any = np.atleast_1d(labels).tolist() if isinstance(labels, np.ndarray) else labels
+    listed = [plain] if _is_whole(plain) else plain
     if not isinstance(listed, Sequence | Mapping) or isinstance(listed, bytes | bytearray | memoryview):
         raise RequestError(
             f"labels must be all, random, a number from 0 to {num_classes - 1}, a list of such, or a mapping of such to"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar, cast
 
@@ -16,9 +16,7 @@ from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import Manifest
 from cm_runtime.projections import Edit
-from cm_runtime.request import Labels, Output, Request, labels_of, sampling_request
-from cm_runtime.request import count_images as counted
-from cm_runtime.request import even_micro_batch as even
+from cm_runtime.request import Draw, Request, sampling_request
 
 pass
 
@@ -27,7 +25,7 @@ NOT_FINITE = "the model's output is not finite; its weights or its precision can
 
 X = TypeVar("X")
 L = TypeVar("L", contravariant=True)
-AT_ONCE = 1 << 15  # normals that are drawn in one go
+MOST_NORMALS = 1 << 15  # normals that are drawn in one go
 
 
 class Denoiser(Protocol):
@@ -38,7 +36,7 @@ class Denoiser(Protocol):
 
     @property
     def micro_batch(self) -> int:
-        """How many images the engine should see at once."""
+        """Images that the engine should see at once."""
         ...
 
     def denoise(self, x: Array, sigma: float | Array, label: NDArray[np.int64] | None = None) -> Array:
@@ -54,7 +52,7 @@ class Drawer(Protocol):
 
     @property
     def micro_batch(self) -> int:
-        """How many images the engine should see at once."""
+        """Images that the engine should see at once."""
         ...
 
     def draw(self, noise: Array, label: NDArray[np.int64] | None = None) -> NDArray[np.uint8]:
@@ -63,13 +61,13 @@ class Drawer(Protocol):
 
 
 class Evaluation(Protocol[X, L]):
-    """What the loop asks of a denoiser, whatever images and labels are to it: arrays, or addresses on a GPU."""
+    """The denoiser of the loop, whatever images and labels are to it: arrays, or addresses on a GPU."""
 
     def denoise(self, x: X, sigma: float, label: L, /) -> X: ...
 
 
 class StepOps(Protocol[X]):
-    """What surrounds f in the loop; see `sampling.HostSteps`, and `cuda.DeviceSteps`."""
+    """Steps around f in the loop; see `HostSteps`, and `cuda.DeviceSteps`."""
 
     def first(self, sigma: float) -> X: ...
     def step(self, x0: X, k: int, sigma: float) -> X: ...
@@ -156,73 +154,75 @@ class Batch:
         return f"Batch(index {first} to {last}, {labels}, images {self.images.shape} {self.images.dtype})"
 
 
-def batches(model: Denoiser | Drawer, chosen: Request, noise: Array | None = None) -> Iterator[Batch]:
+def batches(model: Denoiser | Drawer, request: Request, noise: Array | None = None) -> Iterator[Batch]:
     """The request's images, one micro-batch at a time, in order of index. Memory does not grow with the count.
 
     noise: (K,count,C,H,W) standard normals in place of those of the request's seed.
     """
     on_device: Callable[..., Iterator[Batch] | None] | None = getattr(model, "batches", None)
-    if on_device is not None and (made := on_device(chosen, noise)) is not None:
-        yield from made
+    if on_device is not None and (parts := on_device(request, noise)) is not None:
+        yield from parts
         return
-    for index, labels, source in _parts(model.manifest, chosen, len(chosen.sigmas), noise):
-        edit = chosen.edit and chosen.edit.part(int(index[0]) - chosen.start, index.size)
-        yield Batch(index, labels, _images(model, chosen, source, labels, edit))
+    for index, labels, source in _parts(model.manifest, request, request.steps, noise):
+        edit = request.edit and request.edit.part(int(index[0]) - request.start, index.size)
+        yield Batch(index, labels, _images(model, request, source, labels, edit))
 
 
 def _images(
     model: Denoiser | Drawer,
-    chosen: Request,
+    request: Request,
     source: Callable[[int], Array],
     label: NDArray[np.int64] | None,
     edit: Edit | None,
 ) -> NDArray[Any]:
     """A micro-batch, (n,H,W,C), by the loop, or by the graph that holds it."""
     if model.manifest.graph == "sampler":
-        z = np.stack([source(k) for k in range(len(chosen.sigmas))])
+        z = np.stack([source(k) for k in range(request.steps)])
         return cast("Drawer", model).draw(z, label)
-    ops = HostSteps(source, model.manifest.sigma_min, chosen.clip, edit)
-    x0 = run(cast("Denoiser", model), ops, chosen.sigmas, label)
-    return to_uint8(x0) if chosen.output == "uint8" else to_nhwc(x0)
+    ops = HostSteps(source, model.manifest.sigma_min, request.clip, edit)
+    x0 = run(cast("Denoiser", model), ops, request.sigmas, label)
+    return to_uint8(x0) if request.output == "uint8" else to_nhwc(x0)
 
 
-def teacher_batches(model: Denoiser, chosen: Request) -> Iterator[Batch]:
+def teacher_batches(model: Denoiser, request: Request) -> Iterator[Batch]:
     """The images of a `teacher_request`, from the same first noise and with the same labels, by `heun`."""
-    for index, labels, source in _parts(model.manifest, chosen, 1, None):
+    for index, labels, source in _parts(model.manifest, request, 1, None):
         ops = HostSteps(source, model.manifest.sigma_min)
-        x0 = heun(model, ops.first(chosen.sigmas[0]), labels, len(chosen.sigmas))
+        x0 = heun(model, ops.first(request.sigmas[0]), labels, request.steps)
         yield Batch(index, labels, to_uint8(ops.finish(x0)))
 
 
 def _parts(
-    manifest: Manifest, chosen: Request, draws: int, noise: Array | None
+    manifest: Manifest, request: Request, draws: int, noise: Array | None
 ) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64] | None, Callable[[int], Array]]]:
     """Index, labels and noise of each micro-batch."""
-    for first in range(0, chosen.count, chosen.micro_batch):
-        size = min(chosen.micro_batch, chosen.count - first)
-        index = np.arange(size, dtype=np.uint64) + np.uint64(chosen.start + first)
+    for first in range(0, request.count, request.micro_batch):
+        size = min(request.micro_batch, request.count - first)
+        index = np.arange(size, dtype=np.uint64) + np.uint64(request.start + first)
         shape = manifest.image_shape
-        source = _seeded(chosen.seed, index, draws, shape) if noise is None else _given(noise, first, size)
-        yield index, labels_of(chosen, index, manifest.num_classes), source
+        source = _seed_noise(request.seed, index, draws, shape) if noise is None else _noise_part(noise, first, size)
+        yield index, labels_of(request, index, manifest.num_classes), source
 
 
-def sample(
-    model: Denoiser | Drawer,
-    count: int | None = None,
-    steps: int | None = None,
-    *,
-    seed: int = 0,
-    start: int = 0,
-    labels: Labels = None,
-    batch: int | None = None,
-    sigmas: Sequence[float] | None = None,
-    noise: Array | None = None,
-    output: Output = "uint8",
-    clip: bool = True,
-) -> NDArray[Any]:
-    """Draws images of a loaded model, (count,H,W,C); the arguments are those of `generation.stream.sample`.
+def labels_of(request: Request, index: NDArray[np.uint64], num_classes: int) -> NDArray[np.int64] | None:
+    """The label of each image, a function of (seed, index) or of the edit: (n,) int64, or None without classes."""
+    if request.edit is not None:
+        return request.edit.labels(int(index[0]) - request.start, index.size)
+    if request.labels is None:
+        return None
+    if request.labels == "random":
+        return addressable.random_labels(request.seed, index, num_classes)
+    if request.labels == "all":
+        return (index % np.uint64(num_classes)).astype(np.int64)
+    classes = np.asarray(request.labels, np.int64)
+    turn: NDArray[np.int64] = classes[(index % np.uint64(classes.size)).astype(np.intp)]
+    return turn
 
-    Raises RequestError and EngineError.
+
+def draw_images(model: Denoiser | Drawer, draw: Draw, noise: Array | None = None) -> NDArray[Any]:
+    """Draw images of a loaded model: (count,H,W,C), uint8 or float32 as the draw says.
+
+    noise: (K,N,C,H,W) standard normals in place of seed, start and count. Raises RequestError and EngineError.
     """
     check_model(model)
     z = None if noise is None else np.asarray(noise, np.float32)
@@ -231,33 +231,20 @@ def sample(
             raise RequestError(
                 f"noise must be (K, N, {', '.join(map(str, model.manifest.image_shape))}), not {z.shape}"
             )
-        if count not in (None, z.shape[1]):
-            raise RequestError(f"count is {count} but the noise is for {quantity(z.shape[1], 'image')}")
+        if draw.count not in (None, z.shape[1]):
+            raise RequestError(f"count is {draw.count} but the noise is for {quantity(z.shape[1], 'image')}")
         if not np.isfinite(z).all():
             raise RequestError("noise must be finite")
-        count = z.shape[1]
-        if steps is None and sigmas is None:
-            steps = z.shape[0]
-    count = counted(labels, count, 256)
-    chosen = sampling_request(
-        model.manifest,
-        count,
-        steps,
-        sigmas=sigmas,
-        seed=seed,
-        start=start,
-        labels=labels,
-        micro_batch=even(max(count, 1), model.micro_batch) if batch is None else batch,
-        output=output,
-        clip=clip,
-    )
-    if z is not None and len(z) != len(chosen.sigmas):
-        raise RequestError(f"noise is for {quantity(len(z), 'step')}, but {len(chosen.sigmas)} were asked for")
-    return np.concatenate([part.images for part in batches(model, chosen, z)])
+        steps = len(z) if draw.steps is None and draw.sigmas is None else draw.steps
+        draw = replace(draw, count=z.shape[1], steps=steps)
+    request = sampling_request(model.manifest, draw, model.micro_batch)
+    if z is not None and len(z) != request.steps:
+        raise RequestError(f"noise is for {quantity(len(z), 'step')}, but {request.steps} were asked for")
+    return np.concatenate([part.images for part in batches(model, request, z)])
 
 
 def check_model(model: object) -> None:
-    """Raises RequestError for what is no loaded model."""
+    """Raise RequestError for what is no loaded model."""
     if not isinstance(getattr(model, "manifest", None), Manifest):
         kind = type(model).__name__
         raise RequestError(
@@ -281,12 +268,15 @@ def heun(denoiser: Denoiser, x: Array, label: NDArray[np.int64] | None, steps: i
     return x
 
 
-def _seeded(seed: int, index: NDArray[np.uint64], draws: int, shape: tuple[int, int, int]) -> Callable[[int], Array]:
-    """Draw by draw where they are large, or else, where calls cost more than numbers, all of them at once."""
-    if draws * index.size * math.prod(shape) <= AT_ONCE:
+def _seed_noise(
+    seed: int, index: NDArray[np.uint64], draws: int, shape: tuple[int, int, int]
+) -> Callable[[int], Array]:
+    """k -> z_k of a seed: drawn one by one where they are large, in one call where calls cost more than numbers."""
+    if draws * index.size * math.prod(shape) <= MOST_NORMALS:
         return list(addressable.normals(seed, index, draws, shape)).__getitem__
     return lambda k: addressable.normal(seed, index, k, shape)
 
 
-def _given(noise: Array, first: int, size: int) -> Callable[[int], Array]:
+def _noise_part(noise: Array, first: int, size: int) -> Callable[[int], Array]:
+    """k -> z_k of a caller's noise."""
     return lambda k: noise[k, first : first + size]

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cm_runtime.choices import GraphKind, Precision
 from cm_runtime.extras import require
-from cm_runtime.manifest import GraphKind, Precision
 
 if TYPE_CHECKING:
     from cm_runtime.checkpoints.native import Checkpoint

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cm_runtime.choices import Precision
 from cm_runtime.export import skip_scale
 from cm_runtime.export.builder import BFLOAT, BOOL, FLOAT, HALF, INT64, UINT8, Graph
 from cm_runtime.export.embedding import ByClass, Constant, Embedding, embedded
 from cm_runtime.export.expression import Expression
 from cm_runtime.export.unet import NetworkWriter
-from cm_runtime.manifest import OUTPUTS, Precision
+from cm_runtime.manifest import OUTPUTS
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.precond import Precond
 

@@ -19,13 +19,15 @@ from cm_runtime.backends.base import Backend
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.torch import TorchBackend
+from cm_runtime.choices import Precision
 from cm_runtime.errors import ParityError
 from cm_runtime.export.graphs import KINDS
 from cm_runtime.extras import require
-from cm_runtime.manifest import Manifest, Parity, Precision
+from cm_runtime.manifest import Manifest, Parity
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.onnx_graph import Verdict
 from cm_runtime.precond import precond
+from cm_runtime.request import Draw
 
 TOLERANCE = 1e-4  # largest difference of a denoised pixel in fp32; of images, one grey level
 GREY = 2 / 255
@@ -54,12 +56,14 @@ def expected(model: ConsistencyModel, manifest: Manifest) -> list[NDArray[Any]]:
         return [denoiser.evaluate(given) for given in _inputs(manifest)]
     (levels,) = manifest.sigmas.values()
     return [
-        sampling.sample(
+        sampling.draw_images(
             denoiser,
-            noise=given["noise"],
-            sigmas=levels,
-            labels=given["label"].tolist() if "label" in given else None,
-            batch=given["noise"].shape[1],
+            Draw(
+                sigmas=levels,
+                labels=given["label"].tolist() if "label" in given else None,
+                micro_batch=given["noise"].shape[1],
+            ),
+            given["noise"],
         )
         for given in _inputs(manifest)
     ]

@@ -19,6 +19,7 @@ from cm_runtime.checkpoints.native import Checkpoint
 from cm_runtime.export.torch_exporter import plain
 from cm_runtime.extras import require
 from cm_runtime.manifest import Manifest
+from cm_runtime.request import Draw
 from cm_runtime.sampling import Array
 
 LARGEST = 1 << 30  # bytes of weights: of larger ones three copies would lie in memory
@@ -84,7 +85,7 @@ def _drawing(engine: OrtBackend, z: Array, levels: tuple[float, ...]) -> Callabl
     chosen = levels if engine.manifest.graph == "denoiser" else None
 
     def draw() -> Any:
-        return sampling.sample(engine, noise=z, sigmas=chosen, batch=z.shape[1])
+        return sampling.draw_images(engine, Draw(sigmas=chosen, micro_batch=z.shape[1]), z)
 
     draw()
     return draw

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, inliner
 
 from cm_runtime.checkpoints.native import Checkpoint
+from cm_runtime.choices import GraphKind, Precision
 from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.export import graphs, parity, weights_file
 from cm_runtime.export.builder import Graph
 from cm_runtime.export.weights_file import Network
 from cm_runtime.files import atomic
-from cm_runtime.manifest import METADATA_KEY, GraphKind, Manifest, Precision, data_name, read_manifest, written
+from cm_runtime.manifest import METADATA_KEY, Manifest, data_name, read_manifest, written
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.onnx_graph import message, operators
 

@@ -51,5 +51,5 @@ def test_images_of_a_class_vary_as_real_ones_do(drawn: NDArray[np.uint8]) -> Non
 
 @pytest.mark.parametrize("batch", [1, 7, 255])
 def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(drawn: NDArray[np.uint8], batch: int) -> None:
-    again = cm.sample(cm.load(), count=9, steps=2, seed=3, start=100, batch=batch)
+    again = cm.sample(cm.load(), count=9, steps=2, seed=3, start=100, micro_batch=batch)
     assert np.abs(again.astype(int) - drawn[100:109]).max() <= 1

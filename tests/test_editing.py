@@ -14,9 +14,10 @@ import scipy.stats
 
 from cm_runtime import editing, noise
 from cm_runtime.errors import RequestError
+from cm_runtime.generation.stream import sample
 from cm_runtime.manifest import Manifest, TrainingSummary
 from cm_runtime.projections import LUMA
-from cm_runtime.sampling import sample, to_uint8
+from cm_runtime.sampling import to_uint8
 
 EPS, T = 0.002, 80.0
 Array = np.ndarray[Any, Any]
@@ -134,7 +135,7 @@ def of_patches(channels: int, height: int, width: int, p: int) -> tuple[Array, A
 @pytest.mark.parametrize("kind", ["inpaint", "colorize", "superres 2", "superres 4", "superres 8"])
 def test_every_edit_is_algorithm_4(colour: Gaussian, images: Array, kind: str, sigmas: Any, clip: bool) -> None:
     """Three images, two answers each, in batches that end within an image's answers."""
-    options: Any = {"sigmas": sigmas, "label": [3, 0, 2], "seed": 5, "index": 2**40, "answers": 2, "batch": 3}
+    options: Any = {"sigmas": sigmas, "labels": [3, 0, 2], "seed": 5, "start": 2**40, "answers": 2, "micro_batch": 3}
     options |= {"output": "float32", "clip": clip}
     y = images.transpose(0, 3, 1, 2) / 127.5 - 1
     if kind == "inpaint":
@@ -158,7 +159,7 @@ def test_a_painting_begins_in_the_middle(grey: Gaussian, rng: np.random.Generato
     painting = rng.integers(0, 256, (1, 6, 4, 1), dtype=np.uint8)
     y = painting.transpose(0, 3, 1, 2)[0] / 127.5 - 1
     ramp = np.linspace(4.0 ** (1 / 7), EPS ** (1 / 7), steps + 1)[:-1] ** 7
-    made = editing.stroke(grey, painting, 4.0, steps=steps, seed=5, index=7, answers=3, output="float32")
+    made = editing.stroke(grey, painting, 4.0, steps=steps, seed=5, start=7, answers=3, output="float32")
     for n, image in enumerate(made.transpose(0, 3, 1, 2)):
         wanted = algorithm_4(grey, np.eye(24), np.ones(24), y, ramp, 7 + n, None, True)
         start = y + ramp[0] * noise.normal(5, [7 + n], 0, y.shape)[0]
@@ -187,14 +188,14 @@ def test_denoising_is_f_of_what_is_given(grey: Gaussian, rng: np.random.Generato
 
 
 def test_what_is_known_stays(colour: Gaussian, images: Array) -> None:
-    options: Any = {"steps": 3, "label": 1, "output": "float32"}
+    options: Any = {"steps": 3, "labels": 1, "output": "float32"}
     y = (images / np.float32(127.5) - 1).astype(np.float32)
     hole = np.zeros((3, 8, 8), bool)
     hole[0, 2:5], hole[1, :, 7], hole[2, 3, 3] = True, True, True
     made = editing.inpaint(colour, images, hole, **options)
     np.testing.assert_array_equal(made[~hole], y[~hole])
     assert np.abs(made[hole] - y[hole]).min() > 0
-    np.testing.assert_array_equal(editing.inpaint(colour, images, hole, label=1, steps=3)[~hole], images[~hole])
+    np.testing.assert_array_equal(editing.inpaint(colour, images, hole, labels=1, steps=3)[~hole], images[~hole])
     made = editing.colorize(colour, images, **options)
     assert np.abs(made @ np.array(LUMA) - y @ np.array(LUMA)).max() < 1e-5
     for p in (2, 4, 8):
@@ -208,7 +209,7 @@ def test_what_is_known_stays(colour: Gaussian, images: Array) -> None:
 
 def test_in_bytes_it_stays_within_half_a_grey_level_but_where_it_is_clipped(colour: Gaussian, images: Array) -> None:
     y = images / 127.5 - 1
-    made = editing.colorize(colour, images, label=0, output="float32")
+    made = editing.colorize(colour, images, labels=0, output="float32")
     grey = to_uint8(made.transpose(0, 3, 1, 2)) / 127.5 - 1
     beyond = (np.abs(made) > 1).any(axis=-1)
     assert 0 < beyond.sum() < beyond.size
@@ -219,7 +220,7 @@ def test_in_bytes_it_stays_within_half_a_grey_level_but_where_it_is_clipped(colo
 
 def test_a_grey_image_is_its_own_luminance_but_for_the_weights_sum(colour: Gaussian) -> None:
     grey = np.full((1, 8, 8, 1), 0.5, np.float32)
-    made = editing.colorize(colour, grey, label=0, output="float32")
+    made = editing.colorize(colour, grey, labels=0, output="float32")
     assert np.abs(made @ np.array(LUMA) - 0.5 * sum(LUMA)).max() < 1e-5
 
 
@@ -281,7 +282,7 @@ def test_an_estimate_is_an_images_own(make_manifest: Make, rng: np.random.Genera
 def test_the_ends_are_the_two_samples(colour: Gaussian) -> None:
     for steps in (1, 2, 4):
         options: Any = {"steps": steps, "seed": 9, "output": "float32"}
-        made = editing.interpolate(colour, 3, 2**63, 5, label=2, **options)
+        made = editing.interpolate(colour, 3, 2**63, 5, labels=2, **options)
         assert made.shape == (5, 8, 8, 3)
         for frame, index in ((0, 3), (-1, 2**63)):
             np.testing.assert_array_equal(made[frame], sample(colour, 1, start=index, labels=2, **options)[0])
@@ -322,21 +323,21 @@ def test_between_the_ends_noise_turns_evenly(shape: Any, rng: np.random.Generato
 def test_an_answer_depends_on_its_image_its_number_and_nothing_else(colour: Gaussian, images: Array) -> None:
     hole = np.eye(8)
     options: Any = {"answers": 2, "seed": 4}
-    whole = editing.inpaint(colour, images, hole, index=10, label=[0, 1, 2], **options)
-    np.testing.assert_array_equal(whole[2:4], editing.inpaint(colour, images[1:2], hole, index=12, label=1, **options))
+    whole = editing.inpaint(colour, images, hole, start=10, labels=[0, 1, 2], **options)
+    np.testing.assert_array_equal(whole[2:4], editing.inpaint(colour, images[1:2], hole, start=12, labels=1, **options))
     np.testing.assert_array_equal(
-        whole, editing.inpaint(colour, images, hole, index=10, label=[0, 1, 2], batch=1, **options)
+        whole, editing.inpaint(colour, images, hole, start=10, labels=[0, 1, 2], micro_batch=1, **options)
     )
-    assert (whole[2:4] != editing.inpaint(colour, images[1:2], hole, index=10, label=1, **options)).any()
-    assert (whole[2:4] != editing.inpaint(colour, images[1:2], hole, index=12, label=2, **options)).any()
+    assert (whole[2:4] != editing.inpaint(colour, images[1:2], hole, start=10, labels=1, **options)).any()
+    assert (whole[2:4] != editing.inpaint(colour, images[1:2], hole, start=12, labels=2, **options)).any()
 
 
 def test_a_mask_may_be_each_images_own(colour: Gaussian, images: Array) -> None:
     holes = np.stack([np.eye(8), np.eye(8)[::-1], np.tri(8)])
-    whole = editing.inpaint(colour, images, holes, label=0)
+    whole = editing.inpaint(colour, images, holes, labels=0)
     for n in range(3):
         np.testing.assert_array_equal(
-            whole[n], editing.inpaint(colour, images[n : n + 1], holes[n], label=0, index=n)[0]
+            whole[n], editing.inpaint(colour, images[n : n + 1], holes[n], labels=0, start=n)[0]
         )
 
 
@@ -344,16 +345,16 @@ def test_a_mask_may_be_each_images_own(colour: Gaussian, images: Array) -> None:
     ("option", "value"),
     [
         ("seed", 1),
-        ("index", 1),
+        ("start", 1),
         ("steps", 3),
         ("sigmas", (T, 0.5)),
-        ("label", 3),
+        ("labels", 3),
         ("clip", False),
         ("output", "float32"),
     ],
 )
 def test_every_option_changes_something(colour: Gaussian, images: Array, option: str, value: Any) -> None:
-    given: Any = {"label": 0, "output": "float32", "steps": 2} | {option: value}
+    given: Any = {"labels": 0, "output": "float32", "steps": 2} | {option: value}
     if option == "sigmas":
         del given["steps"]
     if option == "output":
@@ -362,7 +363,7 @@ def test_every_option_changes_something(colour: Gaussian, images: Array, option:
         0, 2, 3, 1
     )
     small = small.clip(-1, 1)  # patches near white, in which f goes beyond it
-    plain = editing.superres(colour, small, 2, label=0, output="float32", steps=2)
+    plain = editing.superres(colour, small, 2, labels=0, output="float32", steps=2)
     assert (editing.superres(colour, small, 2, **given) != plain).any()
 
 
@@ -372,46 +373,52 @@ def test_every_option_changes_something(colour: Gaussian, images: Array, option:
 HOLE = np.eye(8)
 WRONG: dict[str, tuple[Callable[[Gaussian, Array], Any], str]] = {
     "size": (
-        lambda m, y: editing.inpaint(m, y[:, :7], HOLE, label=0),
+        lambda m, y: editing.inpaint(m, y[:, :7], HOLE, labels=0),
         r"images must be \(N, 8, 8, 3\), not \(3, 7, 8, 3\)",
     ),
-    "channels": (lambda m, y: editing.inpaint(m, y[..., :1], HOLE, label=0), r"images must be \(N, 8, 8, 3\)"),
-    "no images": (lambda m, y: editing.inpaint(m, y[:0], HOLE, label=0), "images must be"),
-    "numbers": (lambda m, y: editing.inpaint(m, y.astype(int), HOLE, label=0), "must be uint8, or float32 in"),
-    "range": (lambda m, y: editing.inpaint(m, y / 1.0, HOLE, label=0), r"must be finite and in \[-1, 1\]"),
-    "NaN": (lambda m, y: editing.denoise(m, y * np.nan, 1.0, label=0), "must be finite"),
-    "mask's size": (lambda m, y: editing.inpaint(m, y, np.eye(7), label=0), r"a mask must be \(8, 8\) or \(3, 8, 8\)"),
-    "empty mask": (lambda m, y: editing.inpaint(m, y, 0 * HOLE, label=0), "the mask has no hole"),
-    "full mask": (lambda m, y: editing.inpaint(m, y, np.ones((8, 8)), label=0), "nothing of the image is known"),
+    "channels": (lambda m, y: editing.inpaint(m, y[..., :1], HOLE, labels=0), r"images must be \(N, 8, 8, 3\)"),
+    "no images": (lambda m, y: editing.inpaint(m, y[:0], HOLE, labels=0), "images must be"),
+    "numbers": (lambda m, y: editing.inpaint(m, y.astype(int), HOLE, labels=0), "must be uint8, or float32 in"),
+    "range": (lambda m, y: editing.inpaint(m, y / 1.0, HOLE, labels=0), r"must be finite and in \[-1, 1\]"),
+    "NaN": (lambda m, y: editing.denoise(m, y * np.nan, 1.0, labels=0), "must be finite"),
+    "mask's size": (lambda m, y: editing.inpaint(m, y, np.eye(7), labels=0), r"a mask must be \(8, 8\) or \(3, 8, 8\)"),
+    "empty mask": (lambda m, y: editing.inpaint(m, y, 0 * HOLE, labels=0), "the mask has no hole"),
+    "full mask": (lambda m, y: editing.inpaint(m, y, np.ones((8, 8)), labels=0), "nothing of the image is known"),
     "one empty mask": (
-        lambda m, y: editing.inpaint(m, y, np.stack([HOLE, 0 * HOLE, HOLE]), label=0),
+        lambda m, y: editing.inpaint(m, y, np.stack([HOLE, 0 * HOLE, HOLE]), labels=0),
         "the mask of image 1 has no hole",
     ),
-    "grey mask": (lambda m, y: editing.inpaint(m, y, HOLE / 2, label=0), "made of 0 and 1"),
+    "grey mask": (lambda m, y: editing.inpaint(m, y, HOLE / 2, labels=0), "made of 0 and 1"),
     "factor": (
-        lambda m, y: editing.superres(m, y, 3, label=0),
+        lambda m, y: editing.superres(m, y, 3, labels=0),
         "a factor of 3 does not divide the model's images of 8x8",
     ),
-    "factor 1": (lambda m, y: editing.superres(m, y, 1, label=0), "a factor of 1 does not divide"),
-    "small": (lambda m, y: editing.superres(m, y, 2, label=0), r"images must be \(N, 4, 4, 3\)"),
+    "factor 1": (lambda m, y: editing.superres(m, y, 1, labels=0), "a factor of 1 does not divide"),
+    "small": (lambda m, y: editing.superres(m, y, 2, labels=0), r"images must be \(N, 4, 4, 3\)"),
     "no label": (
         lambda m, y: editing.inpaint(m, y, HOLE),
         "this model has 4 classes: give the images' own, from 0 to 3, as label",
     ),
-    "label": (lambda m, y: editing.inpaint(m, y, HOLE, label=4), "labels must be from 0 to 3, not 4"),
-    "labels": (lambda m, y: editing.inpaint(m, y, HOLE, label=[0, 1]), "one label, or one for each of 3 images, not 2"),
-    "steps and sigmas": (lambda m, y: editing.inpaint(m, y, HOLE, label=0, steps=2, sigmas=(80,)), "not both"),
-    "no steps": (lambda m, y: editing.inpaint(m, y, HOLE, label=0, steps=0), "steps must be from 1"),
-    "no sigmas": (lambda m, y: editing.inpaint(m, y, HOLE, label=0, sigmas=()), "sigmas is empty"),
-    "sigmas": (lambda m, y: editing.inpaint(m, y, HOLE, label=0, sigmas=(81,)), "must be the model's sigma_max 80"),
-    "low sigmas": (lambda m, y: editing.inpaint(m, y, HOLE, label=0, sigmas=(1, 0.001)), "must lie above"),
-    "answers": (lambda m, y: editing.inpaint(m, y, HOLE, label=0, answers=0), "at least 1 answer"),
-    "index": (lambda m, y: editing.inpaint(m, y, HOLE, label=0, index=2**64 - 2), "image indices must be from 0"),
-    "sigma": (lambda m, y: editing.stroke(m, y, 0.001, label=0), r"sigma must be above 0\.002 and at most 80"),
-    "high sigma": (lambda m, y: editing.denoise(m, y, 81, label=0), r"sigma must be above 0\.002 and at most 80"),
-    "stroke's sigmas": (lambda m, y: editing.stroke(m, y, 4.0, label=0, sigmas=(4.0, 1.0)), "takes the sigma where it"),
-    "one index": (lambda m, y: editing.interpolate(m, 3, 3, label=0), "nothing between image 3 and itself"),
-    "one frame": (lambda m, y: editing.interpolate(m, 3, 4, 1, label=0), "frames must be from 2"),
+    "label": (lambda m, y: editing.inpaint(m, y, HOLE, labels=4), "labels must be from 0 to 3, not 4"),
+    "labels": (
+        lambda m, y: editing.inpaint(m, y, HOLE, labels=[0, 1]),
+        "one label, or one for each of 3 images, not 2",
+    ),
+    "steps and sigmas": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, steps=2, sigmas=(80,)), "not both"),
+    "no steps": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, steps=0), "steps must be from 1"),
+    "no sigmas": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, sigmas=()), "sigmas is empty"),
+    "sigmas": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, sigmas=(81,)), "must be the model's sigma_max 80"),
+    "low sigmas": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, sigmas=(1, 0.001)), "must lie above"),
+    "answers": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, answers=0), "at least 1 answer"),
+    "index": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, start=2**64 - 2), "image indices must be from 0"),
+    "sigma": (lambda m, y: editing.stroke(m, y, 0.001, labels=0), r"sigma must be above 0\.002 and at most 80"),
+    "high sigma": (lambda m, y: editing.denoise(m, y, 81, labels=0), r"sigma must be above 0\.002 and at most 80"),
+    "stroke's sigmas": (
+        lambda m, y: editing.stroke(m, y, 4.0, labels=0, sigmas=(4.0, 1.0)),
+        "takes the sigma where it",
+    ),
+    "one index": (lambda m, y: editing.interpolate(m, 3, 3, labels=0), "nothing between image 3 and itself"),
+    "one frame": (lambda m, y: editing.interpolate(m, 3, 4, 1, labels=0), "frames must be from 2"),
     "no label between": (lambda m, y: editing.interpolate(m, 3, 4), "give the images' own, from 0 to 3, as label"),
 }
 

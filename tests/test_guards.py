@@ -21,7 +21,7 @@ PACKAGE = ROOT / "cm_runtime"
 
 # A file imports only from its left. Nothing imports the face (__init__.py, __main__.py), which may import everything.
 ORDER = """
-    errors < files < extras, subprocesses < schedule, precond, noise, projections, manifest < onnx_graph
+    choices, errors < files < extras, subprocesses < schedule, precond, noise, projections, manifest < onnx_graph
     < request < sampling < editing < networks < checkpoints < kernels < cuda < backends < generation
     < evaluate < training < export < bench < cli
 """
@@ -124,7 +124,7 @@ def _forbidden(module: str, top: str, found: Import, rest: str, files: dict[str,
         return f"imports {target}, which stands to its right"
     if found.when == "load" and _needs_torch(target) and not _needs_torch(module) and top != "cli":
         return f"imports {target}, which needs torch, outside a function"
-    if found.when == "load" and top == "cli" and place not in ("errors", "cli"):
+    if found.when == "load" and top == "cli" and place not in ("choices", "errors", "cli"):
         return f"imports {target} outside a function"
     return None
 

@@ -11,9 +11,10 @@ import scipy.stats
 
 from cm_runtime import noise
 from cm_runtime.errors import EngineError, RequestError
+from cm_runtime.generation.stream import sample
 from cm_runtime.manifest import TrainingSummary
-from cm_runtime.request import even_micro_batch, sampling_request, split, teacher_request
-from cm_runtime.sampling import Denoiser, HostSteps, batches, heun, run, sample, teacher_batches, to_uint8
+from cm_runtime.request import Draw, even_micro_batch, sampling_request, split, teacher_request
+from cm_runtime.sampling import Denoiser, HostSteps, batches, heun, run, teacher_batches, to_uint8
 from cm_runtime.schedule import NoiseRange
 
 LAST = 2**64 - 1
@@ -142,7 +143,7 @@ def test_seeded_sampling_is_the_callers_noise_drawn_by_address(gaussian):
 def test_draws_at_once_and_one_by_one_give_the_same_images(gaussian, monkeypatch):
     found = []
     for most in (0, 1 << 40):
-        monkeypatch.setattr("cm_runtime.sampling.AT_ONCE", most)
+        monkeypatch.setattr("cm_runtime.sampling.MOST_NORMALS", most)
         found.append(sample(gaussian, count=7, sigmas=[80.0, 9.0, 1.0], seed=3, output="float32"))
     assert (found[0] == found[1]).all()
 
@@ -190,9 +191,11 @@ def test_colour_images_have_their_channels_last(make_manifest, rng):
 @pytest.mark.parametrize("first", [0, 2**32 - 20, 2**63 - 20, 2**64 - 40])
 @pytest.mark.parametrize("labels", ["all", "random", [3, 1, 0, 6, 2], 4])
 def test_an_image_is_the_same_in_any_batch_count_and_start(classes, first, labels):
-    everything = sample(classes, 40, 3, seed=8, start=first, labels=labels, batch=40, output="float32")
+    everything = sample(classes, 40, 3, seed=8, start=first, labels=labels, micro_batch=40, output="float32")
     for start, count, batch in [(0, 40, 1), (0, 40, 7), (0, 40, 255), (0, 1, 1), (3, 7, 3), (39, 1, None), (17, 23, 4)]:
-        part = sample(classes, count, 3, seed=8, start=first + start, labels=labels, batch=batch, output="float32")
+        part = sample(
+            classes, count, 3, seed=8, start=first + start, labels=labels, micro_batch=batch, output="float32"
+        )
         np.testing.assert_array_equal(part, everything[start : start + count])
 
 
@@ -215,12 +218,12 @@ def test_labels_are_functions_of_seed_and_index(classes, reference_words):
     }
     for name, labels in {"all": "all", "random": "random", "listed": listed, "one": 4}.items():
         classes.labels.clear()
-        sample(classes, count, 1, seed=5, start=start, labels=labels, batch=7)
+        sample(classes, count, 1, seed=5, start=start, labels=labels, micro_batch=7)
         assert classes.labels == expected[name], name
 
 
 def test_labels_default_to_all_classes_and_reach_the_results(classes):
-    parts = list(batches(classes, sampling_request(classes.manifest, 17, 2, start=3, micro_batch=5)))
+    parts = list(batches(classes, sampling_request(classes.manifest, Draw(count=17, steps=2, start=3, micro_batch=5))))
     assert [len(part.images) for part in parts] == [5, 5, 5, 2]
     assert np.concatenate([part.index for part in parts]).tolist() == list(range(3, 20))
     assert np.concatenate([part.labels for part in parts]).tolist() == [i % 7 for i in range(3, 20)]
@@ -228,7 +231,7 @@ def test_labels_default_to_all_classes_and_reach_the_results(classes):
 
 
 def test_labels_of_the_callers_noise_follow_the_index_too(classes, rng):
-    sample(classes, noise=rng.standard_normal((1, 17, 1, 3, 7)).astype(np.float32), start=3, batch=5)
+    sample(classes, noise=rng.standard_normal((1, 17, 1, 3, 7)).astype(np.float32), start=3, micro_batch=5)
     assert classes.labels == [i % 7 for i in range(3, 20)]
 
 
@@ -243,19 +246,25 @@ def test_a_mapping_of_labels_is_how_many_images_of_each(classes, start):
     """In its order from the first image on, wherever that is and however the images are shared out."""
     for batch, count in ((6, None), (2, 6)):
         classes.labels.clear()
-        images = sample(classes, count, 1, start=start, labels={3: 3, np.int64(0): 1, 6: np.int32(2)}, batch=batch)
+        images = sample(
+            classes, count, 1, start=start, labels={3: 3, np.int64(0): 1, 6: np.int32(2)}, micro_batch=batch
+        )
         assert len(images) == 6
         assert classes.labels == [3, 3, 3, 0, 6, 6]
     classes.labels.clear()
     sample(classes, steps=1, labels={5: 2}, start=start)
     assert classes.labels == [5, 5]
-    stored = sampling_request(classes.manifest, 6, 1, start=start, labels={3: 4, 0: 2}, micro_batch=6).labels
-    again = sampling_request(classes.manifest, 8, 1, start=start - start % 2, labels=stored, micro_batch=6).labels
+    stored = sampling_request(
+        classes.manifest, Draw(count=6, steps=1, start=start, labels={3: 4, 0: 2}, micro_batch=6)
+    ).labels
+    again = sampling_request(
+        classes.manifest, Draw(count=8, steps=1, start=start - start % 2, labels=stored, micro_batch=6)
+    ).labels
     assert again == stored  # a plain list, from which a job or a picture draws them again
 
 
 def test_what_is_no_model_is_refused(gaussian):
-    for model in (3, "model.onnx", None):
+    for model in (3, b"model.onnx", object):
         with pytest.raises(
             RequestError, match=r"^model must be what cm\.load returns, the path of one, or None"
         ) as caught:
@@ -264,7 +273,7 @@ def test_what_is_no_model_is_refused(gaussian):
 
 
 def test_without_classes_no_labels_are_asked_for(gaussian):
-    (part,) = batches(gaussian, sampling_request(gaussian.manifest, 3, micro_batch=3))
+    (part,) = batches(gaussian, sampling_request(gaussian.manifest, Draw(count=3, micro_batch=3)))
     assert part.labels is None and gaussian.labels == []
 
 
@@ -273,7 +282,7 @@ def test_without_classes_no_labels_are_asked_for(gaussian):
 
 def test_batches_are_lazy_and_no_larger_than_asked(gaussian):
     """2^40 images take no more memory or time than the ones that are looked at."""
-    stream = batches(gaussian, sampling_request(gaussian.manifest, 1 << 40, 2, micro_batch=7))
+    stream = batches(gaussian, sampling_request(gaussian.manifest, Draw(count=1 << 40, steps=2, micro_batch=7)))
     assert gaussian.sizes == []
     assert next(stream).index.tolist() == list(range(7))
     assert gaussian.sizes == [7, 7]
@@ -295,7 +304,7 @@ def test_the_default_is_256_images(gaussian):
 
 @pytest.mark.parametrize(("count", "batch"), [(10, 3), (3, 10), (7, 7), (1, 1), (255, 7)])
 def test_splitting_a_request_covers_the_same_images(gaussian, count, batch):
-    whole = sampling_request(gaussian.manifest, count, 2, seed=4, start=LAST - 300, micro_batch=5)
+    whole = sampling_request(gaussian.manifest, Draw(count=count, steps=2, seed=4, start=LAST - 300, micro_batch=5))
     parts = list(split(whole, batch))
     assert [part.count for part in parts[:-1]] == [batch] * (len(parts) - 1) and parts[-1].count <= batch
     images = [part.images for each in parts for part in batches(gaussian, each)]
@@ -322,7 +331,7 @@ def test_splitting_a_request_covers_the_same_images(gaussian, count, batch):
         ({"sigmas": (float("nan"),)}, "first sigma"),
         ({"count": 0}, "count must be at least 1"),
         ({"count": -3}, "count must be at least 1"),
-        ({"batch": 0}, "micro-batch must be from 1"),
+        ({"micro_batch": 0}, "micro-batch must be from 1"),
         ({"seed": -1}, "seed must be from 0 to"),
         ({"seed": 2**64}, "seed must be from 0 to"),
         ({"seed": 1.5}, "seed must be"),
@@ -495,7 +504,9 @@ def test_heun_hands_its_labels_to_the_model(make_manifest, rng):
 def test_a_teachers_images_are_heuns_from_the_addressed_noise(make_manifest, micro_batch):
     """The same first noise and labels as a few-step request of that seed has, whatever the micro-batch."""
     model = Teacher(make_manifest(training=TEACHER, num_classes=4))
-    chosen = teacher_request(model.manifest, 7, 5, seed=3, start=LAST - 6, labels="random", micro_batch=micro_batch)
+    chosen = teacher_request(
+        model.manifest, Draw(count=7, steps=5, seed=3, start=LAST - 6, labels="random", micro_batch=micro_batch)
+    )
     parts = list(teacher_batches(model, chosen))
     index = np.concatenate([part.index for part in parts])
     labels = np.concatenate([part.labels for part in parts])
@@ -511,12 +522,12 @@ def test_a_teachers_images_are_heuns_from_the_addressed_noise(make_manifest, mic
 @pytest.mark.parametrize("steps", [1, 1001])
 def test_a_teachers_steps_are_bounded(make_manifest, steps):
     with pytest.raises(RequestError, match="2 to 1000 ODE steps"):
-        teacher_request(make_manifest(training=TEACHER), 1, steps, micro_batch=1)
+        teacher_request(make_manifest(training=TEACHER), Draw(count=1, steps=steps, micro_batch=1))
 
 
 def test_what_is_no_teacher_needs_no_solver(gaussian):
     with pytest.raises(RequestError, match="no EDM teacher"):
-        teacher_request(gaussian.manifest, 1, micro_batch=1)
+        teacher_request(gaussian.manifest, Draw(count=1, micro_batch=1))
 
 
 # Sampler files and the levels they print
@@ -539,7 +550,7 @@ class Sampler:
 def test_a_sampler_takes_its_own_levels_as_they_are_printed(make_manifest, sigmas):
     exact = NoiseRange().levels(2)
     manifest = make_manifest(graph="sampler", sigmas={2: exact})
-    assert sampling_request(manifest, 3, sigmas=sigmas, micro_batch=4).sigmas == exact
+    assert sampling_request(manifest, Draw(count=3, sigmas=sigmas, micro_batch=4)).sigmas == exact
     assert (sample(Sampler(manifest), count=3, sigmas=sigmas) == 7).all()
 
 
@@ -547,6 +558,6 @@ def test_a_sampler_takes_its_own_levels_as_they_are_printed(make_manifest, sigma
 def test_a_sampler_refuses_levels_that_look_different(make_manifest, sigmas):
     manifest = make_manifest(graph="sampler", sigmas={2: NoiseRange().levels(2)})
     with pytest.raises(RequestError, match=r"in 2 steps, at 80, 2\.51522, not at 80") as caught:
-        sampling_request(manifest, 3, sigmas=sigmas, micro_batch=4)
+        sampling_request(manifest, Draw(count=3, sigmas=sigmas, micro_batch=4))
     own, asked = re.findall(r" at ([^;]*?)(?:, not|;)", str(caught.value))
     assert own != asked

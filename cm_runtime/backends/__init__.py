@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import auto, engine_file
-from cm_runtime.backends.base import Backend, BackendName, ComputePrecision, EngineOptions
+from cm_runtime.backends.base import Backend, EngineOptions
 from cm_runtime.backends.openvino import OpenVinoBackend, has_bf16
 from cm_runtime.backends.ort import OrtBackend, has_cuda
+from cm_runtime.choices import BackendName, ComputePrecision
 from cm_runtime.errors import ArtifactError, RequestError
 from cm_runtime.extras import has, require
 from cm_runtime.files.streams import exists

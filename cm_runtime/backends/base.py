@@ -6,20 +6,19 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cm_runtime.choices import BackendName, ComputePrecision, Precision
 from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.errors.wording import quantity
-from cm_runtime.manifest import OUTPUTS, Manifest, Precision
+from cm_runtime.manifest import OUTPUTS, Manifest
 from cm_runtime.precond import precond
 from cm_runtime.sampling import Array, not_finite
 
 LOG = logging.getLogger("cm_runtime")
-BackendName = Literal["auto", "ort", "openvino", "torch", "torch.compile", "tensorrt", "tensorrt-rtx"]
-ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 MAX_THREADS = 1024
 _UNFLAGGED: set[str] = set()  # sampler files without the output `finite` that a warning has named
 NETWORK_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

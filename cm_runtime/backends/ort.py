@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from cm_runtime import cuda, onnx_graph
 from cm_runtime.backends import external_data
 from cm_runtime.backends.base import Backend, Interface, checked_threads, finite_images, interface, read_outputs
+from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.sampler import Evaluate, OnDevice, can_stay
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
 from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
 from cm_runtime.files import streams
 from cm_runtime.kernels.launches import Images
-from cm_runtime.manifest import GraphKind, Manifest, read_manifest
+from cm_runtime.manifest import Manifest, read_manifest
 from cm_runtime.onnx_graph import Verdict
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array, Batch

@@ -16,11 +16,11 @@ from cm_runtime import cuda
 from cm_runtime.backends import engine_file
 from cm_runtime.backends.base import Backend, finite_images, images_at_once, interface, read_outputs
 from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
+from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.sampler import Evaluate, OnDevice
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, OutOfMemoryError, RequestError
 from cm_runtime.extras import NO_DRIVER, has, has_driver, require
 from cm_runtime.kernels.launches import Images
-from cm_runtime.manifest import GraphKind
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array, Batch
 

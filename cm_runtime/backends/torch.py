@@ -19,11 +19,12 @@ from torch import nn
 
 from cm_runtime import cuda
 from cm_runtime.backends.base import Backend
+from cm_runtime.choices import GraphKind, Precision
 from cm_runtime.cuda.sampler import Captured, Evaluate, OnDevice, can_stay
 from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.extras import NO_DRIVER, has_driver
 from cm_runtime.kernels.launches import Images
-from cm_runtime.manifest import OUTPUTS, GraphKind, Manifest, Precision
+from cm_runtime.manifest import OUTPUTS, Manifest
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array, Batch

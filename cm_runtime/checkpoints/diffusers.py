@@ -23,10 +23,10 @@ from cm_runtime.checkpoints.native import Checkpoint, load_safetensors, load_tor
 from cm_runtime.checkpoints.openai import EMA
 from cm_runtime.checkpoints.published import Published
 from cm_runtime.checkpoints.validate import reason
+from cm_runtime.choices import Form
 from cm_runtime.errors import CheckpointError
 from cm_runtime.files import atomic, streams
 from cm_runtime.networks.consistency import ModelConfig
-from cm_runtime.precond import Form
 from cm_runtime.schedule import NoiseRange
 
 WEIGHTS = "diffusion_pytorch_model"

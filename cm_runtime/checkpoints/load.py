@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cm_runtime.choices import Form
 from cm_runtime.errors import CheckpointError, RequestError
 from cm_runtime.extras import require
-from cm_runtime.precond import Form
 
 if TYPE_CHECKING:
     from cm_runtime.checkpoints.native import Checkpoint

@@ -18,12 +18,12 @@ from cm_runtime.checkpoints import published
 from cm_runtime.checkpoints.native import Checkpoint, check_tensors, shapes_of
 from cm_runtime.checkpoints.published import Published
 from cm_runtime.checkpoints.validate import checked
+from cm_runtime.choices import Form
 from cm_runtime.errors import CheckpointError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.files import atomic
 from cm_runtime.networks.consistency import ModelConfig
 from cm_runtime.networks.unet import UNet, UNetConfig
-from cm_runtime.precond import Form
 from cm_runtime.schedule import NoiseRange
 
 HEAD_CHANNELS = 64

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cm_runtime.choices import Form
 from cm_runtime.errors import CheckpointError, RequestError
 from cm_runtime.manifest import TrainingSummary
-from cm_runtime.precond import Form
 from cm_runtime.schedule import NoiseRange
 
 IMAGENET, BEDROOM, CAT = "ImageNet-64", "LSUN Bedroom-256", "LSUN Cat-256"

@@ -7,26 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cm_runtime.choices import BackendName
 from cm_runtime.cli import image_sources, parsing
-from cm_runtime.cli.options import (
-    BACKENDS,
-    ExtractorFile,
-    Force,
-    Grid,
-    Labels,
-    OutputName,
-    Sigmas,
-    Timesteps,
-    Ts,
-    ValueRange,
-)
+from cm_runtime.cli.options import DrawFlags, ExtractorFile, Force, OutputName, ValueRange, with_flags
+from cm_runtime.cli.options import steps as steps_option
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from cm_runtime.evaluate.metrics import Report
 
 
+@with_flags(
+    start=None,
+    steps=steps_option("2; 18", "Network evaluations per image; ODE steps of a teacher."),
+    count=Annotated[int | None, typer.Option(help="How many images a model draws.", show_default="10000")],
+    seed=Annotated[int | None, typer.Option(help="Of a model's images.", show_default="0")],
+)
 def evaluate(
+    flags: DrawFlags,
     images: Annotated[
         str | None,
         typer.Argument(
@@ -49,20 +47,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(metavar="train|test", help="Of IMAGES that are a data set.", show_default="train")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Network evaluations per image; ODE steps of a teacher.", show_default="2; 18")
-    ] = None,
-    sigmas: Sigmas = None,
-    ts: Ts = None,
-    timesteps: Timesteps = None,
-    grid: Grid = None,
-    count: Annotated[int | None, typer.Option(help="How many images a model draws.", show_default="10000")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of a model's images.", show_default="0")] = None,
-    labels: Labels = None,
-    micro_batch: Annotated[
-        str | None, typer.Option(metavar="auto|M", help="How many images a model's engine sees at once.")
-    ] = None,
-    backend: Annotated[str | None, typer.Option(metavar=BACKENDS, help="A model's engine.")] = None,
+    backend: Annotated[BackendName | None, typer.Option(help="A model's engine.", show_default="auto")] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of each engine.", show_default="one per core")] = None,
     manifold: Annotated[
@@ -82,6 +67,7 @@ def evaluate(
         if path is not None and path.suffix != suffix:
             raise RequestError(f"{path}: the name must end in {suffix}")
     from cm_runtime import __version__, backends
+    from cm_runtime.backends.base import EngineOptions
     from cm_runtime.cli.progress import spinner
     from cm_runtime.evaluate import metrics, statistics
     from cm_runtime.evaluate.extractor import Extractor
@@ -93,35 +79,35 @@ def evaluate(
     if manifold < 4:
         raise RequestError(f"--manifold must be at least 4, one more than the neighbours, not {manifold}")
     workers = parsing.threads(threads)
-    drawing = image_sources.Drawing(steps, sigmas, ts, timesteps, grid, count, seed, labels, micro_batch, backend)
     if images is None or backends.is_model(Path(images)):
         if split is not None:
             raise RequestError("--split is for data sets, and a model is measured; leave it out")
-        found = image_sources.drawn(Path(images) if images else None, drawing, device, workers)
+        options = EngineOptions(backend or "auto", device, threads=workers)
+        source = image_sources.draw_images(Path(images) if images else None, flags, options)
     else:
-        drawing.refuse(images)
-        found = image_sources.collected(images, split)
+        image_sources.check_no_flags(flags, backend, images)
+        source = image_sources.open_images(images, split)
     network = Extractor(extractor, value_range=value_range, output_name=output_name, device=device, threads=workers)
-    network.check(found.shape)
-    expected: metrics.Observation | None = None
-    described: dict[str, Any] | None = None
+    network.check(source.shape)
+    real: metrics.Observation | None = None
+    description: dict[str, Any] | None = None
     if reference is not None or save_statistics is None:
-        expected, described = image_sources.reference(reference, network, found.manifest, manifold)
-    known = None if expected is None else expected.statistics
-    seen = image_sources.observed(found, network, manifold, "images", reference=known)
+        real, description = image_sources.reference(reference, network, source.manifest, manifold)
+    statistics_of = None if real is None else real.statistics
+    observation = image_sources.observe_images(source, network, manifold, "images", reference=statistics_of)
     with spinner("precision and recall"):
-        figures = metrics.compare(seen, expected)
-    few = metrics.few_images(seen, expected)
+        figures = metrics.compare(observation, real)
+    few = metrics.few_images(observation, real)
     report = metrics.Report(
         cm_runtime=__version__,
-        images=found.description,
-        reference=described,
-        extractor=network.describe(found.shape),
+        images=source.description,
+        reference=description,
+        extractor=network.describe(source.shape),
         figures=figures,
         warnings=() if few is None else (few,),
     )
     if save_statistics is not None:
-        statistics.write_statistics(save_statistics, seen.statistics)
+        statistics.write_statistics(save_statistics, observation.statistics)
     if output is not None:
         with atomic.write(output, force=force) as temporary:
             temporary.write_text(report.model_dump_json(indent=2) + "\n")

@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cm_runtime.cli import parsing, progress
+from cm_runtime.cli import progress
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cm_runtime.backends.base import EngineOptions
+    from cm_runtime.cli.options import DrawFlags
     from cm_runtime.evaluate.extractor import Extractor
     from cm_runtime.evaluate.metrics import Observation
     from cm_runtime.manifest import Manifest
     from cm_runtime.sampling import Batch
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How a model's images are drawn; None is the default, and what a set of images must leave."""
-
-    steps: int | None = None
-    sigmas: str | None = None
-    ts: str | None = None
-    timesteps: str | None = None
-    grid: int | None = None
-    count: int | None = None
-    seed: int | None = None
-    labels: str | None = None
-    micro_batch: str | None = None
-    backend: str | None = None
-
-    def refuse(self, where: object) -> None:
-        """Raises RequestError naming the first option that was given: a set of images has no use for it."""
-        for name, value in vars(self).items():
-            if value is not None:
-                raise RequestError(f"--{name.replace('_', '-')} is for models, and {where} is images; leave it out")
 
 
 @dataclass(frozen=True)
@@ -56,33 +36,33 @@ class Images:
     manifest: Manifest | None = None
 
 
-def drawn(model: Path | None, drawing: Drawing, device: str, threads: int) -> Images:
+def check_no_flags(flags: DrawFlags, backend: str | None, where: object) -> None:
+    """Raise RequestError for the first option of drawing that has a value: a set of images has no use for it."""
+    for name, value in (*vars(flags).items(), ("backend", backend)):
+        if value is not None:
+            raise RequestError(f"--{name.replace('_', '-')} is for models, and {where} is images; leave it out")
+
+
+def draw_images(model: Path | None, flags: DrawFlags, options: EngineOptions) -> Images:
     """Images of a model, 10000 by default: few steps of a consistency model, or 18 ODE steps of an EDM teacher."""
     from cm_runtime import backends, sampling
     from cm_runtime.files import atomic
-    from cm_runtime.request import count_images, sampling_request, teacher_request
+    from cm_runtime.request import sampling_request, teacher_request
 
-    engine = backends.load(model, drawing.backend or "auto", device, threads)  # type: ignore[arg-type]
-    manifest = engine.manifest
-    labels = parsing.labels(drawing.labels)
-    count = count_images(labels, drawing.count, 10_000)
-    given: dict[str, Any] = {
-        "seed": drawing.seed or 0,
-        "labels": labels,
-        "micro_batch": parsing.micro_batch(drawing.micro_batch, min(count, 256), engine.micro_batch),
-    }
+    where = model or backends.DEFAULT_MODEL
+    engine = backends.open_model(where, options)
+    manifest, draw = engine.manifest, flags.draw()
+    count = draw.total(10_000)
+    draw = replace(draw, count=count)
     if manifest.is_teacher:
         for name in ("sigmas", "ts", "timesteps", "grid"):
-            if getattr(drawing, name) is not None:
+            if getattr(flags, name) is not None:
                 raise RequestError(f"an EDM teacher is sampled by an ODE solver; give its --steps, not --{name}")
-        steps = 18 if drawing.steps is None else drawing.steps
-        request = teacher_request(manifest, count, steps, **given)
+        request = teacher_request(manifest, flags.complete(engine, draw, min(count, 256)))
         batches, sampler = sampling.teacher_batches(engine, request), "heun"
     else:
-        levels = parsing.levels(manifest, drawing.steps, drawing.sigmas, drawing.ts, drawing.timesteps, drawing.grid)
-        request = sampling_request(manifest, count, drawing.steps, sigmas=levels, **given)
+        request = sampling_request(manifest, flags.complete(engine, draw, min(count, 256)))
         batches, sampler = sampling.batches(engine, request), "multistep"
-    where = model or backends.DEFAULT_MODEL
     channels, height, width = manifest.image_shape
     description = {
         "kind": "model",
@@ -91,19 +71,15 @@ def drawn(model: Path | None, drawing: Drawing, device: str, threads: int) -> Im
         "source_sha256": manifest.source_sha256,
         "shape": [height, width, channels],
         "sampler": sampler,
-        "sigmas": request.sigmas,
-        "count": request.count,
-        "seed": request.seed,
-        "labels": request.labels,
-        "micro_batch": request.micro_batch,
+        **{name: getattr(request, name) for name in ("sigmas", "count", "seed", "labels", "micro_batch")},
         "backend": engine.name,
         "device": engine.device,
-        "threads": threads or "one per core",
+        "threads": options.threads or "one per core",
     }
     return Images(batches, request.count, (height, width, channels), manifest.num_classes, description, manifest)
 
 
-def collected(source: str, split: str | None) -> Images:
+def open_images(source: str, split: str | None) -> Images:
     """Samples in an npz, streamed, or a data set: a folder, IDX, npz or a name; ``split`` (train) is for the latter."""
     from cm_runtime.evaluate import sources
     from cm_runtime.files import atomic
@@ -113,23 +89,23 @@ def collected(source: str, split: str | None) -> Images:
         if split is not None:
             raise RequestError(f"--split is for data sets, and {source} holds samples; leave it out")
         samples = sources.open_samples(path)
-        described: dict[str, Any] = {"kind": "samples", "path": source, "sha256": atomic.sha256(path)}
-        described |= {"shape": list(samples.image_shape), "count": samples.count}
-        described["labels"] = "arr_1" if samples.has_labels else None
-        return Images(samples.batches(), samples.count, samples.image_shape, None, described)
+        description: dict[str, Any] = {"kind": "samples", "path": source, "sha256": atomic.sha256(path)}
+        description |= {"shape": list(samples.image_shape), "count": samples.count}
+        description["labels"] = "arr_1" if samples.has_labels else None
+        return Images(samples.batches(), samples.count, samples.image_shape, None, description)
     from cm_runtime.training.data import open_data
 
     with progress.spinner(f"reading {source}", has_bar=True):
         data = open_data(source, split=split or "train", progress=not progress.is_quiet())  # type: ignore[arg-type]
     channels, height, width = data.image_shape
-    described = {"kind": "data", "path": source, "name": data.name, "split": split or "train"}
-    described |= {"shape": [height, width, channels], "count": len(data)}
-    described["labels"] = None if data.labels is None else "of the data set"
+    description = {"kind": "data", "path": source, "name": data.name, "split": split or "train"}
+    description |= {"shape": [height, width, channels], "count": len(data)}
+    description["labels"] = None if data.labels is None else "of the data set"
     batches = sources.array_batches(data.images, data.labels)
-    return Images(batches, len(data), (height, width, channels), data.num_classes, described)
+    return Images(batches, len(data), (height, width, channels), data.num_classes, description)
 
 
-def observed(images: Images, extractor: Extractor, manifold: int, unit: str, **expected: Any) -> Observation:
+def observe_images(images: Images, extractor: Extractor, manifold: int, unit: str, **expected: Any) -> Observation:
     """One pass over ``images``, with a progress bar."""
     from cm_runtime.cli.progress import track
     from cm_runtime.evaluate.metrics import observe
@@ -160,10 +136,10 @@ def reference(
         source = str(statistics.SHIPPED)
     path = Path(os.path.expanduser(source))  # of a user who is not there the name stays
     if not statistics.is_statistics(path):
-        images = collected(source, None)
-        return observed(images, extractor, manifold, "reference"), images.description
-    found = statistics.read_statistics(path)
-    if found.extractor_sha256 is not None:
-        found.check(len(found.mean), extractor.sha256, source)
-    description = {"kind": "statistics", "path": source, "sha256": atomic.sha256(path), "count": found.count}
-    return Observation(found), description
+        images = open_images(source, None)
+        return observe_images(images, extractor, manifold, "reference"), images.description
+    stored = statistics.read_statistics(path)
+    if stored.extractor_sha256 is not None:
+        stored.check(len(stored.mean), extractor.sha256, source)
+    description = {"kind": "statistics", "path": source, "sha256": atomic.sha256(path), "count": stored.count}
+    return Observation(stored), description

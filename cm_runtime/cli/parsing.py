@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from cm_runtime.manifest import Manifest
     from cm_runtime.request import Labels
 
 
@@ -51,44 +48,20 @@ def whole_numbers(option: str, text: str) -> list[int]:
         raise RequestError(f"{option} takes whole numbers separated by commas, not {text!r}") from error
 
 
-def levels(
-    manifest: Manifest, steps: int | None, sigmas: str | None, ts: str | None, timesteps: str | None, grid: int | None
-) -> Sequence[float] | None:
-    """The noise levels that --sigmas, or --ts or --timesteps on a --grid, ask of a model; None where none is given.
-
-    The grid spans the model's own sigma_min and sigma_max, with its rho. Raises RequestError, also where more than one
-    of those and --steps is given.
-    """
-
-    ways = {"steps": steps, "sigmas": sigmas, "ts": ts, "timesteps": timesteps}
-    given = [name for name, value in ways.items() if value is not None]
-    if len(given) > 1:
-        raise RequestError(f"give {' or '.join(given)}, {'not both' if len(given) == 2 else 'only one of them'}")
-    if ts is not None:
-        return manifest.noise_range.from_ts(whole_numbers("--ts", ts), _training_grid("--ts", grid))
-    if timesteps is not None:
-        asked = whole_numbers("--timesteps", timesteps)
-        return manifest.noise_range.from_timesteps(asked, _training_grid("--timesteps", grid))
-    if grid is not None:
-        raise RequestError("--grid is what --ts or --timesteps count in; give one of them, or leave --grid out")
-    return None if sigmas is None else numbers("--sigmas", sigmas)
+def whole_number(option: str, text: str) -> int:
+    """One whole number, the value of ``option``. Raises RequestError."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise RequestError(f"{option} takes a whole number, not {text!r}") from error
 
 
-def _training_grid(option: str, grid: int | None) -> int:
-    if grid is None:
-        raise RequestError(
-            f"{option} needs --grid, the points of the model's training grid: 40 for OpenAI's CD models,"
-            " 201 for ct_imagenet64, 151 for CT at 256"
-        )
-    return grid
-
-
-def micro_batch(text: str | None, batch: int, most: int) -> int:
-    """auto: ``batch`` split evenly with at most ``most`` in each; or a whole number. Raises RequestError."""
+def micro_batch(text: str | None, images: int, most: int) -> int:
+    """auto: ``images`` split evenly with at most ``most`` in each; or a whole number. Raises RequestError."""
     from cm_runtime.request import even_micro_batch
 
     if text is None or text == "auto":
-        return even_micro_batch(max(batch, 1), most)
+        return even_micro_batch(max(images, 1), most)
     try:
         return int(text)
     except ValueError as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cm_runtime.cli import image_sources, parsing
-from cm_runtime.cli.options import Backend, ExtractorFile, Labels, MicroBatch, OutputName, ValueRange, replacing
+from cm_runtime.cli import image_sources
+from cm_runtime.cli.options import DrawFlags, EngineFlags, ExtractorFile, OutputName, ValueRange, replacing, with_flags
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -18,7 +19,22 @@ if TYPE_CHECKING:
     from cm_runtime.sampling import Batch
 
 
+@with_flags(
+    steps=None,
+    sigmas=None,
+    ts=None,
+    timesteps=None,
+    grid=None,
+    count=None,
+    start=None,
+    precision=None,
+    seed=Annotated[int | None, typer.Option(help="Of those images: the same for all candidates.", show_default="0")],
+    device=Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")],
+    threads=Annotated[int | None, typer.Option(help="Threads of each engine.", show_default="one per core")],
+)
 def tune(
+    flags: DrawFlags,
+    engine: EngineFlags,
     model: Annotated[Path | None, typer.Argument(help="An exported .onnx.", show_default="the bundled model")] = None,
     steps: Annotated[str, typer.Option(metavar="2|3|4|2,3,4", help="Samplers to tune, by their steps.")] = "2",
     reference: Annotated[
@@ -33,12 +49,6 @@ def tune(
     value_range: ValueRange = None,
     output_name: OutputName = None,
     samples: Annotated[int, typer.Option(help="Images drawn for each candidate.")] = 5000,
-    seed: Annotated[int, typer.Option(help="Of those images: the same for all candidates.")] = 0,
-    labels: Labels = None,
-    micro_batch: MicroBatch = "auto",
-    backend: Backend = "auto",
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where model and extractor run.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of each engine.", show_default="one per core")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A copy of the model that carries the levels.")
     ] = None,
@@ -54,7 +64,7 @@ def tune(
     from cm_runtime.manifest import read_manifest, write_manifest
     from cm_runtime.request import sampling_request
 
-    wanted = _steps(steps)
+    counts = _steps(steps)
     if model is not None and backends.is_checkpoint(model):
         raise RequestError(f"{model} is a checkpoint; tune what cm-runtime export makes of it")
     if model is not None and model.suffix != engine_file.SUFFIX and read_manifest(model).graph == "sampler":
@@ -81,36 +91,41 @@ def tune(
     atomic.check_output(target, force=force)
     if samples < 2:
         raise RequestError(f"--samples must be at least 2, not {samples}")
-    workers = parsing.threads(threads)
-    engine = backends.load(source, backend, device, workers)  # type: ignore[arg-type]
-    manifest = engine.manifest
-    network = Extractor(extractor, value_range=value_range, output_name=output_name, device=device, threads=workers)
-    size = parsing.micro_batch(micro_batch, min(samples, 256), engine.micro_batch)
-    asked = parsing.labels(labels)
-    sampling_request(manifest, samples, seed=seed, labels=asked, micro_batch=size)  # refused now, if ever
+    options = engine.options()
+    opened = backends.open_model(source, options)
+    manifest = opened.manifest
+    network = Extractor(
+        extractor,
+        value_range=value_range,
+        output_name=output_name,
+        device=options.device,
+        threads=options.threads,
+    )
+    draw = flags.complete(opened, replace(flags.draw(), count=samples), min(samples, 256))
+    sampling_request(manifest, draw)  # refused now, if ever
     channels, height, width = manifest.image_shape
     network.check((height, width, channels))
-    expected, _ = image_sources.reference(reference, network, manifest, manifold=0)
+    real, _ = image_sources.reference(reference, network, manifest, manifold=0)
 
-    left = 0
+    candidates_left = 0
 
-    def shown(parts: Iterator[Batch], sigmas: tuple[float, ...]) -> Iterator[Batch]:
-        nonlocal left
-        left = max(1, left - 1)  # the search decides how many there are
-        return track(parts, samples, f"images at {level_text(sigmas)}", left)
+    def show(parts: Iterator[Batch], sigmas: tuple[float, ...]) -> Iterator[Batch]:
+        nonlocal candidates_left
+        candidates_left = max(1, candidates_left - 1)  # the search decides how many there are
+        return track(parts, samples, f"images at {level_text(sigmas)}", candidates_left)
 
-    objective = FrechetObjective(FirstStep(engine), network, expected, samples, seed, asked, size, shown)
+    objective = FrechetObjective(FirstStep(opened), network, real, draw, show)
     levels = dict(manifest.sigmas)
-    for count in wanted:
-        left = 1 + tuning.most_candidates(count)
-        candidates, images = quantity(left - 1, "candidate"), quantity(samples, "image")
+    for count in counts:
+        candidates_left = 1 + tuning.most_candidates(count)
+        candidates, images = quantity(candidates_left - 1, "candidate"), quantity(samples, "image")
         progress.phase(f"tuning {quantity(count, 'step')}, by up to {candidates} of {images}")
-        found = tuning.search(objective, count, levels, manifest.noise_range)
-        levels[count] = found.sigmas
+        tuned = tuning.search(objective, count, levels, manifest.noise_range)
+        levels[count] = tuned.sigmas
         write_manifest(source, target, manifest.model_copy(update={"sigmas": levels}), force=force)
-        source, force = target, True  # what was found is kept, whatever becomes of the next search
-        _print(found)
-    typer.echo(f"{target}: now cm-runtime sample {target} --steps {wanted[-1]}")
+        source, force = target, True  # this result is kept, whatever becomes of the next search
+        _print(tuned)
+    typer.echo(f"{target}: now cm-runtime sample {target} --steps {counts[-1]}")
 
 
 def _steps(text: str) -> list[int]:
@@ -121,13 +136,13 @@ def _steps(text: str) -> list[int]:
     return sorted(map(int, words))
 
 
-def _print(found: Tuned) -> None:
+def _print(tuned: Tuned) -> None:
     from cm_runtime.errors.wording import quantity
     from cm_runtime.schedule import level_text
 
-    steps = quantity(len(found.sigmas), "step")
-    typer.echo(f"{steps}, default {level_text(found.default)}: Frechet distance {found.default_value:.4g}")
+    steps = quantity(len(tuned.sigmas), "step")
+    typer.echo(f"{steps}, default {level_text(tuned.default)}: Frechet distance {tuned.default_value:.4g}")
     typer.echo(
-        f"{steps}, tuned   {level_text(found.sigmas)}: Frechet distance {found.value:.4g}"
-        f" after {quantity(found.evaluations, 'candidate')}"
+        f"{steps}, tuned   {level_text(tuned.sigmas)}: Frechet distance {tuned.value:.4g}"
+        f" after {quantity(tuned.evaluations, 'candidate')}"
     )

@@ -16,16 +16,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cm_runtime.choices import GraphKind
 from cm_runtime.cuda import Device, DeviceSteps, Leaving, Places
 from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.extras import has, has_driver
 from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Images, Placed
-from cm_runtime.manifest import GraphKind, Manifest
+from cm_runtime.manifest import Manifest
 from cm_runtime.precond import precond
 from cm_runtime.projections import Edit, Projection, map_arrays
-from cm_runtime.request import Request, labels_of
-from cm_runtime.sampling import NOT_FINITE, Array, Batch, not_finite, run
+from cm_runtime.request import Request
+from cm_runtime.sampling import NOT_FINITE, Array, Batch, labels_of, not_finite, run
 
 LOG = logging.getLogger("cm_runtime")
 MOST_PREPARED = 4  # numbers of images and steps whose memory is kept

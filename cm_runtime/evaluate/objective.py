@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from cm_runtime import sampling
 from cm_runtime.evaluate.extractor import Extractor
 from cm_runtime.evaluate.metrics import Observation, compare, observe
 from cm_runtime.manifest import Manifest
-from cm_runtime.request import Labels, sampling_request
+from cm_runtime.request import Draw, sampling_request
 from cm_runtime.sampling import Array, Batch, Denoiser
 
 MEMORY = 1 << 28
@@ -56,32 +56,22 @@ class FirstStep:
 
 @dataclass(frozen=True, eq=False)
 class FrechetObjective:
-    """Noise levels -> the Fréchet distance to ``reference`` of images 0 to count - 1 of a seed.
+    """Noise levels -> the Fréchet distance to ``reference`` of the same images.
 
-    shown: wraps the batches of each candidate, for a progress bar.
+    draw: of those images, without noise levels; track: wraps the batches of each candidate, for a progress bar.
     """
 
     model: Denoiser
     extractor: Extractor
     reference: Observation
-    count: int
-    seed: int
-    labels: Labels
-    micro_batch: int
-    shown: Callable[[Iterator[Batch], tuple[float, ...]], Iterator[Batch]]
+    draw: Draw
+    track: Callable[[Iterator[Batch], tuple[float, ...]], Iterator[Batch]]
 
     def __call__(self, sigmas: tuple[float, ...]) -> float:
         """Raises RequestError, EngineError, DataError."""
-        request = sampling_request(
-            self.model.manifest,
-            self.count,
-            sigmas=sigmas,
-            seed=self.seed,
-            labels=self.labels,
-            micro_batch=self.micro_batch,
-        )
-        drawn = self.shown(sampling.batches(self.model, request), sigmas)
-        seen = observe(drawn, self.extractor, manifold=0, reference=self.reference.statistics)
+        request = sampling_request(self.model.manifest, replace(self.draw, sigmas=sigmas), self.model.micro_batch)
+        parts = self.track(sampling.batches(self.model, request), sigmas)
+        seen = observe(parts, self.extractor, manifold=0, reference=self.reference.statistics)
         distance = compare(seen, self.reference).frechet_distance
         assert distance is not None  # there is a reference
         return distance

@@ -19,7 +19,7 @@ WHITE = 128
 
 
 @dataclass(frozen=True)
-class Given:
+class Inputs:
     """names: of M images, without folder and ending; images: (M,H,W,C) uint8, or float32 in units of [-1, 1].
 
     labels: (M,) where every file says them.
@@ -30,7 +30,7 @@ class Given:
     labels: list[int] | None
 
 
-def read(paths: Sequence[Path], channels: int, sizes: Sequence[tuple[int, int]]) -> Given:
+def read(paths: Sequence[Path], channels: int, sizes: Sequence[tuple[int, int]]) -> Inputs:
     """The images in picture files and npz files (``arr_0`` (N,H,W,C), labels in ``arr_1``), in their order.
 
     sizes: (H, W) that are taken as they are. Pictures of another are fitted to the first (`image_reader.fit`);
@@ -58,7 +58,7 @@ def read(paths: Sequence[Path], channels: int, sizes: Sequence[tuple[int, int]])
         raise RequestError("there is no image to edit: name files after the model")
     if any(part.dtype != np.uint8 for part in parts):
         parts = [part / np.float32(127.5) - 1 if part.dtype == np.uint8 else part for part in parts]
-    return Given(names, np.concatenate(parts), labels)
+    return Inputs(names, np.concatenate(parts), labels)
 
 
 def read_mask(path: Path, paths: Sequence[Path], size: tuple[int, int]) -> NDArray[np.bool_]:

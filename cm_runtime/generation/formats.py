@@ -20,10 +20,11 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cm_runtime.choices import ShardKind
 from cm_runtime.errors import DataError, data_error
 from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
@@ -32,7 +33,6 @@ from cm_runtime.files.image_writer import NpzWriter, encoded
 from cm_runtime.request import Output
 from cm_runtime.sampling import Batch
 
-Kind = Literal["npz", "png", "wds", "parquet"]
 MOST = 1_000_000  # shards in a folder, numbered in six digits
 LABELS = "metadata.csv"
 END_OF_TAR = bytes(1024)
@@ -57,17 +57,17 @@ class Format(NamedTuple):
     fault: Callable[[Path, Contents], str | None]
 
 
-def path(folder: Path, kind: Kind, number: int) -> Path:
+def path(folder: Path, kind: ShardKind, number: int) -> Path:
     """Where a shard is."""
     return folder / f"shard-{number:06d}{FORMATS[kind].ending}"
 
 
-def write(where: Path, kind: Kind, contents: Contents, parts: Iterator[Batch]) -> None:
+def write(where: Path, kind: ShardKind, contents: Contents, parts: Iterator[Batch]) -> None:
     """Writes the images of ``parts`` as a shard, whole or not at all. Raises OutputError, MissingExtraError."""
     FORMATS[kind].write(where, contents, _all(parts, contents.count))
 
 
-def is_whole(where: Path, kind: Kind, contents: Contents) -> bool:
+def is_whole(where: Path, kind: ShardKind, contents: Contents) -> bool:
     """Whether the shard is there, by its sizes and headers: no image is read.
 
     Raises DataError for anything else under its name.
@@ -243,7 +243,7 @@ def _pyarrow() -> tuple[Any, Any]:
     return require("pyarrow", "--shards parquet"), importlib.import_module("pyarrow.parquet")
 
 
-FORMATS: dict[Kind, Format] = {
+FORMATS: dict[ShardKind, Format] = {
     "npz": Format(".npz", _write_npz, _npz_fault),
     "png": Format("", _write_png, _png_fault),
     "wds": Format(".tar", _write_wds, _wds_fault),

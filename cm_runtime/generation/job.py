@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cm_runtime import __version__, sampling
 from cm_runtime.backends.base import Backend
+from cm_runtime.choices import BackendName, Precision, ShardKind
 from cm_runtime.errors import DataError, EngineError, OutOfMemoryError, OutputError, RequestError, data_error
 from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
@@ -28,16 +30,23 @@ from cm_runtime.files import atomic, streams
 from cm_runtime.files.workspaces import sweep
 from cm_runtime.generation import formats
 from cm_runtime.generation.prefetch import prefetch
-from cm_runtime.request import Output, Request, sampling_request
+from cm_runtime.request import INDICES, Draw, Output, Request, sampling_request
 from cm_runtime.sampling import Batch
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 NEXT = "manifest.next.json"  # of the job that a folder is growing into; it becomes the manifest when all is there
-INDICES = 1 << 64
 MOST_IMAGES = 1_000_000_000  # in a shard
 MOST_LABELS = 1 << 18
 _LARGEST = 4 << 20  # bytes of a manifest
 AHEAD = 2  # micro-batches that are drawn before the one that is being written is
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Files that a folder is filled with: their kind, and the images in each."""
+
+    kind: ShardKind = "npz"
+    size: int = 1000
 
 
 class Job(BaseModel):
@@ -55,12 +64,12 @@ class Job(BaseModel):
     count: int
     labels: Literal["all", "random"] | tuple[int, ...] | None
     output: Output
-    format: formats.Kind
+    format: ShardKind
     shard_size: int
     micro_batch: int = Field(ge=1)
-    backend: str
+    backend: BackendName
     device: Literal["cpu", "cuda"]
-    precision: str
+    precision: Precision
     threads: int
     versions: tuple[str, ...] = Field(description="of the packages that compute or write")
 
@@ -85,6 +94,29 @@ class Job(BaseModel):
                 raise ValueError(f"a picture has 1 or 3 channels, not {self.image_shape[0]}; take --shards npz")
         return self
 
+    @classmethod
+    def from_request(cls, engine: Backend, request: Request, model: Path, shards: Shards, threads: int) -> Job:
+        """The job of drawing a request with an engine that was opened from ``model`` with ``threads``.
+
+        Raises RequestError for what cannot be shards of that kind.
+        """
+        values = {field.name: getattr(request, field.name) for field in fields(Draw)}
+        for field in fields(Draw):
+            if field.name not in (*cls.model_fields, "steps") and values.pop(field.name) != field.default:
+                raise RequestError(f"shards are drawn without another {field.name}")
+        del values["steps"]  # their number is that of the noise levels
+        try:
+            return cls(
+                **_traits(engine, shards.kind),
+                **values,
+                file_sha256=identity(model),
+                format=shards.kind,
+                shard_size=shards.size,
+                threads=threads,
+            )
+        except ValidationError as error:
+            raise RequestError(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from error
+
     @property
     def place(self) -> Literal["cpu", "cuda:0"]:
         """The device as `backends.load` takes it."""
@@ -96,25 +128,6 @@ class Job(BaseModel):
         return range(-(-self.count // self.shard_size))
 
 
-def of(engine: Backend, chosen: Request, model: Path, kind: formats.Kind, shard_size: int, threads: int) -> Job:
-    """The job of drawing a request with an engine that was opened from ``model`` with ``threads``.
-
-    Raises RequestError for what cannot be shards of that kind.
-    """
-    try:
-        return Job(
-            **_traits(engine, kind),
-            file_sha256=identity(model),
-            **{name: getattr(chosen, name) for name in ("sigmas", "seed", "start", "count", "labels", "output")},
-            format=kind,
-            shard_size=shard_size,
-            micro_batch=chosen.micro_batch,
-            threads=threads,
-        )
-    except ValidationError as error:
-        raise RequestError(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from error
-
-
 def identity(model: Path) -> str:
     """The SHA-256 of a model's file, or over those of a folder's.
 
@@ -122,10 +135,10 @@ def identity(model: Path) -> str:
     """
     if not model.is_dir():
         return atomic.sha256(model)
-    told = [
+    lines = [
         f"{atomic.sha256(each)}  {each.relative_to(model)}\n" for each in sorted(model.rglob("*")) if each.is_file()
     ]
-    return hashlib.sha256("".join(told).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def size(job: Job, number: int) -> int:
@@ -133,7 +146,7 @@ def size(job: Job, number: int) -> int:
     return min(job.shard_size, job.count - number * job.shard_size)
 
 
-def missing(job: Job, folder: Path) -> list[int]:
+def missing_shards(job: Job, folder: Path) -> list[int]:
     """The shards that are not there. Raises DataError for a file under a shard's name that is not whole.
 
     The last shard of a folder that grows is missing until it has its images of the larger job.
@@ -141,7 +154,7 @@ def missing(job: Job, folder: Path) -> list[int]:
     return [number for number in job.numbers if not _is_there(job, number, folder)]
 
 
-def make(engine: Backend, job: Job, number: int, folder: Path) -> None:
+def make_shard(engine: Backend, job: Job, number: int, folder: Path) -> None:
     """Draws one shard and writes it, whole or not at all, unless it is there.
 
     Any number of processes may do so in one folder: those that are at the same shard write the same bytes. Raises
@@ -155,7 +168,7 @@ def make(engine: Backend, job: Job, number: int, folder: Path) -> None:
 def run(engine: Backend, job: Job, folder: Path, numbers: Sequence[int]) -> Iterator[int]:
     """Draws shards and writes them beside the drawing of what follows; yields the number of each that is there."""
     _check(engine, job)
-    parts = prefetch((part for number in numbers for part in drawn(engine, job, number)), AHEAD)
+    parts = prefetch((part for number in numbers for part in draw_shard(engine, job, number)), AHEAD)
     with closing(parts):
         for number in numbers:
             batches = -(-size(job, number) // job.micro_batch)
@@ -164,35 +177,34 @@ def run(engine: Backend, job: Job, folder: Path, numbers: Sequence[int]) -> Iter
             yield number
 
 
-def drawn(engine: Backend, job: Job, number: int) -> Iterator[Batch]:
+def draw_shard(engine: Backend, job: Job, number: int) -> Iterator[Batch]:
     """The images of one shard. Raises OutOfMemoryError where the engine would go on with smaller micro-batches."""
     first, count = job.start + number * job.shard_size, size(job, number)
-    filled = -(-count // job.micro_batch) * job.micro_batch
-    chosen = sampling_request(
-        engine.manifest,
-        filled,
+    images = -(-count // job.micro_batch) * job.micro_batch  # the last micro-batch filled
+    draw = Draw(
+        count=images,
         sigmas=job.sigmas,
         seed=job.seed,
-        start=min(first, INDICES - filled),
+        start=min(first, INDICES - images),
         labels=job.labels,
         micro_batch=job.micro_batch,
         output=job.output,
     )
-    for part in sampling.batches(engine, chosen):
+    for part in sampling.batches(engine, sampling_request(engine.manifest, draw)):
         if len(part.index) != job.micro_batch:
             raise OutOfMemoryError(
                 f"no memory for {quantity(job.micro_batch, 'image')} at once: give a smaller --micro-batch"
             )
         at = int(part.index[0])
-        wanted = slice(max(first - at, 0), first + count - at)
-        labels = None if part.labels is None else part.labels[wanted]
-        yield Batch(part.index[wanted], labels, part.images[wanted])
+        inside = slice(max(first - at, 0), first + count - at)
+        labels = None if part.labels is None else part.labels[inside]
+        yield Batch(part.index[inside], labels, part.images[inside])
 
 
 # The folder
 
 
-def kept(folder: Path, name: str = MANIFEST) -> Job | None:
+def load_job(folder: Path, name: str = MANIFEST) -> Job | None:
     """The job that a folder holds, if any. Raises DataError."""
     where = folder / name
     if not os.path.lexists(where):
@@ -206,24 +218,24 @@ def kept(folder: Path, name: str = MANIFEST) -> Job | None:
 
 
 @contextmanager
-def opened(job: Job, folder: Path, *, force: bool = False) -> Iterator[list[int]]:
+def open_folder(job: Job, folder: Path, *, force: bool = False) -> Iterator[list[int]]:
     """The job's folder, made if need be, for one process at a time; yields the shards that it lacks.
 
     The block makes them, and when it ends well SHA256SUMS is written. A folder whose job differs in a smaller count
     alone grows: its full shards stay, and until the larger job is finished the smaller one can be gone on with.
     force: shards of another job are removed. Raises OutputError where another process has the folder, or it holds
-    another job; DataError as `missing`.
+    another job; DataError as `missing_shards`.
     """
-    with _writing(folder):
+    with _folder_errors(folder):
         folder.mkdir(exist_ok=True)
         atomic.check_writable(folder / MANIFEST)
     with atomic.claim(folder):
-        with _writing(folder):
+        with _folder_errors(folder):
             sweep(folder)
             _settle(job, folder, force)
-        todo = missing(job, folder)
+        todo = missing_shards(job, folder)
         yield todo
-        with _writing(folder):
+        with _folder_errors(folder):
             if (folder / NEXT).exists():
                 os.replace(folder / NEXT, folder / MANIFEST)
             if todo or not (folder / SUMS).exists():
@@ -231,7 +243,7 @@ def opened(job: Job, folder: Path, *, force: bool = False) -> Iterator[list[int]
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _folder_errors(folder: Path) -> Iterator[None]:
     """What the system says of a folder, as an OutputError."""
     try:
         yield
@@ -241,7 +253,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _settle(job: Job, folder: Path, force: bool) -> None:
     """Leaves the folder with this job's manifest, or one that it grows from, and no shard of another."""
-    old, later = kept(folder), kept(folder, NEXT)
+    old, later = load_job(folder), load_job(folder, NEXT)
     if old is None and any(folder.glob("shard-*")):
         raise OutputError(f"{folder} holds shards without their {MANIFEST}; give another folder")
     if old is None:
@@ -249,7 +261,7 @@ def _settle(job: Job, folder: Path, force: bool) -> None:
         _write_manifest(job, folder / MANIFEST)
     elif not _grows(old, job):
         if not force:
-            raise OutputError(f"{folder} holds another job: {_apart(old, job)}; give another folder, or --force")
+            raise OutputError(f"{folder} holds another job: {_differences(old, job)}; give another folder, or --force")
         (folder / SUMS).unlink(missing_ok=True)
         for each in (later, old):  # the manifest goes last, for as long as there are any that it describes
             if each:
@@ -288,9 +300,9 @@ def _write_manifest(job: Job, where: Path) -> None:
         temporary.write_text(job.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def _apart(old: Job, new: Job) -> str:
-    """In which of their fields two jobs differ."""
-    told = []
+def _differences(old: Job, new: Job) -> str:
+    """Name the fields in which two jobs differ."""
+    differences = []
     for name in Job.model_fields:
         was, now = getattr(old, name), getattr(new, name)
         if name == "versions":
@@ -298,8 +310,8 @@ def _apart(old: Job, new: Job) -> str:
         elif name.endswith("sha256"):
             was, now = was[:12], now[:12]
         if getattr(old, name) != getattr(new, name):
-            told.append(f"its {name.replace('_', ' ')} {'are' if name.endswith('s') else 'is'} {was}, not {now}")
-    return ", ".join(told)
+            differences.append(f"its {name.replace('_', ' ')} {'are' if name.endswith('s') else 'is'} {was}, not {now}")
+    return ", ".join(differences)
 
 
 def _write_sums(job: Job, folder: Path) -> None:
@@ -314,7 +326,7 @@ def _is_there(job: Job, number: int, folder: Path) -> bool:
     try:
         return _is_whole(job, number, folder)
     except DataError:
-        old = kept(folder)
+        old = load_job(folder)
         if old and _grows(old, job) and _holds(old, number, folder):
             return False
         raise
@@ -342,7 +354,7 @@ def _contents(job: Job, number: int) -> formats.Contents:
 # The engine
 
 
-def _traits(engine: Backend, kind: formats.Kind) -> dict[str, Any]:
+def _traits(engine: Backend, kind: ShardKind) -> dict[str, Any]:
     """What of an engine, and of what writes its images, determines their bytes."""
     versions = [f"cm-runtime {__version__}", engine.version, f"numpy {np.__version__}"]
     if kind != "npz":
@@ -362,4 +374,4 @@ def _traits(engine: Backend, kind: formats.Kind) -> dict[str, Any]:
 def _check(engine: Backend, job: Job) -> None:
     here = job.model_copy(update=_traits(engine, job.format))
     if here != job:
-        raise EngineError(f"this engine does not make the bytes of the job: {_apart(job, here)}")
+        raise EngineError(f"this engine does not make the bytes of the job: {_differences(job, here)}")

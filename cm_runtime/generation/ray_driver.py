@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from cm_runtime import backends
 from cm_runtime.backends.base import Backend
 from cm_runtime.errors import CmRuntimeError, EngineError
-from cm_runtime.generation.job import Job, identity, make
+from cm_runtime.generation.job import Job, identity, make_shard
 from cm_runtime.generation.ray_runner import Answer, Asked
 
 LIVES = 3  # workers that one shard may cost
@@ -74,7 +74,7 @@ class Worker:
     @cached_property
     def engine(self) -> Backend:
         job = self.job
-        engine = backends.load(self.model, job.backend, job.place, job.threads, job.precision)  # type: ignore[arg-type]
+        engine = backends.load(self.model, job.backend, job.place, job.threads, job.precision)
         if identity(self.model) != job.file_sha256:
             raise EngineError(f"{self.model} is another model here than where the job was given")
         return engine
@@ -87,7 +87,7 @@ class Worker:
         try:
             if ray.get(self.begun.again.remote(number)) > LIVES:
                 raise EngineError(f"{LIVES} workers died over shard {number}, of too little memory perhaps")
-            make(self.engine, self.job, number, self.folder)
+            make_shard(self.engine, self.job, number, self.folder)
         except CmRuntimeError as failure:
             error = f"worker on {socket.gethostname()}: {failure}"
         return {"number": number, "error": error}

@@ -6,8 +6,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from cm_runtime.choices import Form
 from cm_runtime.networks.unet import UNet, UNetConfig
-from cm_runtime.precond import Form, Precond, precond
+from cm_runtime.precond import Precond, precond
 from cm_runtime.schedule import LARGEST, SMALLEST, NoiseRange
 
 

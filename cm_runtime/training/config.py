@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cm_runtime.choices import Form
 from cm_runtime.errors import ConfigError
 from cm_runtime.files import streams, toml
 from cm_runtime.networks.unet import NetworkShape
-from cm_runtime.precond import Form
 from cm_runtime.schedule import GRID_LIMIT
 
 PRESETS = Path(__file__).parent / "presets"

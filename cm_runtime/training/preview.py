@@ -10,6 +10,7 @@ from cm_runtime.backends.torch import TorchBackend
 from cm_runtime.checkpoints.native import Checkpoint
 from cm_runtime.manifest import TrainingSummary
 from cm_runtime.networks.consistency import ConsistencyModel
+from cm_runtime.request import Draw
 from cm_runtime.sampling import to_uint8
 
 
@@ -20,7 +21,7 @@ def draw(model: ConsistencyModel, method: str, count: int, seed: int) -> NDArray
     manifest = Checkpoint(config=config, default_ema="", ema={}, training=training).manifest()
     denoiser = TorchBackend(model, manifest, str(next(model.parameters()).device))
     if not manifest.is_teacher:
-        return sampling.sample(denoiser, count, seed=seed)
+        return sampling.draw_images(denoiser, Draw(count=count, seed=seed))
     index = np.arange(count)
     z = noise.normal(seed, index, 0, config.image_shape)
     label = index % config.network.num_classes if config.network.num_classes else None

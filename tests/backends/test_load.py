@@ -40,7 +40,7 @@ def test_reprs_are_a_line(boundary: exports.Files, edm: exports.Files) -> None:
     )
     assert repr(model.manifest) == str(model.manifest) == manifest
     assert "config" not in repr(read_manifest(DEFAULT_MODEL).training)
-    stream = cm.stream(model, 3, batch=2)
+    stream = cm.stream(model, 3, micro_batch=2)
     assert str(model) in repr(stream) and len(repr(stream)) < 300
     assert repr(next(iter(stream))) == "Batch(index 0 to 1, labels (2,), images (2, 8, 8, 3) uint8)"
     checkpoint = cm.load_checkpoint(boundary.checkpoint)

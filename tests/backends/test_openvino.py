@@ -15,7 +15,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cm_runtime import export, noise, onnx_graph, sampling
+import cm_runtime as cm
+from cm_runtime import export, noise, onnx_graph
 from cm_runtime.backends import openvino as module
 from cm_runtime.backends.openvino import OpenVinoBackend, split
 from cm_runtime.backends.torch import TorchBackend
@@ -81,7 +82,7 @@ def test_a_sampler_draws_what_the_loop_draws(each: exports.Files, tmp_path: Path
         z = noise.normals(1, np.arange(n, dtype=np.uint64), 2, engine.manifest.image_shape)
         label = inputs(engine.manifest, n)[2]
         listed = None if label is None else label.tolist()
-        wanted = sampling.sample(torch, noise=z, sigmas=(80.0, 1.5), labels=listed, batch=n)
+        wanted = cm.sample(torch, noise=z, sigmas=(80.0, 1.5), labels=listed, micro_batch=n)
         found = engine.draw(z, label)
         assert found.flags.writeable
         if precision == "fp32":

@@ -19,7 +19,9 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.cli import image_sources, main
+from cm_runtime.cli.options import DrawFlags
 from cm_runtime.errors import ArtifactError, EngineError
 from cm_runtime.files.atomic import claim
 
@@ -351,7 +353,9 @@ def test_a_sampler_that_makes_nonsense_writes_nothing(
     assert contents(tmp_path).keys() - before.keys() <= {"shards/manifest.json"}  # of a job that may be resumed
     with pytest.raises(EngineError, match="not finite"):  # what eval measures
         list(
-            image_sources.drawn(tmp_path / "nan.onnx", image_sources.Drawing(count=8, backend=engine), "cpu", 1).batches
+            image_sources.draw_images(
+                tmp_path / "nan.onnx", DrawFlags(count=8), EngineOptions(engine, "cpu", threads=1)
+            ).batches
         )
 
 

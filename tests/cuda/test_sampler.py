@@ -31,7 +31,7 @@ from cm_runtime.cuda import context, sampler
 from cm_runtime.cuda.sampler import OnDevice
 from cm_runtime.errors import EngineError, MissingExtraError, OutOfMemoryError, RequestError
 from cm_runtime.manifest import read_manifest
-from cm_runtime.request import sampling_request
+from cm_runtime.request import Draw, sampling_request
 
 CONTENT = b"what the builder made"
 GRAPHS = ("denoiser", "network", "sampler")
@@ -140,7 +140,13 @@ def test_it_draws_what_the_host_draws(
         model = opened(engine, gpu, each, written(each, tmp_path / f"{steps}.onnx", graph, steps), monkeypatch)
         host = OrtBackend(each.onnx)
         for seed, start, listed in ((0, 0, [0, 1, 2]), ((1 << 64) - 1, (1 << 33) - 2, [4])):
-            options: Any = {"steps": steps, "seed": seed, "start": start, "labels": labels(each, listed), "batch": 3}
+            options: Any = {
+                "steps": steps,
+                "seed": seed,
+                "start": start,
+                "labels": labels(each, listed),
+                "micro_batch": 3,
+            }
             found = cm.sample(model, 7, **options)
             wanted = cm.sample(host, 7, **options)
             assert found.dtype == np.uint8
@@ -156,13 +162,13 @@ def test_a_sampler_whose_numbers_are_not_finite_is_an_error(
     gpu: stand_in_gpu.Gpu, edm: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     """By the flags that leave with the images; a file without them draws what one with them does."""
-    good = cm.sample(opened(engine, gpu, edm, edm.sampler, monkeypatch), 7, batch=3)
+    good = cm.sample(opened(engine, gpu, edm, edm.sampler, monkeypatch), 7, micro_batch=3)
     old = exports.without_finite(edm.sampler, tmp_path / "old.onnx")
-    assert np.array_equal(cm.sample(opened(engine, gpu, edm, old, monkeypatch), 7, batch=3), good)
+    assert np.array_equal(cm.sample(opened(engine, gpu, edm, old, monkeypatch), 7, micro_batch=3), good)
     path = exports.with_weight(edm.sampler, tmp_path / "m.onnx", exports.LAST, np.nan, 1)
     model = opened(engine, gpu, edm, path, monkeypatch)
     with pytest.raises(EngineError, match=r"not finite; .* \(3 of 3 images\)$"):
-        cm.sample(model, 7, batch=3)
+        cm.sample(model, 7, micro_batch=3)
     if engine == "tensorrt":  # and where its images go through the host
         with pytest.raises(EngineError, match=r"not finite; .* \(5 of 5 images\)$"):
             model.draw(noise.normals(0, np.arange(5, dtype=np.uint64), 2, (1, 8, 8)))
@@ -171,7 +177,7 @@ def test_a_sampler_whose_numbers_are_not_finite_is_an_error(
 def test_torch_does_so_too(gpu: stand_in_gpu.Gpu, each: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """F by the module, everything else by the kernels."""
     model = opened("torch", gpu, each, each.onnx, monkeypatch)
-    options: Any = {"steps": 2, "seed": 3, "labels": labels(each, [4, 0, 2]), "batch": 3}
+    options: Any = {"steps": 2, "seed": 3, "labels": labels(each, [4, 0, 2]), "micro_batch": 3}
     found, wanted = cm.sample(model, 7, **options), cm.sample(OrtBackend(each.onnx), 7, **options)
     assert np.abs(found.astype(int) - wanted).max() <= 1
 
@@ -181,7 +187,7 @@ def test_a_network_in_half_types_reads_half_types(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network", precision=precision), monkeypatch)
-    found = cm.sample(model, 5, batch=4)
+    found = cm.sample(model, 5, micro_batch=4)
     wanted = cm.sample(OrtBackend(boundary.onnx), 5)
     assert "cm_step_half_float_nchw" in gpu.log
     assert np.abs(found.astype(int) - wanted).max() <= 4
@@ -197,7 +203,7 @@ def test_noise_levels_clip_and_output_arrive(
     host = OrtBackend(boundary.onnx)
     for sigmas in ((80.0, 24.0), (80.0, 0.6)):
         for clip in (True, False):
-            options: Any = {"sigmas": sigmas, "clip": clip, "output": "float32", "batch": 2}
+            options: Any = {"sigmas": sigmas, "clip": clip, "output": "float32", "micro_batch": 2}
             found, wanted = cm.sample(model, 4, **options), cm.sample(host, 4, **options)
             assert found.dtype == np.float32
             assert np.abs(found - wanted).max() < 1e-4
@@ -211,7 +217,7 @@ def test_the_callers_noise_is_used(
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", graph), monkeypatch)
     z = noise.normals(5, np.arange(7, dtype=np.uint64), 2, model.manifest.image_shape)
-    found = cm.sample(model, noise=z, batch=3)
+    found = cm.sample(model, noise=z, micro_batch=3)
     assert np.abs(found.astype(int) - cm.sample(OrtBackend(boundary.onnx), noise=z)).max() <= 1
 
 
@@ -219,8 +225,8 @@ def test_a_thread_that_draws_ahead_has_the_context(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "sampler"), monkeypatch)
-    found = np.concatenate([part.images for part in cm.stream(model, 7, batch=3)])
-    assert np.array_equal(found, cm.sample(model, 7, batch=3))
+    found = np.concatenate([part.images for part in cm.stream(model, 7, micro_batch=3)])
+    assert np.array_equal(found, cm.sample(model, 7, micro_batch=3))
     assert set(gpu.context.threads.values()) == {0, 1}
     assert gpu.context.threads[threading.get_ident()] == 1
 
@@ -260,7 +266,13 @@ def test_edits_stay_there_too(
     for name, edit in edits(each.onnx, rng).items():
         gpu.log.clear()
         for seed, listed in ((3, [1, 4, 0]), (2**64 - 1, [2, 2, 3])):
-            options: Any = {"seed": seed, "index": 2**32 - 2, "answers": 2, "label": labels(each, listed), "batch": 4}
+            options: Any = {
+                "seed": seed,
+                "start": 2**32 - 2,
+                "answers": 2,
+                "labels": labels(each, listed),
+                "micro_batch": 4,
+            }
             found, wanted = (edit(on, output="float32", **options) for on in (model, host))
             assert np.abs(found - wanted).max() < 1e-4, name
             assert np.abs(edit(model, **options).astype(int) - edit(host, **options)).max() <= 1
@@ -283,7 +295,7 @@ def test_an_edit_of_a_network_in_half_types_begins_with_what_it_was_given(
     y = rng.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     hole = rng.integers(0, 2, (8, 8))
     found, wanted = (
-        editing.inpaint(on, y, hole, label=1, output="float32", steps=2) for on in (model, OrtBackend(boundary.onnx))
+        editing.inpaint(on, y, hole, labels=1, output="float32", steps=2) for on in (model, OrtBackend(boundary.onnx))
     )
     np.testing.assert_array_equal(found[:, hole == 0], y[:, hole == 0])
     assert np.abs(found - wanted).max() < 0.05
@@ -294,7 +306,7 @@ def test_patches_are_of_what_the_kernels_have(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "denoiser"), monkeypatch)
-    made = editing.superres(model, np.zeros((1, 1, 1, 3), np.float32), 8, label=0, output="float32")
+    made = editing.superres(model, np.zeros((1, 1, 1, 3), np.float32), 8, labels=0, output="float32")
     assert np.abs(made.mean(axis=(1, 2))).max() < 1e-5
     assert any(line.startswith("cm_finish_patch") for line in gpu.log)
 
@@ -303,7 +315,7 @@ def test_a_step_is_one_launch(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
-    cm.sample(model, 4, steps=3, batch=4)
+    cm.sample(model, 4, steps=3, micro_batch=4)
     launched = [line for line in gpu.log if line.startswith("cm_")]
     once = ["cm_first_noise_float_nchw", *["cm_step_float_nchw"] * 2, "cm_finish_float_nchw"]
     assert launched == [*once, *once]  # as it is, and into the graph
@@ -314,7 +326,7 @@ def test_the_next_batch_is_on_its_way_while_one_leaves(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
-    chosen = sampling_request(model.manifest, 20, micro_batch=4)
+    chosen = sampling_request(model.manifest, Draw(count=20, micro_batch=4))
     parts = sampling.batches(model, chosen)
     next(parts)
     for later in range(4):
@@ -330,7 +342,7 @@ def test_a_caller_that_stops_early_leaves_nothing_behind(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
-    chosen = sampling_request(model.manifest, 20, micro_batch=4)
+    chosen = sampling_request(model.manifest, Draw(count=20, micro_batch=4))
     parts = sampling.batches(model, chosen)
     first = next(parts)
     parts.close()
@@ -344,7 +356,7 @@ def test_images_that_nobody_asks_for_any_more_are_no_error(
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
     z = noise.normals(5, np.arange(12, dtype=np.uint64), 2, model.manifest.image_shape)
     z[1, 6, 0, 0, 0] = np.inf
-    parts = sampling.batches(model, sampling_request(model.manifest, 12, micro_batch=4), z)
+    parts = sampling.batches(model, sampling_request(model.manifest, Draw(count=12, micro_batch=4)), z)
     next(parts)
     parts.close()
 
@@ -369,7 +381,7 @@ def test_an_engine_that_takes_no_fewer_is_given_more(
     model = on_tensorrt(gpu, path, monkeypatch, Profile(min=3, opt=4, max=5))
     assert np.abs(cm.sample(model, 1).astype(int) - cm.sample(OrtBackend(boundary.onnx), 1)).max() <= 1
     with pytest.raises(RequestError, match=r"takes batches of 3:4:5 .* not 6"):
-        cm.sample(model, 6, batch=6)
+        cm.sample(model, 6, micro_batch=6)
 
 
 # Failures
@@ -382,12 +394,12 @@ def test_a_model_whose_images_are_not_finite_is_refused(
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
     z = noise.normals(5, np.arange(8, dtype=np.uint64), 2, model.manifest.image_shape)
     z[1, 6, 0, 0, 0] = np.inf
-    chosen = sampling_request(model.manifest, 8, micro_batch=4)
+    chosen = sampling_request(model.manifest, Draw(count=8, micro_batch=4))
     parts = sampling.batches(model, chosen, z)
     next(parts)
     with pytest.raises(EngineError, match="output is not finite"):
         next(parts)
-    assert np.isfinite(cm.sample(model, 4, batch=4)).all()  # the flag is cleared
+    assert np.isfinite(cm.sample(model, 4, micro_batch=4)).all()  # the flag is cleared
 
 
 def test_where_memory_does_not_last_the_batch_halves_and_says_so(
@@ -400,7 +412,7 @@ def test_where_memory_does_not_last_the_batch_halves_and_says_so(
     model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
     gpu.room = 30_000
     with caplog.at_level(logging.WARNING, "cm_runtime"):
-        found = cm.sample(model, 21, batch=16)
+        found = cm.sample(model, 21, micro_batch=16)
     lines = [record.getMessage() for record in caplog.records]
     assert lines and all("no memory left" in line and "\n" not in line for line in lines)
     assert lines[0].endswith("going on with 8 images at once in place of 16")

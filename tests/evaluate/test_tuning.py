@@ -20,8 +20,9 @@ from cm_runtime.evaluate.metrics import Observation
 from cm_runtime.evaluate.objective import FirstStep, FrechetObjective
 from cm_runtime.evaluate.statistics import Statistics
 from cm_runtime.evaluate.tuning import search
+from cm_runtime.generation.stream import sample
 from cm_runtime.manifest import Manifest
-from cm_runtime.sampling import sample
+from cm_runtime.request import Draw
 from cm_runtime.schedule import NoiseRange
 
 Levels = tuple[float, ...]
@@ -79,7 +80,7 @@ def test_every_candidate_is_one_a_sampler_takes(steps: int) -> None:
         seen.append(levels)
         return sum(levels[1:])  # towards sigma_min
 
-    search(greedy, steps, None, 0.1, 2.0)
+    search(greedy, steps, None, NoiseRange(0.1, 2.0))
     assert len(set(seen)) == len(seen)
     for levels in seen:
         assert levels[0] == 2.0 and levels[-1] > 0.1
@@ -120,12 +121,13 @@ def make(tmp_path: Path, make_manifest: Any) -> Callable[..., FrechetObjective]:
     """The objective of a model, its features pixels in [-1, 1], against the closed form of its data."""
     path = extractors.linear(tmp_path / "e.onnx", ("N", 2, 5, 1), kind=TensorProto.FLOAT)
     data = Observation(Statistics(np.zeros(10), 0.3**2 * np.eye(10)))
-    plain = {"count": 1000, "seed": 0, "labels": None, "micro_batch": 100, "shown": lambda parts, _: parts}
+    plain = {"count": 1000, "seed": 0, "labels": None, "micro_batch": 100}
 
-    def made(model: Any = None, **changes: Any) -> FrechetObjective:
+    def made(model: Any = None, track: Any = lambda parts, _: parts, **changes: Any) -> FrechetObjective:
         model = model or Scaler(make_manifest(image_shape=(1, 2, 5)))
         extractor = Extractor(path, value_range="-1:1", threads=1)
-        return FrechetObjective(model, extractor, data, **{**plain, **changes})
+        draw = Draw(**{**plain, **changes})  # type: ignore[arg-type]
+        return FrechetObjective(model, extractor, data, draw, track)
 
     return made
 
@@ -157,7 +159,7 @@ def test_batches_are_shown(make: Any) -> None:
         shown.append(sigmas)
         return parts
 
-    make(shown=show)((80.0, 1.0))
+    make(track=show)((80.0, 1.0))
     assert shown == [(80.0, 1.0)]
 
 
@@ -165,8 +167,8 @@ def test_the_first_step_is_remembered_and_the_same_to_the_bit(make_manifest: Any
     plain, counted = (Scaler(make_manifest(image_shape=(1, 2, 5))) for _ in range(2))
     memory = FirstStep(counted)
     for level in (0.5, 5.0):
-        expected = sample(plain, 20, sigmas=(80.0, level), batch=7, output="float32")
-        assert np.array_equal(sample(memory, 20, sigmas=(80.0, level), batch=7, output="float32"), expected)
+        expected = sample(plain, 20, sigmas=(80.0, level), micro_batch=7, output="float32")
+        assert np.array_equal(sample(memory, 20, sigmas=(80.0, level), micro_batch=7, output="float32"), expected)
     assert counted.asked.count(80.0) == 3 and plain.asked.count(80.0) == 6
     assert counted.asked.count(0.5) == counted.asked.count(5.0) == 3
 

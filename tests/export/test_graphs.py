@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto
 
 import cm_runtime as cm
-from cm_runtime import export, noise, sampling
+from cm_runtime import export, noise
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
@@ -53,7 +53,7 @@ def test_a_sampler_draws_what_the_loop_draws_with_a_denoiser(
         label = labels(sampler.manifest, n)
         listed = None if label is None else label.tolist()
         z = noise.normals(3, np.arange(n, dtype=np.uint64), steps, sampler.manifest.image_shape)
-        wanted = sampling.sample(denoiser, noise=z, sigmas=LEVELS[steps], labels=listed, batch=n)
+        wanted = cm.sample(denoiser, noise=z, sigmas=LEVELS[steps], labels=listed, micro_batch=n)
         found = sampler.draw(z, label)
         assert wanted.std() > 10
         assert np.abs(found.astype(int) - wanted).max() <= 1
@@ -277,7 +277,7 @@ def test_with_its_coefficients_around_it_the_network_graph_is_f(
         found = engine.denoise(sigma[:, None, None, None] * x, sigma, label)
         assert np.abs(found - wanted).max() < (1e-4 if precision == "fp32" else 0.05)
         if precision == "fp32":
-            images = cm.sample(engine, 5, batch=3)
+            images = cm.sample(engine, 5, micro_batch=3)
             assert np.abs(images.astype(int) - cm.sample(OrtBackend(each.onnx), 5)).max() <= 1
 
 

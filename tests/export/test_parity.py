@@ -10,11 +10,12 @@ from onnx import helper
 
 from cm_runtime import export
 from cm_runtime.checkpoints.native import read_checkpoint
+from cm_runtime.choices import Precision
 from cm_runtime.errors import ParityError
 from cm_runtime.export import graphs, parity, to_onnx
 from cm_runtime.export.builder import Graph
 from cm_runtime.export.graphs import denoiser
-from cm_runtime.manifest import Manifest, Precision, read_manifest
+from cm_runtime.manifest import Manifest, read_manifest
 from cm_runtime.networks.consistency import ConsistencyModel
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0

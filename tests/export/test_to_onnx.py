@@ -26,11 +26,12 @@ from onnx import TensorProto, helper, numpy_helper
 from cm_runtime import export
 from cm_runtime.backends import openvino
 from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
+from cm_runtime.choices import Precision
 from cm_runtime.errors import OutputError, RequestError
 from cm_runtime.export import graphs, parity, to_onnx, weights_file
 from cm_runtime.export.builder import Graph
 from cm_runtime.export.torch_exporter import detach
-from cm_runtime.manifest import Parity, Precision, read_manifest, write_manifest
+from cm_runtime.manifest import Parity, read_manifest, write_manifest
 from cm_runtime.networks.consistency import ConsistencyModel
 
 TOLERANCE = 1e-4

@@ -482,9 +482,9 @@ def _shard_folders(folder: Path) -> None:
 def shards(path: Path) -> None:
     from cm_runtime.generation import job
 
-    read = job.kept(path)
+    read = job.load_job(path)
     if read is not None:
-        job.missing(read, path)
+        job.missing_shards(read, path)
 
 
 def _runs(folder: Path) -> None:
@@ -567,6 +567,7 @@ def options(path: Path) -> None:
     from cm_runtime.backends import DEFAULT_MODEL
     from cm_runtime.backends.engine_file import profile
     from cm_runtime.cli import parsing
+    from cm_runtime.cli.options import DrawFlags
     from cm_runtime.errors import CmRuntimeError
     from cm_runtime.manifest import read_manifest
 
@@ -575,8 +576,8 @@ def options(path: Path) -> None:
         for parse in (
             parsing.labels,
             lambda text: parsing.numbers("--sigmas", text),
-            lambda text: parsing.levels(m, None, None, text, None, 40),
-            lambda text: parsing.levels(m, None, None, None, text, 40),
+            lambda text: DrawFlags(ts=text, grid=40).levels(m),
+            lambda text: DrawFlags(timesteps=text, grid=40).levels(m),
             lambda text: parsing.micro_batch(text, 256, 64),
             lambda text: parsing.share("--fail-above", text),
             profile,

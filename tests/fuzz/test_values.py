@@ -15,7 +15,7 @@ from cm_runtime.bench import results
 from cm_runtime.bench.report import quality
 from cm_runtime.errors import CmRuntimeError
 from cm_runtime.manifest import Manifest, parse_manifest
-from cm_runtime.request import sampling_request
+from cm_runtime.request import Draw, sampling_request
 from cm_runtime.training.config import parse_config
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([2**63, 2**64, 10**400, 1e308, 1e-320])
@@ -81,7 +81,7 @@ def test_results_and_reports(tmp_path: Path, value: Any) -> None:
 @QUICK
 @given(JSON | st.sets(st.integers()) | st.binary(max_size=4))
 def test_labels(value: Any) -> None:
-    chosen = one_line(lambda: sampling_request(Manifest(**PLAIN), 4, labels=value, micro_batch=2))
+    chosen = one_line(lambda: sampling_request(Manifest(**PLAIN), Draw(count=4, labels=value, micro_batch=2)))
     if chosen is not None and value is not None and not isinstance(value, str | dict):
         given_labels = value if isinstance(value, list) else [value]
         assert all(type(each) is int and 0 <= each < 4 for each in given_labels)
@@ -92,4 +92,4 @@ def test_labels(value: Any) -> None:
 @given(value=JSON)
 def test_requests(option: str, value: Any) -> None:
     arguments = {"count": 4, "micro_batch": 2} | {option: value}
-    one_line(lambda: sampling_request(Manifest(**PLAIN), arguments.pop("count"), **arguments))
+    one_line(lambda: sampling_request(Manifest(**PLAIN), Draw(count=arguments.pop("count"), **arguments)))

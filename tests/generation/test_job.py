@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import cm_runtime as cm
 from cm_runtime import sampling
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.errors import DataError, EngineError, OutOfMemoryError, OutputError, RequestError
 from cm_runtime.generation import job as jobs
 from cm_runtime.generation.job import Job
-from cm_runtime.request import labels_of, sampling_request, split
+from cm_runtime.request import Draw, sampling_request, split
+from cm_runtime.sampling import labels_of
 
 Make = Callable[..., Job]
 
@@ -42,15 +44,15 @@ def make_job(engine: OrtBackend, model: Path) -> Make:
     def make(
         count: int = 20, shard_size: int = 7, kind: Any = "npz", micro_batch: int = 3, threads: int = 1, **request: Any
     ) -> Job:
-        chosen = sampling_request(engine.manifest, count, 1, micro_batch=micro_batch, **request)
-        return jobs.of(engine, chosen, model, kind, shard_size, threads)
+        chosen = sampling_request(engine.manifest, Draw(count=count, steps=1, micro_batch=micro_batch, **request))
+        return Job.from_request(engine, chosen, model, jobs.Shards(kind, shard_size), threads)
 
     return make
 
 
 def finished(engine: OrtBackend, job: Job, folder: Path, **options: Any) -> list[int]:
     """The shards that were drawn."""
-    with jobs.opened(job, folder, **options) as todo:
+    with jobs.open_folder(job, folder, **options) as todo:
         assert list(jobs.run(engine, job, folder, todo)) == todo
     return todo
 
@@ -79,10 +81,12 @@ def test_shards_together_are_what_sample_draws(
     job = make_job(count, shard_size, micro_batch=4, seed=5, start=2, labels="random")
     finished(engine, job, tmp_path)
     images, labels = arrays(tmp_path)
-    wanted = sampling.sample(engine, count, 1, seed=5, start=2, labels="random")
+    wanted = cm.sample(engine, count, 1, seed=5, start=2, labels="random")
     assert np.abs(images.astype(int) - wanted).max() <= 1
     index = np.arange(2, 2 + count, dtype=np.uint64)
-    chosen = sampling_request(engine.manifest, count, 1, seed=5, start=2, labels="random", micro_batch=4)
+    chosen = sampling_request(
+        engine.manifest, Draw(count=count, steps=1, seed=5, start=2, labels="random", micro_batch=4)
+    )
     expected = labels_of(chosen, index, exports.CLASSES)
     assert expected is not None and labels == expected.tolist()
     sizes = [jobs.size(job, number) for number in job.numbers]
@@ -93,7 +97,7 @@ def test_floats_are_what_sample_draws(engine: OrtBackend, make_job: Make, tmp_pa
     finished(engine, make_job(8, 5, micro_batch=5, output="float32"), tmp_path)
     images, _ = arrays(tmp_path)
     assert images.dtype == np.float32
-    assert np.abs(images - sampling.sample(engine, 8, 1, output="float32")).max() < 1e-5
+    assert np.abs(images - cm.sample(engine, 8, 1, output="float32")).max() < 1e-5
 
 
 @pytest.mark.parametrize("before_the_end", [1, 2, 5, 8, 20])
@@ -103,7 +107,7 @@ def test_the_last_indices_of_a_seed(engine: OrtBackend, make_job: Make, tmp_path
     finished(engine, make_job(before_the_end, 3, micro_batch=1000, start=start), tmp_path / "alone")
     job = make_job(before_the_end, 3, start=start).model_copy(update={"micro_batch": 8})
     finished(engine, job, tmp_path / "filled")
-    wanted = sampling.sample(engine, before_the_end, 1, start=start)
+    wanted = cm.sample(engine, before_the_end, 1, start=start)
     for name in ("alone", "filled"):
         images, labels = arrays(tmp_path / name)
         assert np.abs(images.astype(int) - wanted).max() <= 1
@@ -151,8 +155,8 @@ def test_only_what_is_missing_is_drawn_again_to_the_same_bytes(
     assert finished(engine, job, tmp_path) == [0, 1, 2]
     whole = contents(tmp_path)
     assert finished(engine, job, tmp_path) == []
-    jobs.shards.remove(jobs.shards.path(tmp_path, job.format, 1))
-    assert jobs.missing(job, tmp_path) == [1]
+    jobs.formats.remove(jobs.formats.path(tmp_path, job.format, 1))
+    assert jobs.missing_shards(job, tmp_path) == [1]
     assert finished(engine, job, tmp_path) == [1]
     assert contents(tmp_path) == whole
     done = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path, capture_output=True, text=True)
@@ -168,12 +172,12 @@ def test_a_shard_is_the_same_alone_in_any_order_and_in_many_threads_at_once(
     finished(engine, job, tmp_path / "in order")
     other = tmp_path / "at once"
     other.mkdir()
-    threads = [threading.Thread(target=jobs.make, args=(engine, job, n, other)) for n in (2, 0, 1, 2, 1, 0)]
+    threads = [threading.Thread(target=jobs.make_shard, args=(engine, job, n, other)) for n in (2, 0, 1, 2, 1, 0)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    jobs.make(engine, job, 1, other)
+    jobs.make_shard(engine, job, 1, other)
     before = contents(tmp_path / "in order")
     assert contents(other) == {name: content for name, content in before.items() if "/" in name}
 
@@ -201,7 +205,7 @@ def test_a_full_disk_keeps_finished_shards_and_a_later_run_goes_on(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = tmp_path / "full"
     with pytest.raises(OutputError, match=r"shard-000002.tar cannot be written: File too large"):  # noqa: SIM117
-        with jobs.opened(job, folder) as todo:
+        with jobs.open_folder(job, folder) as todo:
             try:
                 for number in jobs.run(engine, job, folder, todo):
                     if number == 1:
@@ -221,8 +225,8 @@ def test_a_half_written_shard_is_named_and_left_alone(engine: OrtBackend, make_j
     before = contents(tmp_path)
     for attempt in (
         lambda: finished(engine, job, tmp_path),
-        lambda: jobs.missing(job, tmp_path),
-        lambda: jobs.make(engine, job, 1, tmp_path),
+        lambda: jobs.missing_shards(job, tmp_path),
+        lambda: jobs.make_shard(engine, job, 1, tmp_path),
     ):
         with pytest.raises(DataError, match=r"shard-000001\.npz: is not the whole shard .*; remove it and run this"):
             attempt()
@@ -261,7 +265,7 @@ def test_a_folder_of_another_job_is_refused_and_replaced_if_forced(
         finished(engine, other, tmp_path)
     assert contents(tmp_path) == before
     assert finished(engine, other, tmp_path, force=True) == list(other.numbers)
-    assert jobs.kept(tmp_path) == other
+    assert jobs.load_job(tmp_path) == other
     assert "notes.txt" in contents(tmp_path)
     assert len(list(tmp_path.glob("shard-*"))) == len(other.numbers)
     assert finished(engine, other, tmp_path, force=True) == []
@@ -302,7 +306,7 @@ def test_a_manifest_of_any_numbers_is_one_line(
     text = json.dumps(json.loads(make_job().model_dump_json()) | change)
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=f"manifest.json: is no job of this version of cm-runtime .*{line}") as caught:
-        jobs.kept(tmp_path)
+        jobs.load_job(tmp_path)
     assert len(str(caught.value)) <= 1007
 
 
@@ -332,14 +336,14 @@ def test_a_manifest_that_is_no_file_of_moderate_size_is_refused_before_it_is_rea
 
 def test_a_second_run_into_a_folder_is_refused_at_once(engine: OrtBackend, make_job: Make, tmp_path: Path) -> None:
     job = make_job()
-    with jobs.opened(job, tmp_path) as todo:
+    with jobs.open_folder(job, tmp_path) as todo:
         left = tmp_path / ".cm-0a1b2c3d.npz"
         left.mkdir()
-        with pytest.raises(OutputError, match="another run is at work in it"), jobs.opened(job, tmp_path):
+        with pytest.raises(OutputError, match="another run is at work in it"), jobs.open_folder(job, tmp_path):
             pass
         assert left.exists()  # it may be what the first is writing
         for number in todo:
-            jobs.make(engine, job, number, tmp_path)
+            jobs.make_shard(engine, job, number, tmp_path)
     assert finished(engine, job, tmp_path) == []
 
 
@@ -349,7 +353,7 @@ def test_the_manifest_is_the_job_and_nothing_of_the_run(engine: OrtBackend, make
     told = json.loads((tmp_path / "manifest.json").read_text())
     assert (told["seed"], told["labels"], told["micro_batch"], told["backend"]) == (2**64 - 1, [4, 0], 3, "ort")
     assert told["versions"][1].startswith("onnxruntime ")
-    assert jobs.kept(tmp_path) == job
+    assert jobs.load_job(tmp_path) == job
 
 
 # Growth
@@ -379,8 +383,8 @@ def test_a_kill_during_growth_leaves_a_folder_that_either_command_completes(
     engine: OrtBackend, make_job: Make, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = small, _, large = [make_job(count, 2, kind, micro_batch=2) for count in (3, 4, 6)]
-    parts = {(job.count, number): list(jobs.drawn(engine, job, number)) for job in every for number in job.numbers}
-    monkeypatch.setattr(jobs, "drawn", lambda _, job, number: iter(parts[job.count, number]))  # no engine in forks
+    parts = {(job.count, number): list(jobs.draw_shard(engine, job, number)) for job in every for number in job.numbers}
+    monkeypatch.setattr(jobs, "draw_shard", lambda _, job, number: iter(parts[job.count, number]))  # no engine in forks
     whole = {}
     for job in every:
         finished(engine, job, tmp_path / f"{job.count}")
@@ -390,7 +394,7 @@ def test_a_kill_during_growth_leaves_a_folder_that_either_command_completes(
         for path in folder.glob("shard-*"):  # whole, as one of the two
             inside = {name: content for name, content in contents(folder).items() if name.startswith(path.name)}
             assert any(inside.items() <= whole[count].items() for count in (3, 6))
-        then = every[number % 3] if jobs.kept(folder) == small else large
+        then = every[number % 3] if jobs.load_job(folder) == small else large
         assert kills.runs(lambda each, then=then: finished(engine, then, each), folder)  # type: ignore[misc]
         assert contents(folder) == whole[then.count]
         assert not list(folder.glob(".cm-*"))
@@ -421,7 +425,7 @@ def test_another_engine_than_the_jobs_is_refused(engine: OrtBackend, make_job: M
         ({"versions": ("onnxruntime 1.0",)}, "its versions are onnxruntime 1.0, not"),
     ):
         with pytest.raises(EngineError, match=f"does not make the bytes of the job: {line}"):
-            jobs.make(engine, job.model_copy(update=change), 0, tmp_path)
+            jobs.make_shard(engine, job.model_copy(update=change), 0, tmp_path)
     assert os.listdir(tmp_path) == []
 
 

@@ -28,7 +28,7 @@ from cm_runtime.files.workspaces import TEMPORARY, sweep
 from cm_runtime.generation import job as jobs
 from cm_runtime.generation import ray_driver, ray_runner
 from cm_runtime.generation.job import Job
-from cm_runtime.request import sampling_request
+from cm_runtime.request import Draw, sampling_request
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,8 +56,8 @@ def engine() -> Backend:
 
 
 def work(engine: Backend, count: int, shard_size: int) -> Job:
-    chosen = sampling_request(engine.manifest, count, micro_batch=10)
-    return jobs.of(engine, chosen, backends.DEFAULT_MODEL, "npz", shard_size, 1)
+    chosen = sampling_request(engine.manifest, Draw(count=count, micro_batch=10))
+    return Job.from_request(engine, chosen, backends.DEFAULT_MODEL, jobs.Shards("npz", shard_size), 1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -74,7 +74,7 @@ def alone(engine: Backend, job: Job, tmp_path_factory: pytest.TempPathFactory) -
     """What one process makes of the job."""
     folder = tmp_path_factory.mktemp("alone")
     for number in job.numbers:
-        jobs.make(engine, job, number, folder)
+        jobs.make_shard(engine, job, number, folder)
     return contents(folder)
 
 

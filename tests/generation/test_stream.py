@@ -44,18 +44,18 @@ def threads() -> list[threading.Thread]:
 
 
 def test_batches_are_what_sample_draws(engine: OrtBackend) -> None:
-    batches = list(cm.stream(engine, 20, 3, start=5, batch=8, steps=1, labels=[4, 0, 1]))
+    batches = list(cm.stream(engine, 20, 3, start=5, micro_batch=8, steps=1, labels=[4, 0, 1]))
     assert [len(batch.index) for batch in batches] == [8, 8, 4]
     assert np.concatenate([batch.index for batch in batches]).tolist() == list(range(5, 25))
     assert all(batch.labels is not None for batch in batches)
     assert [int(label) for batch in batches for label in batch.labels] == [[4, 0, 1][i % 3] for i in range(5, 25)]  # type: ignore[union-attr]
     images = np.concatenate([batch.images for batch in batches])
-    wanted = cm.sample(engine, 20, 1, seed=3, start=5, batch=8, labels=[4, 0, 1])
+    wanted = cm.sample(engine, 20, 1, seed=3, start=5, micro_batch=8, labels=[4, 0, 1])
     assert images.dtype == np.uint8 and np.array_equal(images, wanted)
 
 
 def test_a_mapping_of_labels_ends_a_stream(engine: OrtBackend) -> None:
-    batches = list(cm.stream(engine, start=3, batch=4, steps=1, labels={4: 3, 1: 2}))
+    batches = list(cm.stream(engine, start=3, micro_batch=4, steps=1, labels={4: 3, 1: 2}))
     assert [int(label) for batch in batches for label in batch.labels] == [4, 4, 4, 1, 1]  # type: ignore[union-attr]
     with pytest.raises(RequestError, match="labels are for 5 images, but 6 are asked for"):
         cm.stream(engine, 6, labels={4: 3, 1: 2})
@@ -82,25 +82,25 @@ def test_what_is_no_model_is_refused_in_a_line() -> None:
 
 
 def test_every_option_arrives(engine: OrtBackend) -> None:
-    usual = next(iter(cm.stream(engine, batch=3)))
+    usual = next(iter(cm.stream(engine, micro_batch=3)))
     changes: list[dict[str, Any]] = [{"seed": 1}, {"start": 9}, {"steps": 1}, {"sigmas": (80.0, 1.0)}, {"labels": 4}]
     for change in [*changes, {"output": "float32"}]:
-        assert not np.array_equal(next(iter(cm.stream(engine, batch=3, **change))).images, usual.images), change
-    floats: dict[str, Any] = {"batch": 3, "output": "float32", "sigmas": (80.0, 0.5)}
+        assert not np.array_equal(next(iter(cm.stream(engine, micro_batch=3, **change))).images, usual.images), change
+    floats: dict[str, Any] = {"micro_batch": 3, "output": "float32", "sigmas": (80.0, 0.5)}
     clipped, free = (next(iter(cm.stream(engine, clip=clip, **floats))).images for clip in (True, False))
     assert np.array_equal(clipped, np.clip(free, -1, 1)) and not np.array_equal(clipped, free)
 
 
 def test_a_stream_begins_anew_each_time_and_has_no_end(engine: OrtBackend) -> None:
-    stream = cm.stream(engine, batch=2, steps=1)
+    stream = cm.stream(engine, micro_batch=2, steps=1)
     first, again = ([batch.index.tolist() for batch in islice(stream, 40)] for _ in range(2))
     assert first == again == [[2 * n, 2 * n + 1] for n in range(40)]
-    last = list(cm.stream(engine, batch=2, steps=1, start=2**64 - 3))
+    last = list(cm.stream(engine, micro_batch=2, steps=1, start=2**64 - 3))
     assert [int(index) for batch in last for index in batch.index] == [2**64 - 3, 2**64 - 2, 2**64 - 1]
 
 
 def test_a_reader_that_stops_leaves_no_thread(engine: OrtBackend) -> None:
-    for batch in cm.stream(engine, batch=2):
+    for batch in cm.stream(engine, micro_batch=2):
         assert batch.index.tolist() == [0, 1]
         assert len(threads()) == 1
         break
@@ -111,7 +111,7 @@ def test_no_more_batches_are_drawn_than_prefetched(engine: OrtBackend, monkeypat
     drawn = []
     evaluate = engine.evaluate
     monkeypatch.setattr(engine, "evaluate", lambda feed: drawn.append(1) or evaluate(feed))
-    batches = iter(cm.stream(engine, batch=2, steps=1, prefetch=3))
+    batches = iter(cm.stream(engine, micro_batch=2, steps=1, prefetch=3))
     next(batches)
     time.sleep(0.5)
     assert len(drawn) == 4
@@ -119,7 +119,7 @@ def test_no_more_batches_are_drawn_than_prefetched(engine: OrtBackend, monkeypat
 
 
 def test_errors_of_the_thread_come_to_the_reader(engine: OrtBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = iter(cm.stream(engine, batch=2, steps=1, prefetch=1))
+    batches = iter(cm.stream(engine, micro_batch=2, steps=1, prefetch=1))
     next(batches)
 
     def fail(feed: Any) -> Any:
@@ -138,7 +138,7 @@ def test_errors_of_the_thread_come_to_the_reader(engine: OrtBackend, monkeypatch
         ({"steps": 0}, "steps must be from 1 to 1000"),
         ({"labels": 5}, "from 0 to 4, not 5"),
         ({"seed": -1}, "seed must be from 0"),
-        ({"batch": 0}, "micro-batch must be from 1"),
+        ({"micro_batch": 0}, "micro-batch must be from 1"),
         ({"prefetch": 0}, "prefetch must be at least 1, not 0"),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_wrong_request_is_refused_at_once(engine: OrtBackend, path: Path, opti
 def test_ctrl_c_ends_a_program_that_reads_a_stream(path: Path, tmp_path: Path) -> None:
     script = (
         "import sys, cm_runtime as cm\n"
-        "for batch in cm.stream(sys.argv[1], batch=4):\n    print(batch.index[0], flush=True)\n"
+        "for batch in cm.stream(sys.argv[1], micro_batch=4):\n    print(batch.index[0], flush=True)\n"
     )
     words = [sys.executable, "-c", script, str(path)]
     running = subprocess.Popen(
@@ -172,8 +172,8 @@ def test_ctrl_c_ends_a_program_that_reads_a_stream(path: Path, tmp_path: Path) -
 
 
 def test_items_are_an_image_and_its_label(engine: OrtBackend, grey: Path) -> None:
-    items = list(cm.stream(engine, 5, steps=1, batch=2).dataset())
-    images = cm.sample(engine, 5, 1, batch=2)
+    items = list(cm.stream(engine, 5, steps=1, micro_batch=2).dataset())
+    images = cm.sample(engine, 5, 1, micro_batch=2)
     assert [label for _, label in items] == [0, 1, 2, 3, 4]
     assert all(image.dtype == torch.uint8 and image.is_contiguous() for image, _ in items)
     assert np.array_equal(torch.stack([image for image, _ in items]).permute(0, 2, 3, 1).numpy(), images)
@@ -191,7 +191,7 @@ if __name__ == "__main__":
     path, before, workers, target, *context = sys.argv[1:]
     if before:
         cm.sample(cm.load(path, before), 2)
-    dataset = cm.stream(path, 23, 7, steps=1, batch=4).dataset()
+    dataset = cm.stream(path, 23, 7, steps=1, micro_batch=4).dataset()
     how = {"multiprocessing_context": context[0]} if context else {}
     loaded = list(DataLoader(dataset, batch_size=5, num_workers=int(workers), timeout=60, **how))
     images, labels = (np.concatenate(each) for each in zip(*loaded))
@@ -215,7 +215,7 @@ def test_workers_share_the_images(
     assert ("auto does without openvino" in done.stderr) == (before == "openvino" and not context)
     with np.load(tmp_path / "x.npz") as loaded:
         images, labels = loaded["images"].transpose(0, 2, 3, 1).astype(int), loaded["labels"].tolist()
-    wanted = cm.sample(engine, 23, 1, seed=7, batch=4)
+    wanted = cm.sample(engine, 23, 1, seed=7, micro_batch=4)
     index = [int(np.abs(wanted - image).max(axis=(1, 2, 3)).argmin()) for image in images]
     assert sorted(index) == list(range(23))
     assert np.abs(wanted[index] - images).max() <= 1

@@ -12,7 +12,7 @@ from cm_runtime.cli.edit.stroke import stroke
 from cm_runtime.cli.edit.superres import superres
 
 app = typer.Typer(
-    help="Edit images with a consistency model, which needs no training for it. With classes, name theirs: --label.",
+    help="Edit images with a consistency model, which needs no training for it. With classes, name theirs: --labels.",
     no_args_is_help=True,
 )
 for command in (inpaint, colorize, superres, stroke, denoise, interpolate):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cm_runtime.cli.edit.session import How, Work, edit
-from cm_runtime.cli.options import Images
+from cm_runtime.cli.edit.session import EditFlags, Session
+from cm_runtime.cli.options import EngineFlags, Images, with_flags
 
 
-@edit()
-def colorize(paths: Images, how: How) -> None:
+@with_flags()
+def colorize(paths: Images, flags: EditFlags, engine: EngineFlags) -> None:
     """Give grey images colours; their luminance stays as it is (0.2989 R + 0.5870 G + 0.1140 B).
 
     Of an image with colours the luminance is taken. A picture of another size than the model's is cropped to its
@@ -19,9 +19,9 @@ def colorize(paths: Images, how: How) -> None:
 
     from cm_runtime import editing
 
-    work = Work(paths, how)
-    images = work.read()
-    made = editing.colorize(work.engine, images.images, **work.options(images))
-    luminance = editing.luminance(editing.from_images(images.images, work.engine.manifest))
+    session = Session(paths, flags, engine)
+    images = session.read()
+    answers = editing.colorize(session.engine, images.images, **session.options(images))
+    luminance = editing.luminance(editing.from_images(images.images, session.engine.manifest))
     grey = np.repeat(np.moveaxis(luminance, 1, -1), 3, axis=-1)
-    work.write("colorize", images, [images.images, grey], made)
+    session.write("colorize", images, [images.images, grey], answers)

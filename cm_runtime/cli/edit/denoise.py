@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
-from cm_runtime.cli.edit.session import How, Work, edit
-from cm_runtime.cli.options import Images
+from cm_runtime.cli.edit.session import EditFlags, Session
+from cm_runtime.cli.options import EngineFlags, Images, steps, with_flags
 
 
-@edit(steps=1)
+@with_flags(steps=steps("1"), sigmas=None)
 def denoise(
     paths: Images,
-    how: How,
+    flags: EditFlags,
+    engine: EngineFlags,
     sigma: Annotated[
         float | None,
         typer.Option(help="Of the noise, where black is -1 and white 1.", show_default="estimated for each image"),
@@ -23,14 +24,14 @@ def denoise(
 
     Noise that a picture clipped to black and white is not what the model knows; an npz of float32 is not clipped.
 
-    Example: cm-runtime edit denoise noisy.npz --sigma 0.3 --label 9
+    Example: cm-runtime edit denoise noisy.npz --sigma 0.3 --labels 9
     """
     from cm_runtime import editing
 
-    work = Work(paths, how)
-    images = work.read()
-    made = editing.denoise(work.engine, images.images, sigma, **work.options(images))
-    work.write("denoise", images, [images.images], made, sigma=sigma)
+    session = Session(paths, flags, engine)
+    images = session.read()
+    answers = editing.denoise(session.engine, images.images, sigma, **session.options(images))
+    session.write("denoise", images, [images.images], answers, sigma=sigma)
     if sigma is None:
-        y = editing.from_images(images.images, work.engine.manifest, is_bounded=False)
+        y = editing.from_images(images.images, session.engine.manifest, is_bounded=False)
         typer.echo("estimated sigma: " + ", ".join(f"{level:.3g}" for level in editing.estimated_sigma(y)))

@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 from cm_runtime.cli import parsing
-from cm_runtime.cli.edit.session import How, Work, edit
-from cm_runtime.cli.options import Images
+from cm_runtime.cli.edit.session import EditFlags, Session
+from cm_runtime.cli.options import EngineFlags, Images, with_flags
 from cm_runtime.errors import RequestError
 
 
-@edit()
+@with_flags()
 def inpaint(
     paths: Images,
-    how: How,
+    flags: EditFlags,
+    engine: EngineFlags,
     mask: Annotated[
         Path | None,
         typer.Option(help="A picture, white where to fill, of the images' size or the model's, fitted as they are."),
@@ -29,7 +30,7 @@ def inpaint(
 
     A picture of another size than the model's is cropped to its shape, in the middle, and resized.
 
-    Example: cm-runtime edit inpaint coat.png --box 8,8,12,12 --label 4 --answers 5
+    Example: cm-runtime edit inpaint coat.png --box 8,8,12,12 --labels 4 --answers 5
     """
     import numpy as np
 
@@ -38,12 +39,12 @@ def inpaint(
 
     if (mask is None) == (box is None):
         raise RequestError("give --mask FILE or --box LEFT,TOP,WIDTH,HEIGHT")
-    work = Work(paths, how)
-    images, size = work.read(), (work.height, work.width)
+    session = Session(paths, flags, engine)
+    images, size = session.read(), (session.height, session.width)
     if mask is not None:
-        hole = inputs.read_mask(mask, work.paths, size)
+        hole = inputs.read_mask(mask, session.paths, size)
     else:
         hole = inputs.hole_of_box(parsing.whole_numbers("--box", box or ""), size)
-    made = editing.inpaint(work.engine, images.images, hole, **work.options(images))
-    y = np.moveaxis(editing.from_images(images.images, work.engine.manifest), 1, -1)
-    work.write("inpaint", images, [images.images, np.where(hole[..., None], np.float32(0), y)], made)
+    answers = editing.inpaint(session.engine, images.images, hole, **session.options(images))
+    y = np.moveaxis(editing.from_images(images.images, session.engine.manifest), 1, -1)
+    session.write("inpaint", images, [images.images, np.where(hole[..., None], np.float32(0), y)], answers)

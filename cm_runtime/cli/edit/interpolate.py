@@ -8,27 +8,25 @@ from typing import Annotated
 import typer
 
 from cm_runtime.cli import parsing
-from cm_runtime.cli.edit.session import check_output, is_folder, write
-from cm_runtime.cli.options import Backend, Device, Floats, MicroBatch, Precision, Seed, Sigmas, Threads
+from cm_runtime.cli.edit.session import Pictures, check_output, is_folder, write
+from cm_runtime.cli.options import DrawFlags, EngineFlags, Floats, ModelFile, with_flags
 
 
+@with_flags(
+    count=None,
+    start=None,
+    ts=None,
+    timesteps=None,
+    grid=None,
+    labels=Annotated[str | None, typer.Option(metavar="3", help="The images' class.")],
+)
 def interpolate(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="An exported .onnx or .engine, or a checkpoint.", show_default="the bundled model"),
-    ] = None,
+    flags: DrawFlags,
+    engine: EngineFlags,
+    model: ModelFile = None,
     first: Annotated[int, typer.Option("--from", help="Index of the image it begins with.")] = 0,
     last: Annotated[int, typer.Option("--to", help="Index of the image it ends with.")] = 1,
     frames: Annotated[int, typer.Option(help="How many images, both ends included.")] = 9,
-    label: Annotated[int | None, typer.Option(help="The images' class.")] = None,
-    seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option(help="Network evaluations per image.", show_default="2")] = None,
-    sigmas: Sigmas = None,
-    micro_batch: MicroBatch = "auto",
-    backend: Backend = "auto",
-    device: Device = "auto",
-    precision: Precision = "auto",
-    threads: Threads = None,
     floats: Floats = False,
     output: Annotated[
         str,
@@ -45,7 +43,7 @@ def interpolate(
 
     Image I is that of cm-runtime sample --start I --labels LABEL with the same seed.
 
-    Example: cm-runtime edit interpolate --from 3 --to 8 --label 7 --frames 24 -o sneakers.webp
+    Example: cm-runtime edit interpolate --from 3 --to 8 --labels 7 --frames 24 -o sneakers.webp
     """
     import numpy as np
 
@@ -56,23 +54,19 @@ def interpolate(
     check_output(output, floats, ".gif", ".webp")
     if not is_folder(output):
         atomic.check_output(Path(output))
-    engine = backends.load(
-        model,
-        backend,  # type: ignore[arg-type]
-        device,
-        parsing.threads(threads),
-        precision,  # type: ignore[arg-type]
-    )
-    made = editing.interpolate(
-        engine,
+    opened = backends.open_model(model or backends.DEFAULT_MODEL, engine.options())
+    label = None if flags.labels is None else parsing.whole_number("--labels", flags.labels)
+    seed = flags.seed or 0
+    images = editing.interpolate(
+        opened,
         first,
         last,
         frames,
-        label=label,
-        steps=steps,
-        sigmas=None if sigmas is None else parsing.numbers("--sigmas", sigmas),
+        steps=flags.steps,
         seed=seed,
-        batch=parsing.micro_batch(micro_batch, frames, engine.micro_batch),
+        labels=label,
+        sigmas=flags.levels(opened.manifest),
+        micro_batch=parsing.micro_batch(flags.micro_batch, frames, opened.micro_batch),
         output="float32" if floats else "uint8",
     )
     text = {
@@ -80,15 +74,16 @@ def interpolate(
         "from": first,
         "to": last,
         "frames": frames,
-        "label": label,
+        "labels": label,
         "seed": seed,
-        "steps": steps,
-        "sigmas": sigmas,
-        "model_sha256": engine.manifest.source_sha256,
+        "steps": flags.steps,
+        "sigmas": flags.sigmas,
+        "model_sha256": opened.manifest.source_sha256,
     }
     if not is_folder(output) and Path(output).suffix in (".gif", ".webp"):
-        image_writer.save_animation(made, Path(output))
+        image_writer.save_animation(images, Path(output))
     else:
         labels = None if label is None else np.full(frames, label)
-        write(output, made, labels, made[np.newaxis], [f"{n:04d}" for n in range(frames)], text)
+        names = [f"{n:04d}" for n in range(frames)]
+        write(output, Pictures(images, labels, images[np.newaxis], names), text)
     typer.echo(f"{output}: {quantity(frames, 'image')} from {first} to {last}, seed {seed}")

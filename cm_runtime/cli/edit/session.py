@@ -1,143 +1,107 @@
-"""What all edits have in common: their options, the model and the images they open, and the answers they write."""
+"""Edits' common ground: their options, the model and the images they open, and the answers they write."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cm_runtime.cli import parsing
-from cm_runtime.cli.options import (
-    Answers,
-    Backend,
-    Device,
-    Edited,
-    EditSteps,
-    Floats,
-    Index,
-    Label,
-    MicroBatch,
-    Precision,
-    Seed,
-    Sigmas,
-    Steps,
-    Threads,
-)
+from cm_runtime.cli.options import EngineFlags, Floats, MicroBatch, Sigmas, steps
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from cm_runtime.backends import base
-    from cm_runtime.files.inputs import Given
+    from cm_runtime.editing import EditOptions
+    from cm_runtime.files.inputs import Inputs
 
 MODELS = {".onnx", ".engine", ".pt", ".pth", ".safetensors", ".bin", ""}  # "": a folder of diffusers'
 
 
 @dataclass(frozen=True)
-class How:
-    """The options of every edit, as they were given; `edit` gives them to a command."""
+class EditFlags:
+    """Options of every edit."""
 
-    label: Label = None
-    seed: Seed = 0
-    index: Index = 0
-    answers: Answers = 1
-    steps: EditSteps = None
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="3|0,1,2", help="The images' classes: one for all, or one each.", show_default="what an npz says"
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0
+    start: Annotated[int, typer.Option(help="Index of the first answer's noise; the others count on.")] = 0
+    answers: Annotated[int, typer.Option(help="Answers to each image.")] = 1
+    steps: steps("8") = None  # type: ignore[valid-type]
     sigmas: Sigmas = None
     micro_batch: MicroBatch = "auto"
-    backend: Backend = "auto"
-    device: Device = "auto"
-    precision: Precision = "auto"
-    threads: Threads = None
     floats: Floats = False
-    output: Edited = "edited.png"
+    output: Annotated[
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="A strip of before, given and answers (.png), the answers (.npz), or a folder for all (NAME/);"
+            " what is there is replaced.",
+        ),
+    ] = "edited.png"
 
 
-def edit(*, steps: int | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes `How`'s fields options of a command, behind its own, and hands them to it as its parameter ``how``.
-
-    steps: how many are taken unless --steps is given, in an edit that begins at a --sigma and so has no --sigmas.
-    """
-    shared = dict(inspect.signature(How, eval_str=True).parameters)
-    if steps is not None:
-        shared["steps"] = shared["steps"].replace(annotation=Steps, default=steps)
-        del shared["sigmas"]
-
-    def with_options(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def call(**given: Any) -> None:
-            how = How(**{name: given.pop(name) for name in shared})
-            command(how=how, **given)
-
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        read = [*(each for each in own if each.name != "how"), *shared.values()]
-        call.__signature__ = inspect.Signature(read)  # type: ignore[attr-defined]  # typer reads both
-        call.__annotations__ = {each.name: each.annotation for each in read}
-        return call
-
-    return with_options
-
-
-class Work:
+class Session:
     """An edit in the making: the opened model, the files to edit, and where answers go."""
 
-    def __init__(self, paths: list[Path], how: How) -> None:
+    def __init__(self, paths: list[Path], flags: EditFlags, engine: EngineFlags) -> None:
         from cm_runtime import backends
         from cm_runtime.files import atomic
 
         is_model = paths[0].suffix.lower() in MODELS
-        self.paths, self.how = paths[1:] if is_model else paths, how
-        check_output(how.output, how.floats)
+        self.paths, self.flags = paths[1:] if is_model else paths, flags
+        check_output(flags.output, flags.floats)
         for path in self.paths:
             if path.suffix.lower() in MODELS and path.suffix:
                 raise RequestError(f"{path} is no picture; a model is named before them")
-        if not is_folder(how.output):
-            atomic.check_output(Path(how.output))
-        self.engine: base.Backend = backends.load(
-            paths[0] if is_model else None,
-            how.backend,  # type: ignore[arg-type]
-            how.device,
-            parsing.threads(how.threads),
-            how.precision,  # type: ignore[arg-type]
-        )
+        if not is_folder(flags.output):
+            atomic.check_output(Path(flags.output))
+        self.engine = backends.open_model(paths[0] if is_model else backends.DEFAULT_MODEL, engine.options())
         self.channels, self.height, self.width = self.engine.manifest.image_shape
 
-    def read(self, *sizes: tuple[int, int]) -> Given:
-        """The images, of the model's size unless others are taken. Raises DataError."""
+    def read(self, *sizes: tuple[int, int]) -> Inputs:
+        """Read the images, of the model's size unless others are taken. Raises DataError."""
         from cm_runtime.files import inputs
 
         return inputs.read(self.paths, self.channels, sizes or ((self.height, self.width),))
 
-    def label(self, given: Given) -> list[int] | None:
-        """What --label says, or else the images' npz: one, or one each."""
-        if self.how.label is not None:
-            return parsing.whole_numbers("--label", self.how.label)
-        return given.labels if self.engine.manifest.num_classes else None
+    def labels(self, images: Inputs) -> list[int] | None:
+        """The classes that --labels names, or else the images' npz: one, or one each."""
+        if self.flags.labels is not None:
+            return parsing.whole_numbers("--labels", self.flags.labels)
+        return images.labels if self.engine.manifest.num_classes else None
 
-    def options(self, given: Given) -> dict[str, Any]:
-        """For `editing`; answers are wanted as float32, to count what is clipped."""
-        how, count = self.how, len(given.images) * self.how.answers
+    def options(self, images: Inputs) -> EditOptions:
+        """Options of `editing`'s functions; answers are float32, so that what is clipped can be counted."""
+        flags = self.flags
+        count = len(images.images) * flags.answers
         return {
-            "label": self.label(given),
-            "steps": how.steps,
-            "sigmas": None if how.sigmas is None else parsing.numbers("--sigmas", how.sigmas),
-            "seed": how.seed,
-            "index": how.index,
-            "answers": how.answers,
-            "batch": parsing.micro_batch(how.micro_batch, max(count, 1), self.engine.micro_batch),
+            "labels": self.labels(images),
+            "steps": flags.steps,
+            "sigmas": None if flags.sigmas is None else parsing.numbers("--sigmas", flags.sigmas),
+            "seed": flags.seed,
+            "start": flags.start,
+            "answers": flags.answers,
+            "micro_batch": parsing.micro_batch(flags.micro_batch, count, self.engine.micro_batch),
             "output": "float32",
         }
 
-    def write(self, edit: str, given: Given, columns: list[NDArray[Any]], made: NDArray[Any], **more: object) -> None:
-        """Writes answers as the output's name asks, and says what was done.
+    def write(
+        self, edit: str, images: Inputs, columns: list[NDArray[Any]], answers: NDArray[Any], **more: object
+    ) -> None:
+        """Write answers as the output's name asks, and print a summary.
 
-        columns: what a strip shows in front of the answers, each (M,H,W,C) float32 or uint8; made: (M * answers,
+        columns: what a strip shows in front of the answers, each (M,H,W,C) float32 or uint8; answers: (M * answers,
         H, W, C) float32.
         """
         import numpy as np
@@ -145,34 +109,40 @@ class Work:
         from cm_runtime import editing
         from cm_runtime.errors.wording import quantity
 
-        how, label = self.how, self.label(given)
-        labels = None if label is None else np.broadcast_to(label, len(given.images)).repeat(how.answers)
+        flags, classes, count = self.flags, self.labels(images), len(images.images)
+        labels = None if classes is None else np.broadcast_to(classes, count).repeat(flags.answers)
         text = {
             "edit": edit,
-            "images": given.names,
-            "label": label,
-            "seed": how.seed,
-            "index": how.index,
-            "answers": how.answers,
-            "steps": how.steps,
-            "sigmas": how.sigmas,
+            "images": images.names,
+            "labels": classes,
+            **{name: getattr(flags, name) for name in ("seed", "start", "answers", "steps", "sigmas")},
             "model_sha256": self.engine.manifest.source_sha256,
             **more,
         }
-        answers = made.reshape(len(given.images), how.answers, *made.shape[1:])
-        strip = np.concatenate([np.stack([_bytes(each) for each in columns], axis=1), _bytes(answers)], axis=1)
+        rows = answers.reshape(count, flags.answers, *answers.shape[1:])
+        strip = np.concatenate([np.stack([_bytes(each) for each in columns], axis=1), _bytes(rows)], axis=1)
         names = [
-            f"{name}-{how.index + n * how.answers + k}"
-            for n, name in enumerate(given.names)
-            for k in range(how.answers)
+            f"{name}-{flags.start + n * flags.answers + k}"
+            for n, name in enumerate(images.names)
+            for k in range(flags.answers)
         ]
-        write(how.output, made if how.floats else _bytes(made), labels, strip, names, text)
-        beyond = editing.clipped(made)
-        each = quantity(how.answers, "answer")
-        edited = quantity(len(given.images), "image")
-        typer.echo(f"{how.output}: {edited}, {each} to each, seed {how.seed}, from index {how.index}")
+        pictures = Pictures(answers if flags.floats else _bytes(answers), labels, strip, names)
+        write(flags.output, pictures, text)
+        beyond = editing.clipped(answers)
+        each, edits = quantity(flags.answers, "answer"), quantity(count, "image")
+        typer.echo(f"{flags.output}: {edits}, {each} to each, seed {flags.seed}, from index {flags.start}")
         if beyond:
-            typer.echo(f"clipped to black or white: {beyond} of {quantity(made.size, 'number')}")
+            typer.echo(f"clipped to black or white: {beyond} of {quantity(answers.size, 'number')}")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images to write: (N,H,W,C), their labels (N,) or None, a strip (rows, columns, H, W, C) uint8, and names."""
+
+    images: NDArray[Any]
+    labels: NDArray[Any] | None
+    strip: NDArray[Any]
+    names: list[str]
 
 
 def check_output(output: str, floats: bool, *others: str) -> None:
@@ -186,30 +156,23 @@ def check_output(output: str, floats: bool, *others: str) -> None:
 
 
 def is_folder(output: str) -> bool:
-    """Whether the name ends in /, has no ending, or is that of a folder which is there."""
+    """True if the name ends in /, has no ending, or is that of a folder which is there."""
     return output.endswith("/") or not Path(output).suffix or os.path.isdir(output)
 
 
-def write(
-    output: str,
-    made: NDArray[Any],
-    labels: NDArray[Any] | None,
-    strip: NDArray[Any],
-    names: list[str],
-    text: dict[str, object],
-) -> None:
-    """made: (N,H,W,C); labels: (N,) or None; strip: (rows, columns, H, W, C) uint8; names: of pictures."""
+def write(output: str, pictures: Pictures, text: dict[str, object]) -> None:
+    """Write arrays (.npz), a strip (.png), or a folder of pictures and a strip."""
     from cm_runtime.errors import OutputError
     from cm_runtime.files import image_writer
 
-    path = Path(output)
+    path, images = Path(output), pictures.images
     if not is_folder(output) and path.suffix == ".npz":
-        with image_writer.NpzWriter(path, len(made), made.shape[1:], made.dtype, text) as file:
-            file.write(made, labels)
+        with image_writer.NpzWriter(path, len(images), images.shape[1:], images.dtype, text) as file:
+            file.write(images, pictures.labels)
         return
-    rows, columns, height, width, _ = strip.shape
+    rows, columns, height, width, _ = pictures.strip.shape
     image_writer.check_grid(rows * columns, height, width)
-    picture = image_writer.grid(strip.reshape(-1, *strip.shape[2:]), columns)
+    picture = image_writer.grid(pictures.strip.reshape(-1, *pictures.strip.shape[2:]), columns)
     if not is_folder(output):
         image_writer.save_png(picture, path, text)
         return
@@ -217,18 +180,18 @@ def write(
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output} cannot be made: {error.strerror or error}") from error
-    for name, image in zip(names, made, strict=True):
+    for name, image in zip(pictures.names, images, strict=True):
         image_writer.save_png(image, path / f"{name}.png", text)
     image_writer.save_png(picture, path / "strip.png", text)
 
 
-def _bytes(made: NDArray[Any]) -> NDArray[Any]:
+def _bytes(images: NDArray[Any]) -> NDArray[Any]:
     """float32 in units of [-1, 1], or uint8 as it is -> uint8, by `sampling.to_uint8`."""
     import numpy as np
 
     from cm_runtime.sampling import to_uint8
 
-    if made.dtype == np.uint8:
-        return made
-    flat = made.reshape(-1, *made.shape[-3:]).astype(np.float32)
-    return to_uint8(np.moveaxis(flat, -1, 1)).reshape(made.shape)
+    if images.dtype == np.uint8:
+        return images
+    flat = images.reshape(-1, *images.shape[-3:]).astype(np.float32)
+    return to_uint8(np.moveaxis(flat, -1, 1)).reshape(images.shape)

@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
-from cm_runtime.cli.edit.session import How, Work, edit
-from cm_runtime.cli.options import Images
+from cm_runtime.cli.edit.session import EditFlags, Session
+from cm_runtime.cli.options import EngineFlags, Images, steps, with_flags
 
 
-@edit(steps=2)
+@with_flags(steps=steps("2"), sigmas=None)
 def stroke(
     paths: Images,
-    how: How,
+    flags: EditFlags,
+    engine: EngineFlags,
     sigma: Annotated[
         float, typer.Option(help="The noise put over a painting: the more, the less is kept of it.")
     ] = 2.0,
@@ -22,11 +23,11 @@ def stroke(
 
     A picture of another size than the model's is cropped to its shape, in the middle, and resized.
 
-    Example: cm-runtime edit stroke painting.png --sigma 3 --label 1 --answers 5
+    Example: cm-runtime edit stroke painting.png --sigma 3 --labels 1 --answers 5
     """
     from cm_runtime import editing
 
-    work = Work(paths, how)
-    images = work.read()
-    made = editing.stroke(work.engine, images.images, sigma, **work.options(images))
-    work.write("stroke", images, [images.images], made, sigma=sigma)
+    session = Session(paths, flags, engine)
+    images = session.read()
+    answers = editing.stroke(session.engine, images.images, sigma, **session.options(images))
+    session.write("stroke", images, [images.images], answers, sigma=sigma)

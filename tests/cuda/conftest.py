@@ -1,0 +1,19 @@
+"""The exported files that these tests share; see tests/exports.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import exports
+
+
+@pytest.fixture(scope="session")
+def boundary(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files("boundary", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def edm(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
+    return exports.Files("edm", tmp_path_factory)
