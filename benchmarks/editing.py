@@ -79,7 +79,7 @@ def figures(model: Any, y: Array, labels: list[int]) -> dict[str, Any]:
             "bicubic": psnr(np.stack([bicubic(each, size) for each in small]), y),
             "ours": psnr(made, y),
             "apart from the means": float(np.abs(means - small).max()),
-            "clipped": editing.clipped(made) / made.size,
+            "clipped": editing.count_clipped(made) / made.size,
         }
     hole = np.zeros(size, bool)
     hole[size[0] * 2 // 7 : size[0] * 5 // 7, size[1] * 2 // 7 : size[1] * 5 // 7] = True

@@ -58,7 +58,7 @@ def inpaint(model: Denoiser, images: ArrayLike, hole: ArrayLike, **options: Unpa
     images: (M,H,W,C); hole: (H,W), or (M,H,W), true or 1 where pixels are to be made. Raises RequestError.
     """
     y = from_images(images, model.manifest)
-    return _answers(model, y.shape, Mask(y, _known(hole, y)), _Plan.of(options))
+    return _answers(model, y.shape, Mask(y, _mask_of(hole, y)), _Plan.of(options))
 
 
 @explicit_signature(EditOptions, answers=1)
@@ -130,7 +130,7 @@ def interpolate(
     seed: int = 0,
     **options: Unpack[DrawOptions],
 ) -> NDArray[Any]:
-    """What lies between images ``first`` and ``last`` of a seed: (frames, H, W, C), both included, under one label.
+    """Draw what lies between images ``first`` and ``last`` of a seed: (frames, H, W, C), both included, one label.
 
     Every draw of noise goes along the great circle between theirs (slerp). Raises RequestError.
     """
@@ -226,12 +226,12 @@ def from_images(
     return np.ascontiguousarray(np.moveaxis(array, -1, 1), np.float32)
 
 
-def clipped(images: Array) -> int:
-    """How many numbers of float32 answers lie beyond [-1, 1] by over half a grey level, and change in uint8."""
+def count_clipped(images: Array) -> int:
+    """Count the numbers of float32 answers beyond [-1, 1] by over half a grey level, which change in uint8."""
     return int((np.abs(images) > 1 + 1 / 255).sum())
 
 
-def _known(hole: ArrayLike, y: Array) -> Array:
+def _mask_of(hole: ArrayLike, y: Array) -> Array:
     """The mask m of what is known, (1 or M, 1, H, W) float32. Raises RequestError."""
     m, _, height, width = y.shape
     array = np.asarray(hole)

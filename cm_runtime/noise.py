@@ -54,12 +54,12 @@ def words(seed: int, samples: ArrayLike, draw: int, blocks: int) -> NDArray[np.u
 
     samples: (n,) integers 0..2^64-1; draw: 0..2^32-1. Raises RequestError when a number is out of range.
     """
-    return _words(seed, sample_index(samples), _checked(draw, 1 << 32, "draw"), blocks)
+    return _words(seed, sample_index(samples), _whole(draw, 1 << 32, "draw"), blocks)
 
 
 def _words(seed: int, index: NDArray[np.uint64], draw: int | NDArray[np.uint64], blocks: int) -> NDArray[np.uint64]:
     """`words` of checked samples; ``draw`` may be (n, 1), one for each of them."""
-    seed, n = _checked(seed, _LIMIT, "seed"), index.size
+    seed, n = _whole(seed, _LIMIT, "seed"), index.size
     counter = np.empty((4, n, blocks), np.uint64)
     counter[0] = np.arange(blocks, dtype=np.uint64)
     counter[1] = draw
@@ -74,7 +74,7 @@ def normal(seed: int, samples: ArrayLike, draw: int, shape: Sequence[int]) -> ND
     seed, samples: 0..2^64-1; draw 0 is the first noise, k the k-th renoise. Raises RequestError when a number
     is out of range.
     """
-    return _normal(seed, sample_index(samples), _checked(draw, 1 << 32, "draw"), shape)
+    return _normal(seed, sample_index(samples), _whole(draw, 1 << 32, "draw"), shape)
 
 
 def normals(seed: int, samples: ArrayLike, draws: int, shape: Sequence[int]) -> NDArray[np.float32]:
@@ -111,7 +111,7 @@ def sample_index(samples: ArrayLike) -> NDArray[np.uint64]:
         if not isinstance(samples, np.ndarray) and numbers.dtype.kind == "f":
             numbers = np.asarray(samples, object)  # NumPy makes floats of integers on either side of 2^63
         if numbers.dtype == object:
-            numbers = np.asarray([_checked(i, _LIMIT, "sample") for i in numbers.ravel()], np.uint64)
+            numbers = np.asarray([_whole(i, _LIMIT, "sample") for i in numbers.ravel()], np.uint64)
     except (OverflowError, TypeError, ValueError) as error:
         raise RequestError("sample numbers must be integers from 0 to 2^64-1") from error
     if numbers.size and numbers.dtype.kind not in "ui":
@@ -132,7 +132,7 @@ def _box_muller(four: NDArray[np.uint64]) -> NDArray[np.float32]:
     return z
 
 
-def _checked(number: int, limit: int, name: str) -> int:
+def _whole(number: int, limit: int, name: str) -> int:
     """``number`` as a Python integer: a NumPy one would overflow in the key schedule."""
     try:
         whole = operator.index(number)

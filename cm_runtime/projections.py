@@ -1,4 +1,4 @@
-"""What an edit keeps: projections of x0, and `Edit`, which begins with given images and projects onto what they say.
+"""Projections of x0, and `Edit`, which begins with a caller's images and projects onto what is known of them.
 
 Zero-shot editing (arXiv 2303.01469, algorithm 4) is the sampling loop with a projection behind each clamp,
 A^-1[(A y)(1 - Omega) + (A x0) Omega] for an orthogonal A and what Omega leaves open.
@@ -121,24 +121,24 @@ class Edit:
 
     @property
     def count(self) -> int:
-        """How many images it makes."""
+        """The number of images it makes."""
         return len(self.start) * self.answers
 
     def part(self, first: int, size: int) -> Edit:
         """Images ``first`` to ``first + size - 1`` as an edit of their own, with one given image each."""
-        given = self._given(first, size)
+        inputs = self._inputs(first, size)
 
         def of(array: Array) -> Array:
-            return array if len(array) == 1 else array[given]
+            return array if len(array) == 1 else array[inputs]
 
         project = self.project and map_arrays(self.project, of)
-        return replace(self, start=self.start[given], project=project, label=self.labels(first, size), answers=1)
+        return replace(self, start=self.start[inputs], project=project, label=self.labels(first, size), answers=1)
 
     def labels(self, first: int, size: int) -> NDArray[np.int64] | None:
         """The labels of those images, (size,)."""
-        return None if self.label is None else self.label[self._given(first, size)]
+        return None if self.label is None else self.label[self._inputs(first, size)]
 
-    def _given(self, first: int, size: int) -> NDArray[np.intp]:
+    def _inputs(self, first: int, size: int) -> NDArray[np.intp]:
         return np.arange(first, first + size) // self.answers
 
 
@@ -146,5 +146,5 @@ def _check(name: str, array: Array, images: tuple[int, ...], channels: tuple[int
     shape = array.shape
     fits = len(shape) == 4 and shape[0] in images and shape[1] in channels and list(shape[2:]) == size
     if not fits or array.dtype != np.float32:
-        wanted = f"{' or '.join(map(str, images))}, {' or '.join(map(str, channels))}, {size[0]}, {size[1]}"
-        raise RequestError(f"{name} must be ({wanted}) float32, not {shape} {array.dtype}")
+        fitting = f"{' or '.join(map(str, images))}, {' or '.join(map(str, channels))}, {size[0]}, {size[1]}"
+        raise RequestError(f"{name} must be ({fitting}) float32, not {shape} {array.dtype}")

@@ -135,9 +135,9 @@ def _fixed_levels(manifest: Manifest, draw: Draw, steps: int | None) -> tuple[fl
     """
     (levels,) = manifest.sigmas.values()
     if steps not in (None, len(levels)) or (draw.sigmas is not None and not same_levels(draw.sigmas, levels)):
-        asked = quantity(steps or 0, "step") if draw.sigmas is None else f"at {level_text(draw.sigmas)}"
+        other = quantity(steps or 0, "step") if draw.sigmas is None else f"at {level_text(draw.sigmas)}"
         raise RequestError(
-            f"this sampler file draws in {quantity(len(levels), 'step')}, at {level_text(levels)}, not {asked};"
+            f"this sampler file draws in {quantity(len(levels), 'step')}, at {level_text(levels)}, not {other};"
             " a denoiser file draws in any"
         )
     if draw.output != "uint8" or not draw.clip:
@@ -211,8 +211,8 @@ def _request(manifest: Manifest, draw: Draw, levels: tuple[float, ...], most: in
         if total != count:
             raise RequestError(f"the labels are for {quantity(total, 'image')}, but {count} are asked for")
         labels = _in_turn(draw.labels, start)
-    settled = {"count": count, "seed": seed, "start": start, "labels": labels, "micro_batch": micro_batch}
-    return Request(**{**vars(draw), **settled, "steps": len(levels), "sigmas": levels})
+    values = {"count": count, "seed": seed, "start": start, "labels": labels, "micro_batch": micro_batch}
+    return Request(**{**vars(draw), **values, "steps": len(levels), "sigmas": levels})
 
 
 def no_label(num_classes: int) -> RequestError:
@@ -255,9 +255,9 @@ def split(request: Request, size: int) -> Iterator[Request]:
 
 def _in_turn(counts: Mapping[int, int], start: int) -> tuple[int, ...]:
     """The list that gives images from ``start`` on the classes of ``counts``, as often as it says, in its order."""
-    listed = np.repeat([int(label) for label in counts], [int(each) for each in counts.values()])
-    turned: list[int] = np.roll(listed, start % listed.size).tolist()
-    return tuple(turned) if len(counts) > 1 else (turned[0],)
+    classes = np.repeat([int(label) for label in counts], [int(each) for each in counts.values()])
+    turn: list[int] = np.roll(classes, start % classes.size).tolist()
+    return tuple(turn) if len(counts) > 1 else (turn[0],)
 
 
 def _is_whole(value: object) -> bool:
@@ -283,17 +283,17 @@ def _checked_labels(labels: Labels, num_classes: int) -> CheckedLabels:
             raise RequestError(f"labels must be all, random or numbers from 0 to {num_classes - 1}, not {labels!r}")
         return labels
     plain: Any = np.atleast_1d(labels).tolist() if isinstance(labels, np.ndarray) else labels
-    listed = [plain] if _is_whole(plain) else plain
-    if not isinstance(listed, Sequence | Mapping) or isinstance(listed, bytes | bytearray | memoryview):
+    classes = [plain] if _is_whole(plain) else plain
+    if not isinstance(classes, Sequence | Mapping) or isinstance(classes, bytes | bytearray | memoryview):
         raise RequestError(
             f"labels must be all, random, a number from 0 to {num_classes - 1}, a list of such, or a mapping of such to"
             f" counts, not {labels!r}"
         )
-    if not listed:
+    if not classes:
         raise RequestError("the list of labels is empty")
-    for label in listed:
+    for label in classes:
         if not _is_whole(label):
             raise RequestError(f"labels must be whole numbers from 0 to {num_classes - 1}, not {label!r}")
         if not 0 <= label < num_classes:
             raise RequestError(f"labels must be from 0 to {num_classes - 1}, not {label}")
-    return tuple(int(label) for label in listed)
+    return tuple(int(label) for label in classes)

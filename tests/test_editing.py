@@ -215,7 +215,7 @@ def test_in_bytes_it_stays_within_half_a_grey_level_but_where_it_is_clipped(colo
     assert 0 < beyond.sum() < beyond.size
     apart = np.abs((grey - y) @ np.array(LUMA))
     assert apart[~beyond].max() <= 0.5 / 127.5 + 1e-5
-    assert editing.clipped(made) == (np.abs(made) > 1 + 1 / 255).sum() > 0
+    assert editing.count_clipped(made) == (np.abs(made) > 1 + 1 / 255).sum() > 0
 
 
 def test_a_grey_image_is_its_own_luminance_but_for_the_weights_sum(colour: Gaussian) -> None:

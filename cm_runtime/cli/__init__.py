@@ -18,7 +18,7 @@ from cm_runtime.cli.eval import evaluate
 from cm_runtime.cli.export import export
 from cm_runtime.cli.info import info
 from cm_runtime.cli.sample import sample
-from cm_runtime.cli.signals import ending
+from cm_runtime.cli.signals import end_on_signals
 from cm_runtime.cli.train import train
 from cm_runtime.cli.tune import tune
 from cm_runtime.errors import one_line
@@ -64,8 +64,8 @@ app.add_typer(edit, name="edit")
 app.add_typer(bench, name="bench")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(is_wanted: bool) -> None:
+    if is_wanted:
         from cm_runtime import __version__
 
         typer.echo(f"cm-runtime {__version__}")
@@ -118,5 +118,5 @@ def main(arguments: list[str] | None = None) -> None:
                 raise KeyboardInterrupt from None
             raise
 
-    with ending():
+    with end_on_signals():
         boundary.guard(run, "--debug" in words)

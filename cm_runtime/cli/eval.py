@@ -128,11 +128,11 @@ def _print(report: Report) -> None:
     rows.append(("extractor", f"{network}, {quantity(figures.dimension, 'feature')}, resize {extractor['resize']}"))
     if reference is not None:
         rows.append(("reference", f"{reference['count'] or 'unknown number'} of {reference['path']}"))
-        rows.append(("Frechet distance", _shown(figures.frechet_distance, "{:.4g}")))
+        rows.append(("Frechet distance", _format(figures.frechet_distance, "{:.4g}")))
         sides = "-, which needs images as the reference" if figures.manifold is None else ""
-        rows.append(("precision", sides or _shown(figures.precision, "{:.2%}")))
-        rows.append(("recall", sides or _shown(figures.recall, "{:.2%}")))
-    rows.append(("class agreement", _shown(figures.class_agreement, "{:.2%}")))
+        rows.append(("precision", sides or _format(figures.precision, "{:.2%}")))
+        rows.append(("recall", sides or _format(figures.recall, "{:.2%}")))
+    rows.append(("class agreement", _format(figures.class_agreement, "{:.2%}")))
     rows += [("warning", warning) for warning in report.warnings]
     for name, value in rows:
         typer.echo(f"{name:17} {value}")
@@ -149,5 +149,5 @@ def _label_policy(kind: str, labels: Any) -> str:
     return f"{'class' if len(labels) == 1 else 'classes'} {', '.join(map(str, labels))}{' in turn' * (len(labels) > 1)}"
 
 
-def _shown(value: float | None, form: str) -> str:
+def _format(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)

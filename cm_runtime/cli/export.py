@@ -128,8 +128,8 @@ def export(
             exporting.diffusers(whole, target, force=force)
         typer.echo(f"{target}: now ConsistencyModelPipeline.from_pretrained({str(target)!r})")
         return
-    ending = ".onnx" if form == "onnx" else ".engine"
-    target = output or (checkpoint if checkpoint.name else name).with_suffix(ending)
+    suffix = ".onnx" if form == "onnx" else ".engine"
+    target = output or (checkpoint if checkpoint.name else name).with_suffix(suffix)
     if exists(checkpoint):
         atomic.check_output(target, force=force)  # before minutes of reading
 
@@ -144,15 +144,15 @@ def export(
     if form != "onnx":
         _build_engine(write, target, form, batch, gpu, force=force)
         return
-    made = write(target, force=force)
+    exported = write(target, force=force)
     comparison = None
     if compare:
         from cm_runtime.export.speed import with_plain
 
         whole = load()
         with progress.spinner("timing it against a plain export"):
-            comparison = with_plain(whole, target, made.manifest)
-    _summarise(target, made, comparison)
+            comparison = with_plain(whole, target, exported.manifest)
+    _summarise(target, exported, comparison)
 
 
 def _check(
@@ -189,7 +189,7 @@ def _build_engine(
         path = folder / "graph.onnx"
         write(path, force=False)
         with progress.spinner("building the engine"):
-            made = to_tensorrt.build(
+            engine = to_tensorrt.build(
                 path,
                 target,
                 "tensorrt" if form == "tensorrt" else "tensorrt_rtx",
@@ -198,35 +198,37 @@ def _build_engine(
                 force=force,
             )
     proof = (
-        f"within {made.parity.max_abs:.1e} of ONNX Runtime" if made.parity else "not compared: no GPU here can open it"
+        f"within {engine.parity.max_abs:.1e} of ONNX Runtime"
+        if engine.parity
+        else "not compared: no GPU here can open it"
     )
     typer.echo(
-        f"{target}: {made.bytes / 1e6:.1f} MB, {made.model.graph} in {made.model.precision} for compute capability"
-        f" {', '.join(made.gpus)}, batches {made.profile}; its graph is proved, the engine {proof}"
+        f"{target}: {engine.bytes / 1e6:.1f} MB, {engine.model.graph} in {engine.model.precision} for compute"
+        f" capability {', '.join(engine.gpus)}, batches {engine.profile}; its graph is proved, the engine {proof}"
     )
     typer.echo(f"  what TensorRT said is in {engine_file.log_path(target)}")
 
 
-def _summarise(target: Path, made: Exported, plain: Comparison | None) -> None:
+def _summarise(target: Path, exported: Exported, plain: Comparison | None) -> None:
     from cm_runtime.errors.wording import quantity
     from cm_runtime.schedule import level_text
 
-    manifest, parity = made.manifest, made.manifest.parity
+    manifest, parity = exported.manifest, exported.manifest.parity
     assert parity is not None  # no file is written without its proof
-    own = ""
+    levels_text = ""
     if manifest.graph == "sampler":
-        own = f", {quantity(manifest.steps, 'step')} at {level_text(parity.sigmas)}"
+        levels_text = f", {quantity(manifest.steps, 'step')} at {level_text(parity.sigmas)}"
     data = f", weights in {manifest.data_file}" if manifest.data_file else ""
-    typer.echo(f"{target}: {manifest.graph}{own}, {manifest.precision}{data}")
+    typer.echo(f"{target}: {manifest.graph}{levels_text}, {manifest.precision}{data}")
     times = manifest.steps if manifest.graph == "sampler" else 1
     beside = f" ({plain.nodes * times} in a plain export)" if plain else ""
-    typer.echo(f"  nodes    {made.nodes}{beside}; {quantity(made.folds, 'constant')} folded")
+    typer.echo(f"  nodes    {exported.nodes}{beside}; {quantity(exported.folds, 'constant')} folded")
     beside = f" ({plain.bytes / 1e6:.1f} MB plain)" if plain else ""
-    typer.echo(f"  size     {made.bytes / 1e6:.1f} MB{beside}")
+    typer.echo(f"  size     {exported.bytes / 1e6:.1f} MB{beside}")
     typer.echo(f"  parity   within {parity.max_abs:.1e} of torch in float32 ({parity.engine}); PSNR in dB:")
     levels = parity.sigmas if len(parity.psnr) > 1 else ("images",)
-    shown = (f"{s if isinstance(s, str) else f'{s:g}'}: {psnr:g}" for s, psnr in zip(levels, parity.psnr, strict=True))
-    typer.echo(f"           {', '.join(shown)}")
+    ratios = (f"{s if isinstance(s, str) else f'{s:g}'}: {psnr:g}" for s, psnr in zip(levels, parity.psnr, strict=True))
+    typer.echo(f"           {', '.join(ratios)}")
     if plain:
         beside = f"batch {plain.batch} ({plain.engine})"
         typer.echo(f"  speed    a plain export takes {plain.text}, {beside}")

@@ -1,4 +1,4 @@
-"""What `eval` and `tune` share: the extractor, the reference, and images from wherever they are."""
+"""Images and references of `eval` and `tune`: drawn, of a data set, of a file."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ def open_images(source: str, split: str | None) -> Images:
     return Images(batches, len(data), (height, width, channels), data.num_classes, description)
 
 
-def observe_images(images: Images, extractor: Extractor, manifold: int, unit: str, **expected: Any) -> Observation:
+def observe_images(images: Images, extractor: Extractor, manifold: int, unit: str, **options: Any) -> Observation:
     """One pass over ``images``, with a progress bar."""
     from cm_runtime.cli.progress import track
     from cm_runtime.evaluate.metrics import observe
 
     extractor.check(images.shape)
     parts = track(images.batches, images.count, unit)
-    return observe(parts, extractor, manifold=manifold, classes=images.classes, **expected)
+    return observe(parts, extractor, manifold=manifold, classes=images.classes, **options)
 
 
 def reference(
@@ -138,8 +138,13 @@ def reference(
     if not statistics.is_statistics(path):
         images = open_images(source, None)
         return observe_images(images, extractor, manifold, "reference"), images.description
-    stored = statistics.read_statistics(path)
-    if stored.extractor_sha256 is not None:
-        stored.check(len(stored.mean), extractor.sha256, source)
-    description = {"kind": "statistics", "path": source, "sha256": atomic.sha256(path), "count": stored.count}
-    return Observation(stored), description
+    reference_statistics = statistics.read_statistics(path)
+    if reference_statistics.extractor_sha256 is not None:
+        reference_statistics.check(len(reference_statistics.mean), extractor.sha256, source)
+    description = {
+        "kind": "statistics",
+        "path": source,
+        "sha256": atomic.sha256(path),
+        "count": reference_statistics.count,
+    }
+    return Observation(reference_statistics), description

@@ -41,7 +41,7 @@ def info(
     from cm_runtime.backends import DEFAULT_MODEL, auto, auto_device, engine_file, is_checkpoint
     from cm_runtime.manifest import read_manifest
 
-    where, chosen = path or DEFAULT_MODEL, ""
+    where, choice = path or DEFAULT_MODEL, ""
     if is_checkpoint(where):
         from cm_runtime.extras import require
 
@@ -61,12 +61,12 @@ def info(
     else:
         manifest = read_manifest(where)
         content = describe(manifest)
-        chosen = auto.said(auto.question(where, manifest, auto_device("auto")))
+        choice = auto.said(auto.question(where, manifest, auto_device("auto")))
         try:
-            if foreign := onnx_graph.check(where, manifest).foreign:
-                chosen = f"ort alone: cm-runtime export did not write this graph, for {foreign}"
+            if reason := onnx_graph.check(where, manifest).foreign:
+                choice = f"ort alone: cm-runtime export did not write this graph, for {reason}"
         except ArtifactError as error:
-            chosen = f"no engine: {error}"
+            choice = f"no engine: {error}"
     if as_json:
         typer.echo(json.dumps(content, indent=2))
         return
@@ -75,8 +75,8 @@ def info(
     typer.echo(where)
     for line in _lines(content):
         typer.echo(f"  {one_line(line)}")
-    if chosen:
-        typer.echo(f"  {'auto':16} {chosen}")
+    if choice:
+        typer.echo(f"  {'auto':16} {choice}")
 
 
 def _lines(content: dict[str, Any]) -> list[str]:
@@ -86,17 +86,19 @@ def _lines(content: dict[str, Any]) -> list[str]:
         if isinstance(value, dict) and any(isinstance(each, dict) for name, each in value.items() if name != "config"):
             lines += [key, *(f"  {line}" for line in _lines(value))]
         elif value not in ("", [], {}):
-            lines.append(f"{key:16} {_shown(value)}")
+            lines.append(f"{key:16} {_format(value)}")
     return lines
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     """Numbers in six digits, tiny ones in three; lists and tables on one line, but for a run's configuration."""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1e-3 else f"{value:g}"
     if isinstance(value, list):
-        return ", ".join(map(_shown, value))
+        return ", ".join(map(_format, value))
     if isinstance(value, dict):
-        shown = {k: f"({_shown(v)})" if isinstance(v, list) else _shown(v) for k, v in value.items() if k != "config"}
-        return ", ".join(f"{key} {each}" for key, each in shown.items())
+        values = {
+            k: f"({_format(v)})" if isinstance(v, list) else _format(v) for k, v in value.items() if k != "config"
+        }
+        return ", ".join(f"{key} {each}" for key, each in values.items())
     return str(value)

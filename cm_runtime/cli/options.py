@@ -199,11 +199,11 @@ def with_flags(**changes: Any) -> Callable[[Callable[..., None]], Callable[..., 
 
         @functools.wraps(command)
         def call(**values: Any) -> None:
-            built = {
+            values |= {
                 name: group(**{option: values.pop(option) for option in options})
                 for name, (group, options) in groups.items()
             }
-            command(**values, **built)
+            command(**values)
 
         by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
         call.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # typer reads both

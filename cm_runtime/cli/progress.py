@@ -71,7 +71,7 @@ def is_due(every: float = EVERY) -> bool:
 
 
 def place() -> Place:
-    """Where standard error goes. What forces colours makes no terminal of a file."""
+    """The place that standard error goes to; a setting that forces colours makes no terminal of a file."""
     if _command.quiet or sys.stderr is None:
         return "nowhere"
     is_kernel = type(sys.stderr).__module__.partition(".")[0] == "ipykernel"
@@ -102,36 +102,36 @@ def tick(line: str) -> None:
 
 def track(parts: Iterator[Batch], total: int, unit: str, jobs: int = 1) -> Iterator[Batch]:
     """``parts`` as they come, counted in images. jobs: how many such jobs are still to be done, this one included."""
-    return counted(parts, total, unit, lambda part: len(part.index), jobs)
+    return count(parts, total, unit, lambda part: len(part.index), jobs)
 
 
-def counted(parts: Iterator[T], total: int, unit: str, size: Callable[[T], int], jobs: int = 1) -> Iterator[T]:
+def count(parts: Iterator[T], total: int, unit: str, size: Callable[[T], int], jobs: int = 1) -> Iterator[T]:
     """``parts`` as they come, each counted by its size."""
     where = place()
     if where == "terminal":
         yield from _on_terminal(parts, total, unit, size)
         return
-    clock, began, done, first, since = _command.clock, _command.clock(), 0, 0, 0.0
+    clock, began, images, first, since = _command.clock, _command.clock(), 0, 0, 0.0
     line = Line() if where == "notebook" else None
     if jobs == 1:
         phase(f"{total} {unit}")
     try:
         for part in parts:
             yield part
-            done += size(part)
-            taken = clock() - began
+            images += size(part)
+            seconds = clock() - began
             if not first:  # which may have waited for an engine or a cluster to start
-                first, since = done, clock()
-            rate = (done - first) / max(clock() - since, 1e-9) if done > first else done / max(taken, 1e-9)
+                first, since = images, clock()
+            rate = (images - first) / max(clock() - since, 1e-9) if images > first else images / max(seconds, 1e-9)
             whole = total / rate * jobs
-            is_known = done > first or taken > LONG
-            if where == "lines" and _command.last is None and is_known and taken > PATIENCE and whole > LONG:
+            is_known = images > first or seconds > LONG
+            if where == "lines" and _command.last is None and is_known and seconds > PATIENCE and whole > LONG:
                 say(f"{f'{jobs} x ' if jobs > 1 else ''}{total} {unit}, about {duration(whole)}")
                 continue
-            text = f"{unit} {done}/{total}, {rate:.3g}/s, {duration((total - done) / rate)} left"
+            text = f"{unit} {images}/{total}, {rate:.3g}/s, {duration((total - images) / rate)} left"
             if line is None:
                 tick(text)
-            elif taken > PATIENCE:
+            elif seconds > PATIENCE:
                 line.show(text)
     finally:
         if line is not None:
@@ -197,8 +197,8 @@ def spinner(what: str, *, has_bar: bool = False, over: Any = None) -> Iterator[N
 def _wait(what: str, over: Any) -> None:
     began = _command.clock()
     while not over.wait(1.0):
-        taken = _command.clock() - began
-        tick(what if _command.last is None else f"{what}: {duration(taken)} so far")
+        seconds = _command.clock() - began
+        tick(what if _command.last is None else f"{what}: {duration(seconds)} so far")
 
 
 class Line:

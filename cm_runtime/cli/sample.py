@@ -66,14 +66,14 @@ def sample(
     draw = replace(draw, count=draw.total(size), output="float32" if floats else "uint8")
     path = model or backends.DEFAULT_MODEL
     if target is not None:
-        shards.draw(shards.Drawing(path, target, folder, flags, engine), draw)
+        shards.draw(shards.ShardTask(path, target, folder, flags, engine), draw)
         return
     atomic.check_output(name)
     text = flags.micro_batch or "auto"
     most = min(size, int(text)) if text.isdigit() else size
-    opened = backends.open_model(path, engine.options(), most)
-    request = sampling_request(opened.manifest, flags.complete(opened, draw, size))
-    _write(opened, request, size, name)
+    model_engine = backends.open_model(path, engine.options(), most)
+    request = sampling_request(model_engine.manifest, flags.complete(model_engine, draw, size))
+    _write(model_engine, request, size, name)
 
 
 def _write(engine: Denoiser, request: Request, batch: int, output: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from cm_runtime.choices import Runner, ShardKind
 from cm_runtime.cli.options import DrawFlags, EngineFlags, replacing
-from cm_runtime.cli.progress import counted
+from cm_runtime.cli.progress import count
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ShardFlags:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ShardTask:
     """Shards to draw: of a model, in a folder, as the options say."""
 
     model: Path
@@ -67,7 +67,7 @@ class Drawing:
     flags: DrawFlags
     engine: EngineFlags
 
-    def as_of(self, job: Job) -> Drawing:
+    def as_of(self, job: Job) -> ShardTask:
         """With the job's own where no option says other."""
         engine = EngineFlags(
             backend=job.backend if self.engine.backend == "auto" else self.engine.backend,
@@ -79,7 +79,7 @@ class Drawing:
         return replace(self, engine=engine, flags=replace(self.flags, micro_batch=size))
 
 
-def draw(drawing: Drawing, images: Draw) -> None:
+def draw(task: ShardTask, images: Draw) -> None:
     """Draw those shards of ``images`` that are not there."""
     from cm_runtime import backends
     from cm_runtime.errors.wording import quantity
@@ -89,31 +89,31 @@ def draw(drawing: Drawing, images: Draw) -> None:
     from cm_runtime.request import sampling_request
     from cm_runtime.subprocesses import cores
 
-    model, folder, flags = drawing.model, drawing.folder, drawing.shards
+    model, folder, flags = task.model, task.folder, task.shards
     if not exists(model):
         raise RequestError(f"{model}: no such model")
     atomic.check_writable(folder / job.MANIFEST if os.path.isdir(folder) else folder)
     old = job.load_job(folder)
     if old is not None and not flags.force and old.file_sha256 == job.identity(model):
-        drawing = drawing.as_of(old)
-    options = drawing.engine.options()
+        task = task.as_of(old)
+    options = task.engine.options()
     options = replace(options, threads=options.threads or cores())
     shards = job.Shards(flags.shards or "npz", 1000 if flags.shard_size is None else flags.shard_size)
     size = min(shards.size, max(images.count or 1, 1))
     engine = backends.open_model(model, options, size)
-    request = sampling_request(engine.manifest, drawing.flags.complete(engine, images, size))
+    request = sampling_request(engine.manifest, task.flags.complete(engine, images, size))
     whole = job.Job.from_request(engine, request, model, shards, options.threads)
-    with job.open_folder(whole, folder, force=flags.force) as missing:
+    with job.open_folder(whole, folder, force=flags.force) as numbers_left:
         numbers = (
-            ray_runner.run(model, whole, folder, missing, address=flags.ray_address)
+            ray_runner.run(model, whole, folder, numbers_left, address=flags.ray_address)
             if flags.runner == "ray"
-            else job.run(engine, whole, folder, missing)
+            else job.run(engine, whole, folder, numbers_left)
         )
-        total = sum(job.size(whole, number) for number in missing)
-        for _ in counted(numbers, total, "images", lambda number: job.size(whole, number)):
+        total = sum(job.size(whole, number) for number in numbers_left)
+        for _ in count(numbers, total, "images", lambda number: job.size(whole, number)):
             pass
-    count = len(whole.numbers)
-    before = count - len(missing)
+    shard_count = len(whole.numbers)
+    before = shard_count - len(numbers_left)
     there = f" ({before} {'was' if before == 1 else 'were'} there)" if before else ""
-    contents = f"{quantity(whole.count, 'image')} in {quantity(count, 'shard')}{there}"
+    contents = f"{quantity(whole.count, 'image')} in {quantity(shard_count, 'shard')}{there}"
     typer.echo(f"{folder}/: {contents}, {quantity(len(whole.sigmas), 'step')}, seed {whole.seed}")

@@ -15,7 +15,7 @@ WORDS: dict[object, str] = {128 + signal.SIGTERM: "terminated", 128 + signal.SIG
 
 
 @contextmanager
-def ending() -> Iterator[None]:
+def end_on_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the block as Ctrl-C does, with all that is to be cleaned up; exit status 128 + signal.
 
     A second one ends the process at once. Signals that are ignored, as under nohup, stay so.
@@ -25,12 +25,12 @@ def ending() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         sys.exit(128 + number)
 
-    changed = []
+    handled = []
     try:
         for number in ENDING:
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, leave)
-                changed.append(number)
+                handled.append(number)
     except ValueError:  # not the main thread: signals are somebody else's
         pass
     try:
@@ -40,5 +40,5 @@ def ending() -> Iterator[None]:
             typer.echo(WORDS[leaving.code], err=True)
         raise
     finally:
-        for number in changed:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)

@@ -92,8 +92,8 @@ def tune(
     if samples < 2:
         raise RequestError(f"--samples must be at least 2, not {samples}")
     options = engine.options()
-    opened = backends.open_model(source, options)
-    manifest = opened.manifest
+    model_engine = backends.open_model(source, options)
+    manifest = model_engine.manifest
     network = Extractor(
         extractor,
         value_range=value_range,
@@ -101,7 +101,7 @@ def tune(
         device=options.device,
         threads=options.threads,
     )
-    draw = flags.complete(opened, replace(flags.draw(), count=samples), min(samples, 256))
+    draw = flags.complete(model_engine, replace(flags.draw(), count=samples), min(samples, 256))
     sampling_request(manifest, draw)  # refused now, if ever
     channels, height, width = manifest.image_shape
     network.check((height, width, channels))
@@ -114,17 +114,17 @@ def tune(
         candidates_left = max(1, candidates_left - 1)  # the search decides how many there are
         return track(parts, samples, f"images at {level_text(sigmas)}", candidates_left)
 
-    objective = FrechetObjective(FirstStep(opened), network, real, draw, show)
+    objective = FrechetObjective(FirstStep(model_engine), network, real, draw, show)
     levels = dict(manifest.sigmas)
     for count in counts:
         candidates_left = 1 + tuning.most_candidates(count)
         candidates, images = quantity(candidates_left - 1, "candidate"), quantity(samples, "image")
         progress.phase(f"tuning {quantity(count, 'step')}, by up to {candidates} of {images}")
-        tuned = tuning.search(objective, count, levels, manifest.noise_range)
-        levels[count] = tuned.sigmas
+        result = tuning.search(objective, count, levels, manifest.noise_range)
+        levels[count] = result.sigmas
         write_manifest(source, target, manifest.model_copy(update={"sigmas": levels}), force=force)
         source, force = target, True  # this result is kept, whatever becomes of the next search
-        _print(tuned)
+        _print(result)
     typer.echo(f"{target}: now cm-runtime sample {target} --steps {counts[-1]}")
 
 
@@ -136,13 +136,13 @@ def _steps(text: str) -> list[int]:
     return sorted(map(int, words))
 
 
-def _print(tuned: Tuned) -> None:
+def _print(result: Tuned) -> None:
     from cm_runtime.errors.wording import quantity
     from cm_runtime.schedule import level_text
 
-    steps = quantity(len(tuned.sigmas), "step")
-    typer.echo(f"{steps}, default {level_text(tuned.default)}: Frechet distance {tuned.default_value:.4g}")
+    steps = quantity(len(result.sigmas), "step")
+    typer.echo(f"{steps}, default {level_text(result.default)}: Frechet distance {result.default_value:.4g}")
     typer.echo(
-        f"{steps}, tuned   {level_text(tuned.sigmas)}: Frechet distance {tuned.value:.4g}"
-        f" after {quantity(tuned.evaluations, 'candidate')}"
+        f"{steps}, tuned   {level_text(result.sigmas)}: Frechet distance {result.value:.4g}"
+        f" after {quantity(result.evaluations, 'candidate')}"
     )

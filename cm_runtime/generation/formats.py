@@ -40,7 +40,7 @@ END_OF_TAR = bytes(1024)
 
 @dataclass(frozen=True)
 class Contents:
-    """What a shard holds. shape: (H,W,C); text: what an npz says of itself."""
+    """Contents of a shard. shape: (H,W,C); text: an npz's description of itself."""
 
     count: int
     shape: tuple[int, int, int]
@@ -50,25 +50,25 @@ class Contents:
 
 
 class Format(NamedTuple):
-    """ending: of a shard's name; fault: what keeps an existing file from being that shard, or None."""
+    """A kind of shard. suffix: of its name; fault: what keeps an existing file from being that shard, or None."""
 
-    ending: str
+    suffix: str
     write: Callable[[Path, Contents, Iterator[Batch]], None]
     fault: Callable[[Path, Contents], str | None]
 
 
 def path(folder: Path, kind: ShardKind, number: int) -> Path:
-    """Where a shard is."""
-    return folder / f"shard-{number:06d}{FORMATS[kind].ending}"
+    """The path of a shard."""
+    return folder / f"shard-{number:06d}{FORMATS[kind].suffix}"
 
 
 def write(where: Path, kind: ShardKind, contents: Contents, parts: Iterator[Batch]) -> None:
-    """Writes the images of ``parts`` as a shard, whole or not at all. Raises OutputError, MissingExtraError."""
+    """Write the images of ``parts`` as a shard, whole or not at all. Raises OutputError, MissingExtraError."""
     FORMATS[kind].write(where, contents, _all(parts, contents.count))
 
 
 def is_whole(where: Path, kind: ShardKind, contents: Contents) -> bool:
-    """Whether the shard is there, by its sizes and headers: no image is read.
+    """Return True if the shard is there, by its sizes and headers: no image is read.
 
     Raises DataError for anything else under its name.
     """
@@ -91,7 +91,7 @@ def members(where: Path) -> list[Path]:
 
 
 def remove(where: Path) -> None:
-    """Removes a shard, if it is there."""
+    """Remove a shard, if it is there."""
     if where.is_dir() and not where.is_symlink():
         shutil.rmtree(where)
     else:
@@ -99,7 +99,7 @@ def remove(where: Path) -> None:
 
 
 def _all(parts: Iterator[Batch], count: int) -> Iterator[Batch]:
-    """Raises ValueError in a writer that was given fewer or more images than it is to write."""
+    """Raise ValueError in a writer that gets fewer or more images than it is to write."""
     for part in parts:
         count -= len(part.index)
         yield part
@@ -128,17 +128,17 @@ def _write_npz(where: Path, contents: Contents, parts: Iterator[Batch]) -> None:
 
 
 def _npz_fault(where: Path, contents: Contents) -> str | None:
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {"arr_0.npy": (contents.output, (contents.count, *contents.shape))}
+    arrays: dict[str, tuple[str, tuple[int, ...]]] = {"arr_0.npy": (contents.output, (contents.count, *contents.shape))}
     if contents.has_labels:
-        wanted["arr_1.npy"] = "int64", (contents.count,)
+        arrays["arr_1.npy"] = "int64", (contents.count,)
     try:
         with zipfile.ZipFile(where) as archive:
-            if {*archive.namelist()} != {*wanted, "cm_runtime.npy"}:
+            if {*archive.namelist()} != {*arrays, "cm_runtime.npy"}:
                 return f"holds {', '.join(archive.namelist())}"
-            for name, (dtype, shape) in wanted.items():
-                found = npz.header(archive, archive.getinfo(name), where)
-                if (found.dtype, found.shape) != (np.dtype(dtype), shape):
-                    return f"holds {name} as {found.dtype} {found.shape}, not {dtype} {shape}"
+            for name, (dtype, shape) in arrays.items():
+                header = npz.header(archive, archive.getinfo(name), where)
+                if (header.dtype, header.shape) != (np.dtype(dtype), shape):
+                    return f"holds {name} as {header.dtype} {header.shape}, not {dtype} {shape}"
     except (*npz.BROKEN, DataError) as error:
         return f"is no whole npz ({error})"
     return None
@@ -160,9 +160,11 @@ def _write_png(where: Path, contents: Contents, parts: Iterator[Batch]) -> None:
 
 
 def _png_fault(where: Path, contents: Contents) -> str | None:
-    found = sum(1 for _ in where.iterdir())
-    wanted = contents.count + contents.has_labels
-    return None if found == wanted else f"holds {quantity(found, 'file')}, not {wanted}"
+    return _count_fault(sum(1 for _ in where.iterdir()), contents.count + contents.has_labels)
+
+
+def _count_fault(files: int, whole: int) -> str | None:
+    return None if files == whole else f"holds {quantity(files, 'file')}, not {whole}"
 
 
 # WebDataset
@@ -184,16 +186,15 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _wds_fault(where: Path, contents: Contents) -> str | None:
-    wanted = contents.count * (1 + contents.has_labels)
     try:
         with where.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            found = sum(1 for _ in archive)
+            files = sum(1 for _ in archive)
             end = file.seek(-len(END_OF_TAR), io.SEEK_END) + len(END_OF_TAR)
             if end % tarfile.RECORDSIZE or file.read() != END_OF_TAR:
                 return "has no end of a tar archive"
     except (tarfile.TarError, RecursionError) as error:  # the latter: long names in a row
         return f"is no whole tar archive ({error})"
-    return None if found == wanted else f"holds {quantity(found, 'file')}, not {wanted}"
+    return _count_fault(files, contents.count * (1 + contents.has_labels))
 
 
 # Parquet
@@ -216,27 +217,27 @@ def _write_parquet(where: Path, contents: Contents, parts: Iterator[Batch]) -> N
 
 
 def _schema(pyarrow: Any, contents: Contents) -> Any:
-    """The columns, and what they mean, as Hugging Face's datasets has it."""
+    """The columns, and their meaning to Hugging Face's datasets."""
     columns = {"index": pyarrow.uint64(), "label": pyarrow.int64()}
     features: dict[str, Any] = {name: {"dtype": str(kind), "_type": "Value"} for name, kind in columns.items()}
     columns["image"] = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
     features["image"] = {"_type": "Image"}
     if not contents.has_labels:
         del columns["label"], features["label"]
-    told = {"huggingface": json.dumps({"info": {"features": features}})}
-    return pyarrow.schema(list(columns.items()), told)
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pyarrow.schema(list(columns.items()), metadata)
 
 
 def _parquet_fault(where: Path, contents: Contents) -> str | None:
     pyarrow, parquet = _pyarrow()
     try:
         with where.open("rb") as file, parquet.ParquetFile(file) as table:
-            found, schema = table.metadata.num_rows, table.schema_arrow
+            rows, schema = table.metadata.num_rows, table.schema_arrow
     except pyarrow.ArrowException as error:
         return f"is no whole Parquet file ({error})"
     if not schema.equals(_schema(pyarrow, contents)):
         return f"has the columns {', '.join(schema.names)}"
-    return None if found == contents.count else f"holds {quantity(found, 'image')}, not {contents.count}"
+    return None if rows == contents.count else f"holds {quantity(rows, 'image')}, not {contents.count}"
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -124,7 +124,7 @@ class Job(BaseModel):
 
     @property
     def numbers(self) -> range:
-        """Of all shards."""
+        """The numbers of all shards."""
         return range(-(-self.count // self.shard_size))
 
 
@@ -142,7 +142,7 @@ def identity(model: Path) -> str:
 
 
 def size(job: Job, number: int) -> int:
-    """How many images a shard holds."""
+    """The number of images in a shard."""
     return min(job.shard_size, job.count - number * job.shard_size)
 
 
@@ -155,7 +155,7 @@ def missing_shards(job: Job, folder: Path) -> list[int]:
 
 
 def make_shard(engine: Backend, job: Job, number: int, folder: Path) -> None:
-    """Draws one shard and writes it, whole or not at all, unless it is there.
+    """Draw one shard and write it, whole or not at all, unless it is there.
 
     Any number of processes may do so in one folder: those that are at the same shard write the same bytes. Raises
     EngineError for an engine that would make others, OutputError, DataError.
@@ -166,7 +166,7 @@ def make_shard(engine: Backend, job: Job, number: int, folder: Path) -> None:
 
 
 def run(engine: Backend, job: Job, folder: Path, numbers: Sequence[int]) -> Iterator[int]:
-    """Draws shards and writes them beside the drawing of what follows; yields the number of each that is there."""
+    """Draw shards and write them beside the drawing of what follows; yield the number of each that is there."""
     _check(engine, job)
     parts = prefetch((part for number in numbers for part in draw_shard(engine, job, number)), AHEAD)
     with closing(parts):
@@ -205,7 +205,7 @@ def draw_shard(engine: Backend, job: Job, number: int) -> Iterator[Batch]:
 
 
 def load_job(folder: Path, name: str = MANIFEST) -> Job | None:
-    """The job that a folder holds, if any. Raises DataError."""
+    """Load the job that a folder holds, if any. Raises DataError."""
     where = folder / name
     if not os.path.lexists(where):
         return None
@@ -219,7 +219,7 @@ def load_job(folder: Path, name: str = MANIFEST) -> Job | None:
 
 @contextmanager
 def open_folder(job: Job, folder: Path, *, force: bool = False) -> Iterator[list[int]]:
-    """The job's folder, made if need be, for one process at a time; yields the shards that it lacks.
+    """Open the job's folder, made if need be, for one process at a time; yield the shards that it lacks.
 
     The block makes them, and when it ends well SHA256SUMS is written. A folder whose job differs in a smaller count
     alone grows: its full shards stay, and until the larger job is finished the smaller one can be gone on with.
@@ -233,18 +233,18 @@ def open_folder(job: Job, folder: Path, *, force: bool = False) -> Iterator[list
         with _folder_errors(folder):
             sweep(folder)
             _settle(job, folder, force)
-        todo = missing_shards(job, folder)
-        yield todo
+        numbers = missing_shards(job, folder)
+        yield numbers
         with _folder_errors(folder):
             if (folder / NEXT).exists():
                 os.replace(folder / NEXT, folder / MANIFEST)
-            if todo or not (folder / SUMS).exists():
+            if numbers or not (folder / SUMS).exists():
                 _write_sums(job, folder)
 
 
 @contextmanager
 def _folder_errors(folder: Path) -> Iterator[None]:
-    """What the system says of a folder, as an OutputError."""
+    """Turn an OSError over a folder into an OutputError."""
     try:
         yield
     except OSError as error:
@@ -252,7 +252,7 @@ def _folder_errors(folder: Path) -> Iterator[None]:
 
 
 def _settle(job: Job, folder: Path, force: bool) -> None:
-    """Leaves the folder with this job's manifest, or one that it grows from, and no shard of another."""
+    """Leave the folder with this job's manifest, or one that it grows from, and no shard of another."""
     old, later = load_job(folder), load_job(folder, NEXT)
     if old is None and any(folder.glob("shard-*")):
         raise OutputError(f"{folder} holds shards without their {MANIFEST}; give another folder")
@@ -284,7 +284,7 @@ def _grows(old: Job, new: Job) -> bool:
 
 
 def _give_up(later: Job, job: Job, folder: Path) -> None:
-    """Removes what was drawn to grow the folder into ``later`` and is not of ``job``, another stage of the same."""
+    """Remove what was drawn to grow the folder into ``later`` and is not of ``job``, another stage of the same."""
     for number in later.numbers:
         if number not in job.numbers or (size(later, number) != size(job, number) and _holds(later, number, folder)):
             formats.remove(formats.path(folder, later.format, number))
@@ -355,7 +355,7 @@ def _contents(job: Job, number: int) -> formats.Contents:
 
 
 def _traits(engine: Backend, kind: ShardKind) -> dict[str, Any]:
-    """What of an engine, and of what writes its images, determines their bytes."""
+    """Engine properties and package versions that the bytes of a shard depend on."""
     versions = [f"cm-runtime {__version__}", engine.version, f"numpy {np.__version__}"]
     if kind != "npz":
         versions.append(f"pillow {PIL.__version__}")

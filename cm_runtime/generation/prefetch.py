@@ -1,4 +1,4 @@
-"""An iterator that a thread runs ahead of whoever reads it."""
+"""Prefetching: an iterator that a thread runs ahead of its reader."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ END: Final = object()
 
 
 def prefetch(parts: Iterator[T], most: int) -> Generator[T, None, None]:
-    """The same parts in the same order, of which up to ``most`` are made before they are asked for.
+    """Yield the same parts in the same order, up to ``most`` of them made ahead of the reader.
 
-    What ``parts`` raises is raised here, in its place. A reader that stops early, by Ctrl-C too, waits for the part
+    An error of ``parts`` is raised in its place. A reader that stops early, by Ctrl-C too, waits for the part
     that is being made, and no other is begun.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     try:
-        coming = deque(thread.submit(_next, parts) for _ in range(most))
-        while (part := coming.popleft().result()) is not END:
-            coming.append(thread.submit(_next, parts))
+        futures = deque(thread.submit(_next, parts) for _ in range(most))
+        while (part := futures.popleft().result()) is not END:
+            futures.append(thread.submit(_next, parts))
             yield part  # type: ignore[misc]
     finally:
         thread.shutdown(cancel_futures=True)

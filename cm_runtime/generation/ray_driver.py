@@ -1,4 +1,4 @@
-"""Ray's driver: reads a line of what is asked, writes one for each shard, and stops Ray when input ends."""
+"""Ray's driver: reads a task, writes a line for each shard, and stops Ray when input ends."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from cm_runtime import backends
 from cm_runtime.backends.base import Backend
 from cm_runtime.errors import CmRuntimeError, EngineError
 from cm_runtime.generation.job import Job, identity, make_shard
-from cm_runtime.generation.ray_runner import Answer, Asked
+from cm_runtime.generation.ray_runner import Answer, Task
 
 LIVES = 3  # workers that one shard may cost
 OBJECT_STORE = 80 << 20  # bytes, about the least that Ray takes; no more than numbers of shards are in it
 
 
 class Share(NamedTuple):
-    """What a worker takes of its node, in Ray's words, and how many workers there are."""
+    """Resources that a worker takes of its node, in Ray's words, and the number of workers."""
 
-    taken: dict[str, int]
+    resources: dict[str, int]
     workers: int
 
 
@@ -46,13 +46,13 @@ def share(device: str, threads: int, nodes: Sequence[Mapping[str, float]], shard
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cores:
         raise EngineError("no node of the Ray cluster has a core to give")
-    taken = min(threads, max(cores)) if threads else min(cores)
-    places = sum(count // taken for count in cores) if threads else len(cores)
-    return Share({"num_cpus": taken}, min(places, shards))
+    each = min(threads, max(cores)) if threads else min(cores)
+    places = sum(count // each for count in cores) if threads else len(cores)
+    return Share({"num_cpus": each}, min(places, shards))
 
 
-class Begun:
-    """How often each shard was begun. It has a process to itself, which outlives the workers."""
+class Attempts:
+    """Count of the attempts at each shard, in a process of its own, which outlives the workers."""
 
     def __init__(self) -> None:
         self.times: Counter[int] = Counter()
@@ -68,8 +68,8 @@ class Worker:
     The engine opens with the first of them: Ray starts workers anew for as long as they die before they have a task.
     """
 
-    def __init__(self, begun: Any, model: Path | None, job: Job, folder: Path) -> None:
-        self.begun, self.model, self.job, self.folder = begun, model or backends.DEFAULT_MODEL, job, folder
+    def __init__(self, attempts: Any, model: Path | None, job: Job, folder: Path) -> None:
+        self.attempts, self.model, self.job, self.folder = attempts, model or backends.DEFAULT_MODEL, job, folder
 
     @cached_property
     def engine(self) -> Backend:
@@ -85,7 +85,7 @@ class Worker:
 
         number, error = int(row["item"]), ""
         try:
-            if ray.get(self.begun.again.remote(number)) > LIVES:
+            if ray.get(self.attempts.again.remote(number)) > LIVES:
                 raise EngineError(f"{LIVES} workers died over shard {number}, of too little memory perhaps")
             make_shard(self.engine, self.job, number, self.folder)
         except CmRuntimeError as failure:
@@ -93,19 +93,19 @@ class Worker:
         return {"number": number, "error": error}
 
 
-def made(asked: Asked) -> Iterator[int]:
+def make_shards(task: Task) -> Iterator[int]:
     """The numbers of the shards as they are there. Raises EngineError."""
-    with _connected(asked.address) as ray:
-        begun = ray.remote(Begun).options(num_cpus=0).remote()
-        for at in range(0, len(asked.numbers), asked.at_once):
-            numbers = asked.numbers[at : at + asked.at_once]
+    with _connect(task.address) as ray:
+        attempts = ray.remote(Attempts).options(num_cpus=0).remote()
+        for at in range(0, len(task.numbers), task.most):
+            numbers = task.numbers[at : at + task.most]
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            part = share(asked.job.device, asked.job.threads, nodes, len(numbers))
+            part = share(task.job.device, task.job.threads, nodes, len(numbers))
             shards = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(
                 Worker,
-                fn_constructor_args=(begun, asked.model, asked.job, asked.folder),
+                fn_constructor_args=(attempts, task.model, task.job, task.folder),
                 compute=ray.data.ActorPoolStrategy(size=part.workers, max_tasks_in_flight_per_actor=1),
-                **part.taken,
+                **part.resources,
             )
             shards.context.enable_progress_bars = False
             shards.context.raise_original_map_exception = True
@@ -118,17 +118,17 @@ def made(asked: Asked) -> Iterator[int]:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[Any]:
-    """Ray, where its cluster is. Raises EngineError for what Ray says, which may end the process."""
+def _connect(address: str | None) -> Iterator[Any]:
+    """Ray, where its cluster is. Raises EngineError for Ray's own failures, which may end the process."""
     # Without a token from here, Ray would write one into the home folder for the cluster that it starts.
     if address is None:
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     import ray
     import ray.data
 
-    own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address is None else {}
+    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address is None else {}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except (OSError, RuntimeError, ValueError, SystemExit, ray.exceptions.RayError) as error:
         cause = error.__cause__
         reason = str(cause).strip().splitlines()[-1] if cause else " ".join(str(error).split())
@@ -144,14 +144,14 @@ def _connected(address: str | None) -> Iterator[Any]:
 
 
 def _in_a_line(error: Exception) -> str:
-    """What a worker raised, where it was that, or how Ray's account ends."""
+    """One line of an error: the worker's own where it raised one, else the last of Ray's."""
     cause = getattr(error, "cause", None)
     return f"{type(cause).__name__}: {cause}".splitlines()[0] if cause else str(error).strip().splitlines()[-1]
 
 
 def main() -> None:
-    """Of the process. What Ray and its children print goes where our standard error goes."""
-    asked = Asked.model_validate_json(sys.stdin.buffer.readline())
+    """Run the driver. All that Ray and its children print goes to this process's standard error."""
+    task = Task.model_validate_json(sys.stdin.buffer.readline())
     threading.Thread(target=_stop_with_input, daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -160,13 +160,13 @@ def main() -> None:
         print(answer.model_dump_json(), file=answers, flush=True)
 
     try:
-        for number in made(asked):
-            say(Answer(made=number))
+        for number in make_shards(task):
+            say(Answer(number=number))
     except EngineError as error:
         say(Answer(error=str(error)))
 
 
 def _stop_with_input() -> None:
-    """By Ctrl-C, as it were."""
+    """Interrupt the main thread when standard input ends."""
     os.read(0, 1)  # past sys.stdin, whose lock a process must have to end
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -25,36 +25,36 @@ from cm_runtime.files.workspaces import sweep
 from cm_runtime.generation.job import Job
 from cm_runtime.subprocesses import epitaph
 
-AT_ONCE = 5000  # shards that Ray is told of, which takes it a millisecond or two for each
+MOST_SHARDS = 5000  # shards that Ray gets in one go, which take it a millisecond or two for each
 PATIENCE = 5.0  # seconds in which an address must answer
 FAREWELL = 30.0  # seconds in which Ray must stop
 PACKAGES = ("ray", "pandas", "pyarrow")  # Ray alone does without the last two, Ray Data does not
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = "from cm_runtime.generation.ray_driver import main; main()"  # not -m: workers know nothing of a __main__
-# Read as Ray is imported. It would else tell its makers, and ask what is no Ray cluster for ten minutes.
+# Read as Ray is imported. It would else report to its makers, and try what is no Ray cluster for ten minutes.
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_NUM_REDIS_GET_RETRIES": "1"}
 
 
-class Asked(BaseModel):
-    """What the driver reads. model: None is the one that each node's own package brings."""
+class Task(BaseModel):
+    """Work of the driver. model: None is the one that each node's own package brings."""
 
     model: Path | None
     job: Job
     folder: Path
     numbers: list[int]
-    at_once: int
+    most: int
     address: str | None
 
 
 class Answer(BaseModel):
-    """A line of the driver's: a shard that is there, or why no more will be."""
+    """A line of the driver's: the number of a shard that is there, or the error that ended the work."""
 
-    made: int | None = None
+    number: int | None = None
     error: str = ""
 
 
 def run(model: Path | None, job: Job, folder: Path, numbers: Sequence[int], *, address: str | None) -> Iterator[int]:
-    """Makes the shards ``numbers`` of a job, and yields the number of each when it is in the folder.
+    """Make the shards ``numbers`` of a job, and yield the number of each when it is in the folder.
 
     address: a cluster that this machine belongs to, HOST:PORT or auto; None is one that is started on this machine and
     stopped at the end. A shard whose worker died is begun again, until it has cost three. Nobody else may be writing in
@@ -70,22 +70,20 @@ def run(model: Path | None, job: Job, folder: Path, numbers: Sequence[int], *, a
     if address not in (None, "auto"):
         _check_answers(address)
     path = None if model in (None, backends.DEFAULT_MODEL) else model.absolute()
-    asked = Asked(
-        model=path, job=job, folder=folder.absolute(), numbers=list(numbers), at_once=AT_ONCE, address=address
-    )
+    task = Task(model=path, job=job, folder=folder.absolute(), numbers=list(numbers), most=MOST_SHARDS, address=address)
     try:
-        with _driver(asked) as answers:
+        with _driver(task) as answers:
             for answer in answers:
                 if answer.error:
                     raise EngineError(answer.error)
-                assert answer.made is not None
-                yield answer.made
+                assert answer.number is not None
+                yield answer.number
     finally:
-        sweep(folder)  # what workers that died had half written
+        sweep(folder)  # half-written files of workers that died
 
 
 @contextmanager
-def _driver(asked: Asked) -> Iterator[Iterator[Answer]]:
+def _driver(task: Task) -> Iterator[Iterator[Answer]]:
     """Ray's driver in a process of its own, which ends with the block.
 
     Ray's compiled core ends its process where the cluster is lost, and writes to its standard error what it likes. The
@@ -93,12 +91,12 @@ def _driver(asked: Asked) -> Iterator[Iterator[Answer]]:
     """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with (
-        tempfile.TemporaryFile() as said,
+        tempfile.TemporaryFile() as errors,
         subprocess.Popen(
             [sys.executable, "-P", "-c", DRIVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=errors,
             env={**ENVIRONMENT, **os.environ, "PYTHONPATH": path},
             process_group=0,  # Ctrl-C is for us alone, so that it cannot come again while Ray stops
         ) as process,
@@ -108,11 +106,11 @@ def _driver(asked: Asked) -> Iterator[Iterator[Answer]]:
         def answers() -> Iterator[Answer]:
             yield from map(Answer.model_validate_json, process.stdout or ())
             if process.wait():
-                raise EngineError(re.sub(r"\[[^]]*\] \S+: ", "", f"Ray's driver {epitaph(process, said)}"))
+                raise EngineError(re.sub(r"\[[^]]*\] \S+: ", "", f"Ray's driver {epitaph(process, errors)}"))
 
         try:
-            with suppress(BrokenPipeError):  # of a driver that has died, which is told when its answers end
-                process.stdin.write(asked.model_dump_json().encode() + b"\n")
+            with suppress(BrokenPipeError):  # of a driver that has died, which is known when its answers end
+                process.stdin.write(task.model_dump_json().encode() + b"\n")
                 process.stdin.flush()
             yield answers()
         finally:
@@ -126,7 +124,7 @@ def _driver(asked: Asked) -> Iterator[Iterator[Answer]]:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself would try for a quarter of an hour."""
+    """Raise EngineError in seconds where nothing listens; Ray itself would try for a quarter of an hour."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit() or int(port) >= 1 << 16:
         raise RequestError(f"--ray-address takes the HOST:PORT of a cluster, or auto, not {address!r}")

@@ -13,7 +13,7 @@ from cm_runtime.sampling import Batch
 
 
 class Source(Protocol):
-    """Where the images come from."""
+    """The source of the images."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 

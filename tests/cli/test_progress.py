@@ -43,14 +43,14 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_work_of_under_ten_seconds_is_silent(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(list(progress.counted(paced(clock, 9, 1.0), 9, "images", lambda _: 1))) == 9
+    assert len(list(progress.count(paced(clock, 9, 1.0), 9, "images", lambda _: 1))) == 9
     assert lines(capsys) == []
 
 
 def test_long_work_says_what_it_will_do_and_then_a_line_every_half_minute(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    list(progress.counted(paced(clock, 50, 2.0), 1000, "images", lambda _: 20))
+    list(progress.count(paced(clock, 50, 2.0), 1000, "images", lambda _: 20))
     first, *rest = lines(capsys)
     assert first == "1000 images, about 100 s" or first == "1000 images, about 2 min"
     assert rest == [
@@ -62,7 +62,7 @@ def test_long_work_says_what_it_will_do_and_then_a_line_every_half_minute(
 
 def test_quiet_is_silent(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     progress.begin(quiet=True, clock=clock)
-    list(progress.counted(paced(clock, 50, 2.0), 1000, "images", lambda _: 20))
+    list(progress.count(paced(clock, 50, 2.0), 1000, "images", lambda _: 20))
     progress.say("a plan")
     progress.phase("a phase")
     with progress.spinner("a wait"):
@@ -111,7 +111,7 @@ def test_a_notebook_has_one_line_that_updates(clock: Clock, monkeypatch: pytest.
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("JPY_PARENT_PID", "1")
     assert progress.place() == "notebook"
-    list(progress.counted(paced(clock, 40, 0.1), 40, "images", lambda _: 1))
+    list(progress.count(paced(clock, 40, 0.1), 40, "images", lambda _: 1))
     text = stream.getvalue()
     assert "\n" not in text and "\x1b" not in text
     assert text.count("\r") == 7  # a state every half second after the first second, and the end's two

@@ -131,7 +131,7 @@ def test_shards_are_those_of_one_process(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Byte for byte, in any order, also where they are more than Ray is told of at once; and Ray says nothing."""
-    monkeypatch.setattr(ray_runner, "AT_ONCE", 4)
+    monkeypatch.setattr(ray_runner, "MOST_SHARDS", 4)
     assert sorted(ray_runner.run(None, job, tmp_path, list(job.numbers), address=address)) == list(job.numbers)
     assert contents(tmp_path) == alone
     assert capfd.readouterr() == ("", "")

@@ -54,19 +54,19 @@ def interpolate(
     check_output(output, floats, ".gif", ".webp")
     if not is_folder(output):
         atomic.check_output(Path(output))
-    opened = backends.open_model(model or backends.DEFAULT_MODEL, engine.options())
+    model_engine = backends.open_model(model or backends.DEFAULT_MODEL, engine.options())
     label = None if flags.labels is None else parsing.whole_number("--labels", flags.labels)
     seed = flags.seed or 0
     images = editing.interpolate(
-        opened,
+        model_engine,
         first,
         last,
         frames,
         steps=flags.steps,
         seed=seed,
         labels=label,
-        sigmas=flags.levels(opened.manifest),
-        micro_batch=parsing.micro_batch(flags.micro_batch, frames, opened.micro_batch),
+        sigmas=flags.levels(model_engine.manifest),
+        micro_batch=parsing.micro_batch(flags.micro_batch, frames, model_engine.micro_batch),
         output="float32" if floats else "uint8",
     )
     text = {
@@ -78,7 +78,7 @@ def interpolate(
         "seed": seed,
         "steps": flags.steps,
         "sigmas": flags.sigmas,
-        "model_sha256": opened.manifest.source_sha256,
+        "model_sha256": model_engine.manifest.source_sha256,
     }
     if not is_folder(output) and Path(output).suffix in (".gif", ".webp"):
         image_writer.save_animation(images, Path(output))

@@ -128,7 +128,7 @@ class Session:
         ]
         pictures = Pictures(answers if flags.floats else _bytes(answers), labels, strip, names)
         write(flags.output, pictures, text)
-        beyond = editing.clipped(answers)
+        beyond = editing.count_clipped(answers)
         each, edits = quantity(flags.answers, "answer"), quantity(count, "image")
         typer.echo(f"{flags.output}: {edits}, {each} to each, seed {flags.seed}, from index {flags.start}")
         if beyond:
