@@ -1,6 +1,6 @@
-"""Zero-shot editing: what is known of an image goes in, answers of the model come out (arXiv 2303.01469, algorithm 4).
+"""Zero-shot editing: part of an image goes in, the model's answers come out (arXiv 2303.01469, algorithm 4).
 
-Every edit is the one sampling loop from given images on, with a projection (or none) behind each clamp, on whatever
+Every edit is the one sampling loop from the caller's images on, with a projection (or none) behind each clamp, on whatever
 engine the model runs. Images are (N,H,W,C), uint8, or float32 in [-1, 1].
 """
 
@@ -53,9 +53,24 @@ class _Plan:
 
 @explicit_signature(EditOptions, answers=1)
 def inpaint(model: Denoiser, images: ArrayLike, hole: ArrayLike, **options: Unpack[EditOptions]) -> NDArray[Any]:
-    """Fills the hole of each image: (M * answers, H, W, C). What is known stays, to the bit in float32.
+    """Fill the hole of each image; the rest stays, to the bit in float32 (arXiv 2303.01469, algorithm 4).
 
-    images: (M,H,W,C); hole: (H,W), or (M,H,W), true or 1 where pixels are to be made. Raises RequestError.
+    Args:
+        model: of a denoiser or network graph, or a checkpoint.
+        images: (M,H,W,C) uint8, or float32 in [-1, 1].
+        hole: (H,W) or (M,H,W), true or 1 where pixels are to be made.
+        **options: labels (one for all images, or one each), start, seed, steps (default 8), sigmas, answers (to each
+            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+
+    Returns:
+        (M * answers, H, W, C) uint8, or float32 with output="float32".
+
+    Raises:
+        RequestError: the images, the options or the model do not fit.
+        EngineError: the model's output is not finite, or the engine fails.
+
+    Example:
+        >>> editing.inpaint(model, images, hole, labels=4, answers=5)
     """
     y = from_images(images, model.manifest)
     return _answers(model, y.shape, Mask(y, _mask_of(hole, y)), _Plan.of(options))
@@ -63,9 +78,23 @@ def inpaint(model: Denoiser, images: ArrayLike, hole: ArrayLike, **options: Unpa
 
 @explicit_signature(EditOptions, answers=1)
 def colorize(model: Denoiser, grey: ArrayLike, **options: Unpack[EditOptions]) -> NDArray[Any]:
-    """Gives each image its colours: (M * answers, H, W, 3), of which the luminance is that of ``grey``.
+    """Give each image colours; their luminance is that of ``grey`` (arXiv 2303.01469, algorithm 4).
 
-    grey: (M,H,W,1), or (M,H,W,3), of which the luminance is taken. Raises RequestError.
+    Args:
+        model: of images with 3 channels.
+        grey: (M,H,W,1), or (M,H,W,3), of which the luminance is taken; uint8, or float32 in [-1, 1].
+        **options: labels (one for all images, or one each), start, seed, steps (default 8), sigmas, answers (to each
+            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+
+    Returns:
+        (M * answers, H, W, C) uint8, or float32 with output="float32".
+
+    Raises:
+        RequestError: the images, the options or the model do not fit.
+        EngineError: the model's output is not finite, or the engine fails.
+
+    Example:
+        >>> editing.colorize(model, grey, answers=4)
     """
     channels, height, width = model.manifest.image_shape
     y = from_images(grey, model.manifest, channels=(1, 3))
@@ -74,9 +103,24 @@ def colorize(model: Denoiser, grey: ArrayLike, **options: Unpack[EditOptions]) -
 
 @explicit_signature(EditOptions, answers=1)
 def superres(model: Denoiser, small: ArrayLike, factor: int, **options: Unpack[EditOptions]) -> NDArray[Any]:
-    """Enlarges each image: (M * answers, H, W, C), of which the means of factor x factor patches are ``small``.
+    """Enlarge each image; the means of its factor x factor patches are ``small`` (arXiv 2303.01469, algorithm 4).
 
-    small: (M, H / factor, W / factor, C). Raises RequestError.
+    Args:
+        model: of a denoiser or network graph, or a checkpoint.
+        small: (M, H / factor, W / factor, C) uint8, or float32 in [-1, 1].
+        factor: pixels a side that are made of one.
+        **options: labels (one for all images, or one each), start, seed, steps (default 8), sigmas, answers (to each
+            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+
+    Returns:
+        (M * answers, H, W, C) uint8, or float32 with output="float32".
+
+    Raises:
+        RequestError: the images, the options or the model do not fit.
+        EngineError: the model's output is not finite, or the engine fails.
+
+    Example:
+        >>> editing.superres(model, small, 4, labels=7)
     """
     channels, height, width = model.manifest.image_shape
     y = from_images(small, model.manifest, size=small_size(model.manifest, factor))
@@ -85,10 +129,24 @@ def superres(model: Denoiser, small: ArrayLike, factor: int, **options: Unpack[E
 
 @explicit_signature(EditOptions, answers=1)
 def stroke(model: Denoiser, paintings: ArrayLike, sigma: float, **options: Unpack[EditOptions]) -> NDArray[Any]:
-    """Makes pictures of paintings by strokes: (M * answers, H, W, C) (SDEdit, arXiv 2108.01073, algorithm 1).
+    """Make pictures of paintings by strokes (SDEdit, arXiv 2108.01073, algorithm 1).
 
-    paintings: (M,H,W,C); sigma: the noise put over them; the more, the less is kept. Steps go down from there on the
-    Karras grid. Raises RequestError.
+    Args:
+        model: of a denoiser or network graph, or a checkpoint.
+        paintings: (M,H,W,C) uint8, or float32 in [-1, 1].
+        sigma: noise put over them; the more, the less is kept. Steps go down from there on the Karras grid.
+        **options: labels (one for all images, or one each), start, seed, steps (default 2), answers (to each
+            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+
+    Returns:
+        (M * answers, H, W, C) uint8, or float32 with output="float32".
+
+    Raises:
+        RequestError: the images, the options or the model do not fit.
+        EngineError: the model's output is not finite, or the engine fails.
+
+    Example:
+        >>> editing.stroke(model, paintings, 3.0, labels=1)
     """
     return _from(model, from_images(paintings, model.manifest), sigma, False, _Plan.of(options))
 
@@ -97,10 +155,24 @@ def stroke(model: Denoiser, paintings: ArrayLike, sigma: float, **options: Unpac
 def denoise(
     model: Denoiser, noisy: ArrayLike, sigma: float | None = None, **options: Unpack[EditOptions]
 ) -> NDArray[Any]:
-    """Takes the noise off images: (M * answers, H, W, C), in one step where no other number is asked for.
+    """Take the noise off images.
 
-    noisy: (M,H,W,C), float32 if the noise is not to be clipped; sigma: of the noise, in units of the range [-1, 1];
-    left out, it is estimated for each image. Raises RequestError.
+    Args:
+        model: of a denoiser or network graph, or a checkpoint.
+        noisy: (M,H,W,C), float32 if the noise is not to be clipped.
+        sigma: of the noise, where black is -1 and white 1; None estimates it for each image.
+        **options: labels (one for all images, or one each), start, seed, steps (default 1), answers (to each
+            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+
+    Returns:
+        (M * answers, H, W, C) uint8, or float32 with output="float32".
+
+    Raises:
+        RequestError: the images, the options or the model do not fit.
+        EngineError: the model's output is not finite, or the engine fails.
+
+    Example:
+        >>> editing.denoise(model, noisy, 0.3, labels=9)
     """
     m = model.manifest
     y = from_images(noisy, m, is_bounded=False)
@@ -130,9 +202,28 @@ def interpolate(
     seed: int = 0,
     **options: Unpack[DrawOptions],
 ) -> NDArray[Any]:
-    """Draw what lies between images ``first`` and ``last`` of a seed: (frames, H, W, C), both included, one label.
+    """Draw what lies between two images of a seed, under one label.
 
-    Every draw of noise goes along the great circle between theirs (slerp). Raises RequestError.
+    Every draw of noise goes along the great circle between theirs (slerp).
+
+    Args:
+        model: any model.
+        first: index of the image that it begins with.
+        last: index of the image that it ends with.
+        frames: how many images, both ends included.
+        steps: network evaluations of an image, default 2.
+        seed: of both images.
+        **options: labels (one), sigmas, micro_batch, output and clip, as `request.Draw` explains them.
+
+    Returns:
+        (frames, H, W, C) uint8, or float32 with output="float32".
+
+    Raises:
+        RequestError: the frames, the options or the model do not fit.
+        EngineError: the model's output is not finite, or the engine fails.
+
+    Example:
+        >>> editing.interpolate(model, 3, 8, frames=24, labels=7)
     """
     draw, m = Draw(steps=steps, seed=seed, **options), model.manifest
     if not 2 <= frames <= MOST_FRAMES:

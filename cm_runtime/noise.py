@@ -50,9 +50,23 @@ def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def words(seed: int, samples: ArrayLike, draw: int, blocks: int) -> NDArray[np.uint64]:
-    """The random words of ``draw`` for each sample: (len(samples), blocks, 4) uint64 below 2^32.
+    """Random words of ``draw`` for each sample (Philox4x32-10).
 
-    samples: (n,) integers 0..2^64-1; draw: 0..2^32-1. Raises RequestError when a number is out of range.
+    Args:
+        seed: 0..2^64-1, the key.
+        samples: (n,) integers 0..2^64-1.
+        draw: 0..2^32-1.
+        blocks: of four words each.
+
+    Returns:
+        (n, blocks, 4) uint64 below 2^32.
+
+    Raises:
+        RequestError: a number is out of range.
+
+    Example:
+        >>> noise.words(0, [17], 0, 1).shape
+        (1, 1, 4)
     """
     return _words(seed, sample_index(samples), _whole(draw, 1 << 32, "draw"), blocks)
 
@@ -69,16 +83,46 @@ def _words(seed: int, index: NDArray[np.uint64], draw: int | NDArray[np.uint64],
 
 
 def normal(seed: int, samples: ArrayLike, draw: int, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Standard normals of ``draw`` for each sample: (len(samples), *shape) float32.
+    """Standard normals of ``draw`` for each sample.
 
-    seed, samples: 0..2^64-1; draw 0 is the first noise, k the k-th renoise. Raises RequestError when a number
-    is out of range.
+    Args:
+        seed: 0..2^64-1.
+        samples: (n,) integers 0..2^64-1: indices of images.
+        draw: 0 is the first noise, k the k-th renoise; below 2^32.
+        shape: (C, H, W) of an image.
+
+    Returns:
+        (n, *shape) float32.
+
+    Raises:
+        RequestError: a number is out of range.
+
+    Example:
+        >>> noise.normal(0, [17, 18], 0, (3, 32, 32)).shape
+        (2, 3, 32, 32)
     """
     return _normal(seed, sample_index(samples), _whole(draw, 1 << 32, "draw"), shape)
 
 
 def normals(seed: int, samples: ArrayLike, draws: int, shape: Sequence[int]) -> NDArray[np.float32]:
-    """`normal` of draws 0 to ``draws`` - 1, in one go: (draws, len(samples), *shape) float32."""
+    """Standard normals of draws 0 to ``draws`` - 1, in one call.
+
+    Args:
+        seed: 0..2^64-1.
+        samples: (n,) integers 0..2^64-1.
+        draws: how many.
+        shape: (C, H, W) of an image.
+
+    Returns:
+        (draws, n, *shape) float32, each draw as `normal` gives it.
+
+    Raises:
+        RequestError: a number is out of range.
+
+    Example:
+        >>> noise.normals(0, range(4), 2, (1, 28, 28)).shape
+        (2, 4, 1, 28, 28)
+    """
     index = sample_index(samples)
     each = np.repeat(np.arange(draws, dtype=np.uint64), index.size)[:, None]
     return _normal(seed, np.tile(index, draws), each, shape).reshape(draws, index.size, *shape)
@@ -99,7 +143,23 @@ def _normal(
 
 
 def random_labels(seed: int, samples: ArrayLike, num_classes: int) -> NDArray[np.int64]:
-    """A uniform label for each sample: floor(word0 * num_classes / 2^32), (len(samples),) int64."""
+    """Uniform labels: floor(word0 * num_classes / 2^32) of each sample.
+
+    Args:
+        seed: 0..2^64-1.
+        samples: (n,) integers 0..2^64-1.
+        num_classes: of the model.
+
+    Returns:
+        (n,) int64.
+
+    Raises:
+        RequestError: a number is out of range.
+
+    Example:
+        >>> noise.random_labels(0, range(3), 10).shape
+        (3,)
+    """
     word = words(seed, samples, LABEL_DRAW, 1)[:, 0, 0]
     return ((word * np.uint64(num_classes)) >> _32).astype(np.int64)
 

@@ -111,8 +111,14 @@ def sampling_request(manifest: Manifest, draw: Draw, most: int = MICRO_BATCH_LIM
         most: images that the engine should see at once; micro-batches are even shares of at most so many where the
             draw names no size.
 
+    Returns:
+        The same images with every choice settled.
+
     Raises:
         RequestError: the model cannot serve it.
+
+    Example:
+        >>> request = sampling_request(model.manifest, Draw(count=8, steps=2), model.micro_batch)
     """
     if manifest.is_teacher:
         raise RequestError("this model is an EDM teacher, which a few steps cannot sample; make it consistent first")
