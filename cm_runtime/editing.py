@@ -1,7 +1,7 @@
 """Zero-shot editing: part of an image goes in, the model's answers come out (arXiv 2303.01469, algorithm 4).
 
-Every edit is the one sampling loop from the caller's images on, with a projection (or none) behind each clamp, on whatever
-engine the model runs. Images are (N,H,W,C), uint8, or float32 in [-1, 1].
+Every edit is the one sampling loop from the caller's images on, with a projection (or none) behind each clamp, on any
+engine. Images are (N,H,W,C), uint8, or float32 in [-1, 1].
 """
 
 from __future__ import annotations
