@@ -18,7 +18,7 @@ from cm_runtime.schedule import LARGEST, SMALLEST
 
 FORMS: tuple[Form, ...] = get_args(Form)
 
-# A NumPy or torch array of noise levels, or a NumPy scalar: all that is asked of it is arithmetic.
+# A NumPy or torch array of noise levels, a NumPy scalar, or a value of a graph: it must support arithmetic alone.
 Sigma = TypeVar("Sigma")
 
 
@@ -49,32 +49,55 @@ class Precond:
     def c_skip(self, sigma: Sigma) -> Sigma:
         """The share of x in f; sigma: any shape."""
         s: Any = sigma
+        share: Sigma
         if self.form == "piecewise":
-            return (s <= self.sigma_boundary) * (s * 0 + 1)  # type: ignore[no-any-return]
-        # sigma_data^2 / ((s - boundary)^2 + sigma_data^2), so written that torch too gives exactly 1 at the boundary.
-        return 1 / (1 + ((s - self.sigma_boundary) / self.sigma_data) ** 2)  # type: ignore[no-any-return]
+            share = (s <= self.sigma_boundary) * (s * 0 + 1)
+        else:
+            share = c_skip(s, self.sigma_data, self.sigma_boundary)
+        return share
 
     def c_out(self, sigma: Sigma) -> Sigma:
         """The share of F in f; sigma: any shape."""
         s: Any = sigma
+        share: Sigma
         if self.form == "piecewise":
-            return (s > self.sigma_boundary) * (s * 0 + 1)  # type: ignore[no-any-return]
-        return self.sigma_data * (s - self.sigma_boundary) / (s**2 + self.sigma_data**2) ** 0.5  # type: ignore[no-any-return]
+            share = (s > self.sigma_boundary) * (s * 0 + 1)
+        else:
+            share = c_out(s, self.sigma_data, self.sigma_boundary)
+        return share
 
     def c_in(self, sigma: Sigma) -> Sigma:
         """The scale of F's input: unit variance when the data's is sigma_data^2; sigma: any shape."""
         s: Any = sigma
-        return 1 / (s**2 + self.sigma_data**2) ** 0.5  # type: ignore[no-any-return]
+        scale: Sigma = 1 / (s**2 + self.sigma_data**2) ** 0.5
+        return scale
 
     def c_noise(self, sigma: Sigma) -> Sigma:
-        """The noise level as F is told it: 250 ln(sigma); sigma: any shape, above 0.
+        """F's input for the noise level: 250 ln(sigma); sigma: any shape, above 0.
 
         The authors' code adds 1e-44 inside the logarithm, which changes nothing above 0 and is a float32
         subnormal that engines flush.
         """
         s: Any = sigma
-        log = s.log() if hasattr(s, "log") else np.log(s)
-        return 250 * log  # type: ignore[no-any-return]
+        level: Sigma = 250 * (s.log() if hasattr(s, "log") else np.log(s))
+        return level
+
+
+def c_skip(sigma: Any, sigma_data: Any, sigma_boundary: Any) -> Any:
+    """sigma_data^2 / ((sigma - sigma_boundary)^2 + sigma_data^2) (arXiv 2303.01469, appendix C), exactly 1 there.
+
+    Constants are numbers, or values of a graph where an exporter writes the formula.
+    """
+    variance = sigma_data**2
+    total = (sigma - sigma_boundary) ** 2 + variance
+    if hasattr(total, "new_full"):  # torch's number / array multiplies by the reciprocal, which can miss 1
+        variance = total.new_full((), variance)
+    return variance / total
+
+
+def c_out(sigma: Any, sigma_data: Any, sigma_boundary: Any) -> Any:
+    """sigma_data (sigma - sigma_boundary) / sqrt(sigma^2 + sigma_data^2) (arXiv 2303.01469, appendix C)."""
+    return sigma_data * (sigma - sigma_boundary) / (sigma**2 + sigma_data**2) ** 0.5
 
 
 def precond(form: str, sigma_data: float = 0.5, sigma_boundary: float | None = None) -> Precond:

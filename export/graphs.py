@@ -11,10 +11,10 @@ from cm_runtime.choices import Precision
 from cm_runtime.export import skip_scale
 from cm_runtime.export.builder import BFLOAT, BOOL, FLOAT, HALF, INT64, UINT8, Graph
 from cm_runtime.export.embedding import ByClass, Constant, Embedding, embedded
-from cm_runtime.export.expression import Expression
 from cm_runtime.export.unet import NetworkWriter
 from cm_runtime.manifest import OUTPUTS
 from cm_runtime.networks.consistency import ConsistencyModel
+from cm_runtime.onnx_graph.expression import Expression
 from cm_runtime.precond import Precond
 
 KINDS: dict[Precision, int] = {"fp32": FLOAT, "fp16": HALF, "bf16": BFLOAT}
@@ -30,14 +30,14 @@ def denoiser(model: ConsistencyModel, precision: Precision = "fp32") -> Graph:
     form, kind = model.precond, KINDS[precision]
     network = NetworkWriter(g, model.F, kind)
     column = g.op("Reshape", sigma, g.constant([-1, 1, 1, 1], INT64))
-    x_in = g.op("Mul", form.c_in(Expression(g, column)).name, x)
+    x_in = g.op("Mul", form.c_in(Expression(g, column)).value, x)
     if kind != FLOAT:
         x_in = g.op("Cast", x_in, to=kind)
-    c_noise = form.c_noise(Expression(g, sigma)).name
+    c_noise = form.c_noise(Expression(g, sigma)).value
     F = network.evaluate(x_in, embedded(g, model.F, network.weights, c_noise, label))
     if form.form == "piecewise":
         s = Expression(g, column)
-        y = (form.c_skip(s) * Expression(g, x) + form.c_out(s) * Expression(g, F)).name
+        y = (form.c_skip(s) * Expression(g, x) + form.c_out(s) * Expression(g, F)).value
     else:
         y = skip_scale.node(g, x, F, sigma, form)
     g.output(y, OUTPUTS["denoiser"][0], FLOAT, shape)

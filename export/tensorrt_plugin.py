@@ -12,7 +12,7 @@ import numpy as np
 
 from cm_runtime import kernels
 from cm_runtime.errors import EngineError
-from cm_runtime.export.skip_scale import DOMAIN, NAME
+from cm_runtime.onnx_graph.skip_scale import DOMAIN, NAME
 
 # By the type of F
 KERNELS = {"FLOAT": "cm_skip_scale_float", "HALF": "cm_skip_scale_half", "BF16": "cm_skip_scale_bfloat16"}

@@ -24,6 +24,9 @@ from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
 from cm_runtime.manifest import OUTPUTS, Manifest, read_manifest
 from cm_runtime.onnx_graph import Verdict
+from cm_runtime.onnx_graph.expression import Expression
+from cm_runtime.onnx_graph.skip_scale import CONSTANTS, DOMAIN, NAME
+from cm_runtime.precond import c_out, c_skip
 from cm_runtime.subprocesses import engine_threads
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -233,25 +236,42 @@ def split(graph: Any, images: str) -> tuple[Any, Any, list[str]]:
     return before, rest, [f"apart{i}" for i in range(len(cuts))]
 
 
-def _skip_scale_extension() -> Any:
-    """cm::SkipScale in OpenVINO's ops: it does not read the file's own function (arXiv 2303.01469, appendix C)."""
-    ops = importlib.import_module("openvino.opset13")
-    frontend = importlib.import_module("openvino.frontend.onnx")
+class _Opset:
+    """An emitter of OpenVINO's operators; see `onnx_graph.expression`."""
 
-    def number(value: float) -> Any:
-        return ops.constant(np.float32(value))
+    def __init__(self) -> None:
+        self._ops = importlib.import_module("openvino.opset13")
+        self._kinds = {
+            "Add": self._ops.add,
+            "Sub": self._ops.subtract,
+            "Mul": self._ops.multiply,
+            "Div": self._ops.divide,
+            "Sqrt": self._ops.sqrt,
+        }
+
+    def constant(self, value: float) -> Any:
+        return self._ops.constant(np.float32(value))
+
+    def op(self, kind: str, *inputs: Any) -> Any:
+        return self._kinds[kind](*inputs)
+
+
+def _skip_scale_extension() -> Any:
+    """cm::SkipScale in OpenVINO's operators: it does not read the file's own function."""
+    ops = importlib.import_module("openvino.opset13")
+    emitter = _Opset()
 
     def convert(node: Any) -> list[Any]:
         x, F, sigma = (node.get_input(i) for i in range(3))
-        data, boundary = (float(node.get_attribute(name)) for name in ("sigma_data", "sigma_boundary"))
-        s = ops.reshape(sigma, ops.constant(np.array([-1, 1, 1, 1], np.int64)), special_zero=False)
-        d, variance = ops.subtract(s, number(boundary)), number(data**2)
-        c_skip = ops.divide(variance, ops.add(ops.multiply(d, d), variance))
-        c_out = ops.divide(ops.multiply(number(data), d), ops.sqrt(ops.add(ops.multiply(s, s), variance)))
-        full = ops.convert(F, "f32")
-        return [ops.add(ops.multiply(c_skip, x), ops.multiply(c_out, full)).output(0)]
+        constants = [float(node.get_attribute(name)) for name in CONSTANTS]
+        column = ops.constant(np.array([-1, 1, 1, 1], np.int64))
+        s = Expression(emitter, ops.reshape(sigma, column, special_zero=False))
+        skip, out = c_skip(s, *constants), c_out(s, *constants)
+        y = skip * Expression(emitter, x) + out * Expression(emitter, ops.convert(F, "f32"))
+        return [y.value.output(0)]
 
-    return frontend.ConversionExtension("SkipScale", "cm", convert)
+    frontend = importlib.import_module("openvino.frontend.onnx")
+    return frontend.ConversionExtension(NAME, DOMAIN, convert)
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import Manifest
+from cm_runtime.onnx_graph import skip_scale
 from cm_runtime.onnx_graph.message import (
     BFLOAT,
     BOOL,
@@ -19,12 +20,11 @@ from cm_runtime.onnx_graph.message import (
     HALF,
     INT64,
     UINT8,
-    Attribute,
-    Function,
     Graph,
     Node,
     Port,
 )
+from cm_runtime.onnx_graph.skip_scale import DOMAIN, NAME
 
 N = -1  # the batch, as a dimension
 IR_VERSIONS, OPSETS = range(8, 12), (20, 22)
@@ -34,7 +34,6 @@ MOST_ELEMENTS = 1 << 28  # of one value, for one image
 MOST_ALIVE = 1 << 15  # elements for each pixel of an image that must be in memory together
 FEWEST_ALIVE = 1 << 22  # below which that does not count
 MOST_MADE = 64  # times the weights: what is computed of weights alone
-DOMAIN, SKIP_SCALE = "cm", "SkipScale"
 
 Shape = tuple[int, ...]
 
@@ -77,7 +76,7 @@ def check(graph: Graph, manifest: Manifest) -> None:
         raise NotOwn(f"its version of ONNX is {graph.ir_version} with operators of {graph.opsets.get('')}")
     if not graph.opsets.keys() <= {"", DOMAIN} or graph.opsets.get(DOMAIN, 1) != 1:
         raise NotOwn("it has operators of another domain")
-    if graph.functions and graph.functions != {(DOMAIN, SKIP_SCALE): _function(graph.opsets[""])}:
+    if graph.functions and graph.functions != {(DOMAIN, NAME): skip_scale.function(graph.opsets[""])}:
         raise NotOwn("it has a local function that is not cm::SkipScale")
     values = _constants(graph)
     weights = sum(math.prod(value.shape) for value in values.values())
@@ -506,40 +505,5 @@ _RULES: dict[tuple[str, str], Rule] = {
     ("", "BatchNormalization"): _rule(_normalisation, 5, epsilon=_F),
     ("", "ReduceSum"): _rule(_reduce, 2, keepdims=_I),
     ("", "Constant"): _rule(_constant, 0, optional={"value_float": _F, "value_ints": _IS}),
-    (DOMAIN, SKIP_SCALE): _rule(
-        _skip_scale, 3, sigma_data=_F, sigma_boundary=_F, plugin_namespace=_S, plugin_version=_S
-    ),
+    (DOMAIN, NAME): _rule(_skip_scale, 3, sigma_data=_F, sigma_boundary=_F, plugin_namespace=_S, plugin_version=_S),
 }
-
-
-def _function(opset: int) -> Function:
-    """cm::SkipScale as `export.skip_scale` writes it."""
-
-    def constant(name: str, attribute: Attribute, kind: str) -> Node:
-        return Node("", "Constant", (), (name,), {kind: attribute})
-
-    def op(kind: str, *names: str, **attributes: Attribute) -> Node:
-        *taken, made = names
-        return Node("", kind, tuple(taken), (made,), attributes)
-
-    own = ("sigma_data", "sigma_boundary")
-    nodes = (
-        *(constant(name, Attribute(_F, None, name), "value_float") for name in own),
-        constant("column", Attribute(_IS, (-1, 1, 1, 1), ""), "value_ints"),
-        op("Reshape", "sigma", "column", "s"),
-        op("Mul", "sigma_data", "sigma_data", "variance"),
-        op("Sub", "s", "sigma_boundary", "d"),
-        op("Mul", "d", "d", "d_squared"),
-        op("Add", "d_squared", "variance", "skip_divisor"),
-        op("Div", "variance", "skip_divisor", "c_skip"),
-        op("Mul", "sigma_data", "d", "out_dividend"),
-        op("Mul", "s", "s", "s_squared"),
-        op("Add", "s_squared", "variance", "total"),
-        op("Sqrt", "total", "out_divisor"),
-        op("Div", "out_dividend", "out_divisor", "c_out"),
-        op("Cast", "F", "F_float", to=Attribute(_I, FLOAT, "")),
-        op("Mul", "c_skip", "x", "skip"),
-        op("Mul", "c_out", "F_float", "out"),
-        op("Add", "skip", "out", "y"),
-    )
-    return Function(("x", "F", "sigma"), ("y",), (*own, "plugin_namespace", "plugin_version"), 0, nodes, {"": opset})
