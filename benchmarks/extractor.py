@@ -23,6 +23,7 @@ import onnx
 import torch
 from quality import CLASSES, MINIMUM_ACCURACY, Classifier, Recipe, judge, load_classifier, read_data, save_classifier
 from quality import train_classifier as train
+from torch_graph import detach, strip
 
 from cm_runtime.errors import CmRuntimeError
 from cm_runtime.evaluate.extractor import Extractor
@@ -32,7 +33,7 @@ from cm_runtime.evaluate.sources import array_batches
 from cm_runtime.evaluate.statistics import write_statistics
 from cm_runtime.export import weights_file
 from cm_runtime.export.to_onnx import store_halves
-from cm_runtime.export.torch_exporter import detach, quiet, strip
+from cm_runtime.export.torch_exporter import quiet
 from cm_runtime.files.atomic import check_writable, write
 
 SEED = 1

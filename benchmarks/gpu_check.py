@@ -317,7 +317,7 @@ def _engine(graph: Path, stem: Path, package: Any) -> Any:
 
     path = stem.with_name(f"{stem.name}-{package}.engine")
     if not path.exists():
-        to_tensorrt.build(graph, path, package, batch=profile("1:64:256"))
+        to_tensorrt.build(graph, path, package, profile=profile("1:64:256"))
     return backends.load(path)
 
 

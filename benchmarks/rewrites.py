@@ -24,7 +24,7 @@ from cm_runtime import export, noise
 from cm_runtime.bench.machine import machine
 from cm_runtime.bench.networks import standing
 from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
-from cm_runtime.export import embedding, graphs, ops
+from cm_runtime.export import embedding, ops, steps
 from cm_runtime.export.builder import INT64, Graph
 from cm_runtime.export.ops import Shape
 from cm_runtime.export.unet import NetworkWriter
@@ -49,7 +49,7 @@ def split_attention(g: Graph, x: str, qkv: tuple[str, str], heads: int, shape: S
 
 def plain_upsampled_conv(g: Graph, x: str, weight: str, bias: str) -> str:
     """The 3x3 convolution of the larger image."""
-    return g.op("Conv", ops.upsampled(g, x), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    return g.op("Conv", ops.upsample(g, x), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
 
 
 def transposed_conv(g: Graph, x: str, weight: str, bias: str) -> str:
@@ -101,7 +101,7 @@ def projected(writer: NetworkWriter, c_noise: float, label: str | None, steps: i
     g = writer.g
     one = g.op("Gather", g.op("Shape", "noise"), g.constant([1], INT64))
     given = g.op("Expand", g.constant(np.full(1, c_noise, np.float32)), one)
-    return embedding.embedded(g, writer.net, writer.weights, given, label)
+    return embedding.project(g, writer.net, writer.weights, given, label)
 
 
 def mul_and_add(g: Graph, x: str, scale: str, shift: str) -> str:
@@ -111,14 +111,14 @@ def mul_and_add(g: Graph, x: str, scale: str, shift: str) -> str:
 
 
 PLAIN: dict[str, tuple[object, str, Callable[..., object]]] = {
-    "embedding computed, not folded": (graphs, "_embedding", projected),
-    "upsampled convolution: 3x3 of the larger image": (ops, "upsampled_conv", plain_upsampled_conv),
-    "upsampled convolution: transposed 4x4": (ops, "upsampled_conv", transposed_conv),
+    "embedding computed, not folded": (steps, "_embed", projected),
+    "upsampled convolution: 3x3 of the larger image": (ops, "upsample_conv", plain_upsampled_conv),
+    "upsampled convolution: transposed 4x4": (ops, "upsample_conv", transposed_conv),
     "scale and shift: Mul and Add": (ops, "channel_affine", mul_and_add),
     "attention: one product, split": (ops, "attention", split_attention),
-    "normalisation: GroupNormalization (opset 21)": (ops, "normalised", opset_norm),
-    "normalisation: LayerNormalization": (ops, "normalised", layer_norm),
-    "normalisation: moments of channels": (ops, "normalised", moments),
+    "normalisation: GroupNormalization (opset 21)": (ops, "normalise", opset_norm),
+    "normalisation: LayerNormalization": (ops, "normalise", layer_norm),
+    "normalisation: moments of channels": (ops, "normalise", moments),
 }
 
 

@@ -8,7 +8,7 @@ Nothing else computes a c_ coefficient. Every form returns coefficients in the d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -104,4 +104,4 @@ def precond(form: str, sigma_data: float = 0.5, sigma_boundary: float | None = N
     """The named form; its boundary defaults to 0 for edm and to 0.002 for the others. Raises ConfigError."""
     if sigma_boundary is None:
         sigma_boundary = 0.0 if form == "edm" else 0.002
-    return Precond(form, sigma_data, sigma_boundary)  # type: ignore[arg-type]
+    return Precond(cast("Form", form), sigma_data, sigma_boundary)

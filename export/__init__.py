@@ -10,10 +10,11 @@ from cm_runtime.choices import GraphKind, Precision
 from cm_runtime.extras import require
 
 if TYPE_CHECKING:
+    from cm_runtime.backends.engine_file import EngineManifest, Package
     from cm_runtime.checkpoints.native import Checkpoint
-    from cm_runtime.export.to_onnx import Exported
+    from cm_runtime.export.to_onnx import OnnxExport
 
-__all__ = ["diffusers", "onnx"]
+__all__ = ["diffusers", "onnx", "tensorrt"]
 
 
 def onnx(
@@ -26,12 +27,12 @@ def onnx(
     precision: Precision = "fp32",
     inline: bool = False,
     force: bool = False,
-) -> Exported:
-    """Exports ``checkpoint`` to ``path``; the manifest inside has the parity measured.
+) -> OnnxExport:
+    """Export ``checkpoint`` to ``path``, with the measured parity in the file's manifest.
 
-    Takes less than three times the memory of the float32 weights, one of which is the checkpoint's own if the caller
-    keeps it. Weights that the checkpoint stores in float16 are stored so, and computed in float32. Weights above 1 GiB
-    are stored in one data file beside ``path``, which the manifest names.
+    The export takes less than three times the memory of the float32 weights. One of the three is the checkpoint's own,
+    if the caller keeps it. Weights that the checkpoint stores in float16 are stored so, and computed in float32.
+    Weights above 1 GiB go into one data file beside ``path``, which the manifest names.
 
     Args:
         checkpoint: as `load_checkpoint` reads it.
@@ -53,27 +54,69 @@ def onnx(
         MissingExtraError: torch is not installed, or no engine that could check the file.
         RequestError: the model has no such levels.
         OutputError: ``path`` cannot be written, or exists without ``force``. Nothing is left behind.
+
+    Example:
+        >>> checkpoint = cm.load_checkpoint("runs/fashion-mnist/ckpt.pt")
+        >>> cm.export.onnx(checkpoint, "sampler.onnx", graph="sampler", steps=2)
+        >>> images = cm.sample(cm.load("sampler.onnx"), count=64)
     """
     require("torch", "cm_runtime.export")
     require("onnx", "cm_runtime.export")
     from cm_runtime.export import to_onnx
 
-    held = [checkpoint]
+    options = to_onnx.Options(graph, steps, sigmas, precision, inline)
+    checkpoints = [checkpoint]
     del checkpoint  # its weights are not to be there beside an engine's: this frame must not keep them
-    return to_onnx.onnx(
-        held.pop(),
-        path,
-        graph=graph,
-        steps=steps,
-        sigmas=sigmas,
-        precision=precision,
-        inline=inline,
-        force=force,
-    )
+    return to_onnx.write(checkpoints.pop(), path, options, force=force)
+
+
+def tensorrt(
+    onnx_path: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    package: Package = "tensorrt",
+    micro_batch: tuple[int, int, int] | None = None,
+    gpus: Sequence[str] = (),
+    force: bool = False,
+) -> EngineManifest:
+    """Build a TensorRT engine of an exported file, with its manifest and TensorRT's log beside it.
+
+    Where the GPU of this machine can open the engine, its parity with ``onnx_path`` on the CPU is measured, and its
+    layers are written beside it. Neither torch nor onnx is needed.
+
+    Args:
+        onnx_path: as `onnx` writes it, of any graph.
+        path: ends in .engine.
+        package: "tensorrt", for this machine's GPU alone; or "tensorrt_rtx", TensorRT for RTX, for any.
+        micro_batch: the smallest, the fastest and the largest number of images that the engine takes; by default from
+            one to as many as a GPU sees together.
+        gpus: compute capabilities to build for, as "8.9", of tensorrt_rtx; by default that of this machine's GPU.
+        force: replaces an existing engine.
+
+    Returns:
+        The engine's manifest.
+
+    Raises:
+        ParityError: the engine's outputs miss those of ``onnx_path``.
+        ArtifactError: ``onnx_path`` is damaged, is no export of cm-runtime, or TensorRT cannot read it.
+        EngineError: TensorRT cannot build it, or has no GPU; the log says why.
+        RequestError: the sizes do not ascend, or the package does not build for such a GPU.
+        MissingExtraError: the package is not installed.
+        OutputError: ``path`` cannot be written, or exists without ``force``.
+
+    Example:
+        >>> cm.export.tensorrt("sampler.onnx", "sampler.engine", micro_batch=(1, 64, 256))
+        >>> images = cm.sample(cm.load("sampler.engine"), count=256)
+    """
+    from cm_runtime.backends import engine_file
+    from cm_runtime.export import to_tensorrt
+
+    profile = engine_file.profile(":".join(map(str, micro_batch))) if micro_batch else None
+    return to_tensorrt.build(onnx_path, path, package, profile=profile, gpus=gpus, force=force)
 
 
 def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Writes a folder that diffusers opens, whole or not at all, the weights as the checkpoint stores them.
+    """Write a folder that diffusers opens, whole or not at all, the weights as the checkpoint stores them.
 
     Args:
         checkpoint: as `load_checkpoint` reads it.
@@ -84,8 +127,12 @@ def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bo
         CheckpointError: diffusers has no such model (patch 2, another form than boundary).
         MissingExtraError: torch or safetensors is not installed.
         OutputError: ``path`` cannot be written, exists without ``force``, or is no folder that could be replaced.
+
+    Example:
+        >>> cm.export.diffusers(cm.load_checkpoint("runs/cifar10/ckpt.pt"), "cifar10")
+        >>> pipeline = diffusers.ConsistencyModelPipeline.from_pretrained("cifar10")
     """
     require("torch", "cm_runtime.export")
     from cm_runtime.export import to_diffusers
 
-    to_diffusers.diffusers(checkpoint, path, force=force)
+    to_diffusers.write(checkpoint, path, force=force)

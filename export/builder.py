@@ -98,7 +98,7 @@ class Graph:
             self._initializers[name] = numpy_helper.from_array(array, name)
         return name
 
-    def folded(self, value: ArrayLike) -> str:
+    def fold(self, value: ArrayLike) -> str:
         """A float32 constant that stands for what a plain export computes at each evaluation."""
         self.folds += 1
         return self.constant(value)

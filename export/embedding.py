@@ -1,4 +1,4 @@
-"""What residual blocks are told of the noise level and the label: as numbers where these are known, else as nodes."""
+"""The time and class embedding of residual blocks: constants where the noise level is fixed, nodes otherwise."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from cm_runtime.export import ops
 from cm_runtime.export.builder import FLOAT, INT64, Graph
 from cm_runtime.networks.unet import ResBlock, UNet, timestep_embedding
 
-Names = dict[nn.Module, str]
-
 
 class Embedding(Protocol):
-    """How a residual block is modulated."""
+    """The modulation of a residual block."""
 
     is_constant: bool  # the same for every image: numbers a channel (C,), else (N,C,1,1)
 
@@ -27,56 +25,36 @@ class Embedding(Protocol):
         ...
 
     def summand(self, g: Graph, block: ResBlock) -> str:
-        """Of a block without scale-shift: what is added before that normalisation."""
+        """The summand before that normalisation, of a block without scale-shift."""
         ...
 
 
-class Constant:
-    """One noise level, no classes: torch computes the numbers."""
+class Folded:
+    """One noise level: torch computes the numbers, for no class or for each of a few, looked up by label."""
 
-    is_constant = True
-
-    def __init__(self, net: UNet, c_noise: float) -> None:
-        self._e = time_embedding(net, c_noise)
-
-    def affine(self, g: Graph, block: ResBlock) -> tuple[str, str]:
-        norm = block.out_layers[0]
+    def __init__(self, net: UNet, c_noise: float, label: str | None) -> None:
+        self.is_constant = label is None
         with torch.inference_mode():
-            scale, shift = block.emb_layers(self._e)[0].chunk(2)
-            made = norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
-        factor, summand = (g.folded(_array(each)) for each in made)
-        return factor, summand
-
-    def summand(self, g: Graph, block: ResBlock) -> str:
-        with torch.inference_mode():
-            return g.folded(_array(block.emb_layers(self._e)[0]))
-
-
-class ByClass:
-    """One noise level, few classes: a table of each block's numbers by class, made by torch, looked up by label."""
-
-    is_constant = False
-
-    def __init__(self, net: UNet, c_noise: float, label: str) -> None:
-        with torch.inference_mode():
-            self._e = time_embedding(net, c_noise) + net.label_emb.weight
+            e = time_embedding(net, c_noise)
+            self._e = e if label is None else e + net.label_emb.weight
         self._label = label
 
     def affine(self, g: Graph, block: ResBlock) -> tuple[str, str]:
         norm = block.out_layers[0]
         with torch.inference_mode():
             scale, shift = block.emb_layers(self._e).chunk(2, dim=1)
-            made = norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
-        factor, summand = (self._look_up(g, each) for each in made)
-        return factor, summand
+            factor, summand = norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
+        return self._fold(g, factor), self._fold(g, summand)
 
     def summand(self, g: Graph, block: ResBlock) -> str:
         with torch.inference_mode():
-            return self._look_up(g, block.emb_layers(self._e))
+            return self._fold(g, block.emb_layers(self._e))
 
-    def _look_up(self, g: Graph, table: Tensor) -> str:
-        stored = g.folded(_array(table).reshape(*table.shape, 1, 1))
-        return g.op("Gather", stored, self._label, axis=0)
+    def _fold(self, g: Graph, table: Tensor) -> str:
+        """A table (classes, C) as its one row (C,), or as the row of each label, (N,C,1,1)."""
+        if self._label is None:
+            return g.fold(_array(table[0]))
+        return g.op("Gather", g.fold(_array(table).reshape(*table.shape, 1, 1)), self._label, axis=0)
 
 
 class Projected:
@@ -94,7 +72,7 @@ class Projected:
 
     def affine(self, g: Graph, block: ResBlock) -> tuple[str, str]:
         norm = block.out_layers[0]
-        scale, shift = g.ops("Split", self._projected(g, block), outputs=2, axis=1, num_outputs=2)
+        scale, shift = g.ops("Split", self._project(g, block), outputs=2, axis=1, num_outputs=2)
         weight, bias = self._weights(norm)
         scale = g.op("Add", scale, g.constant(np.float32(1)))
         factor = g.op("Mul", scale, weight)
@@ -102,25 +80,24 @@ class Projected:
         return _columns(g, factor), _columns(g, summand)
 
     def summand(self, g: Graph, block: ResBlock) -> str:
-        return _columns(g, self._projected(g, block))
+        return _columns(g, self._project(g, block))
 
-    def _projected(self, g: Graph, block: ResBlock) -> str:
+    def _project(self, g: Graph, block: ResBlock) -> str:
         weight, bias = self._weights(block.emb_layers[1])
         kind = g.kind(weight)
         if kind not in self._casts:
             self._casts[kind] = g.cast(self._activated, FLOAT, kind)
-        made = g.op("Gemm", self._casts[kind], weight, bias, transB=1)
-        return g.cast(made, kind, FLOAT)
+        return g.cast(g.op("Gemm", self._casts[kind], weight, bias, transB=1), kind, FLOAT)
 
 
-def embedded(
+def project(
     g: Graph, net: UNet, weights: Callable[[nn.Module], list[str]], c_noise: str | float, label: str | None
 ) -> Projected:
     """The embedding as nodes: of c_noise (N,) float32, or of a number, which torch embeds."""
     if isinstance(c_noise, str):
         e = _time_embedding(g, net, weights, c_noise)
     else:
-        e = g.folded(_array(time_embedding(net, c_noise)))
+        e = g.fold(_array(time_embedding(net, c_noise)))
     if label is not None:
         (table,) = weights(net.label_emb)
         e = g.op("Add", g.cast(g.op("Gather", table, label, axis=0), g.kind(table), FLOAT), e)
@@ -130,8 +107,8 @@ def embedded(
 def time_embedding(net: UNet, c_noise: float) -> Tensor:
     """The time embedding of one noise level, (1, 4 channels) float32."""
     with torch.inference_mode():
-        made: Tensor = net.time_embed(timestep_embedding(torch.tensor([c_noise]), net.config.channels))
-        return made
+        e: Tensor = net.time_embed(timestep_embedding(torch.tensor([c_noise]), net.config.channels))
+        return e
 
 
 def _time_embedding(g: Graph, net: UNet, weights: Callable[[nn.Module], list[str]], c_noise: str) -> str:
@@ -157,5 +134,5 @@ def _columns(g: Graph, value: str) -> str:
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:
-    made: NDArray[np.float32] = tensor.float().numpy()
-    return made
+    array: NDArray[np.float32] = tensor.float().numpy()
+    return array

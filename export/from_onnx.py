@@ -43,7 +43,7 @@ def recover(path: str | os.PathLike[str], network: UNetConfig | None = None) -> 
     graph = _graph(where)
     model = build(config, "meta")
     shapes = shapes_of(model)
-    stored, data = _stored(graph), data_path(where, manifest)
+    stored, data = _initializers(graph), data_path(where, manifest)
     weights = {name: _tensor(where, data, stored[name]) for name in shapes if name in stored}
     try:
         check_tensors(shapes, weights, "its weights are not those of its network")
@@ -58,7 +58,7 @@ def _config(where: Path, manifest: Manifest, network: UNetConfig | None) -> Mode
     channels, height, width = manifest.image_shape
     images = {"image_size": height, "image_channels": channels, "num_classes": manifest.num_classes}
     if network is None:
-        shape = _recorded(manifest)
+        shape = _recorded_network(manifest)
         if shape is None:
             raise ArtifactError(f"{where} does not say its network's shape: use the checkpoint that it was made from")
         try:
@@ -67,11 +67,11 @@ def _config(where: Path, manifest: Manifest, network: UNetConfig | None) -> Mode
             raise ArtifactError(f"{where}: its manifest records no network of ours") from error
     if width != height or images != network.model_dump(include=set(images)):
         raise ArtifactError(f"{where} is for other images or classes than its network")
-    carried = ("precond", "sigma_data", "sigma_boundary", "sigma_min", "sigma_max", "rho")
-    return ModelConfig(network=network, **{name: getattr(manifest, name) for name in carried})
+    shared = ("precond", "sigma_data", "sigma_boundary", "sigma_min", "sigma_max", "rho")
+    return ModelConfig(network=network, **{name: getattr(manifest, name) for name in shared})
 
 
-def _recorded(manifest: Manifest) -> dict[str, Any] | None:
+def _recorded_network(manifest: Manifest) -> dict[str, Any] | None:
     """The network in the configuration of the training run, or of the last where there were several."""
     config: Any = manifest.training.config if manifest.training else {}
     if isinstance(runs := config.get("runs"), list) and runs and isinstance(runs[-1], dict):
@@ -88,7 +88,7 @@ def _graph(where: Path) -> onnx.GraphProto:
         raise ArtifactError(f"{where} is damaged: {str(error).splitlines()[0]}") from error
 
 
-def _stored(graph: onnx.GraphProto) -> dict[str, TensorProto]:
+def _initializers(graph: onnx.GraphProto) -> dict[str, TensorProto]:
     """Initializers by the names that nodes know them by: those stored in float16 have a Cast before them."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
     casts = [node for node in graph.node if node.op_type == "Cast" and node.input[0] in stored]
@@ -98,13 +98,13 @@ def _stored(graph: onnx.GraphProto) -> dict[str, TensorProto]:
 def _tensor(where: Path, data: Path | None, stored: TensorProto) -> Tensor:
     """An initializer's values, in memory of their own. Raises ArtifactError."""
     try:
-        array = numpy_helper.to_array(stored) if not stored.external_data else _apart(data, stored)
+        array = numpy_helper.to_array(stored) if not stored.external_data else _external(data, stored)
         return torch.from_numpy(np.array(array))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{where}: its weights are damaged or cut short; export it again") from error
 
 
-def _apart(data: Path | None, stored: TensorProto) -> NDArray[Any]:
+def _external(data: Path | None, stored: TensorProto) -> NDArray[Any]:
     """An initializer's values out of the data file; no other file is opened, whatever the graph says."""
     place = {entry.key: entry.value for entry in stored.external_data}
     if data is None or place["location"] != data.name:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cm_runtime.choices import Precision
 from cm_runtime.export import skip_scale
 from cm_runtime.export.builder import BFLOAT, FLOAT, HALF, INT64, Graph
-from cm_runtime.export.embedding import embedded
+from cm_runtime.export.embedding import project
 from cm_runtime.export.steps import GraphEvaluation, GraphSteps
 from cm_runtime.export.unet import NetworkWriter
 from cm_runtime.manifest import OUTPUTS
@@ -31,7 +31,7 @@ def denoiser(model: ConsistencyModel, precision: Precision = "fp32") -> Graph:
     if kind != FLOAT:
         x_in = g.op("Cast", x_in, to=kind)
     c_noise = form.c_noise(Expression(g, sigma)).value
-    F = network.evaluate(x_in, embedded(g, model.F, network.weights, c_noise, label))
+    F = network.evaluate(x_in, project(g, model.F, network.weights, c_noise, label))
     if form.form == "piecewise":
         s = Expression(g, column)
         y = (form.c_skip(s) * Expression(g, x) + form.c_out(s) * Expression(g, F)).value
@@ -49,7 +49,7 @@ def network(model: ConsistencyModel, precision: Precision = "fp32") -> Graph:
     x, c_noise = g.input("x_in", kind, shape), g.input("c_noise", FLOAT, ["N"])
     label = _label(g, model)
     writer = NetworkWriter(g, model.F, kind)
-    F = writer.evaluate(x, embedded(g, model.F, writer.weights, c_noise, label))
+    F = writer.evaluate(x, project(g, model.F, writer.weights, c_noise, label))
     g.output(F, OUTPUTS["network"][0], FLOAT, shape)
     return g
 

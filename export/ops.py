@@ -13,7 +13,7 @@ from cm_runtime.export.builder import FLOAT, INT64, Graph
 Shape = tuple[int, int, int]
 
 
-def normalised(g: Graph, x: str, groups: int, eps: float, shape: Shape) -> str:
+def normalise(g: Graph, x: str, groups: int, eps: float, shape: Shape) -> str:
     """(x - mean) / std with the statistics of each group, float32: InstanceNormalization over whole groups."""
     one, zero = g.constant(np.ones(groups)), g.constant(np.zeros(groups))
     grouped = g.op("Reshape", x, g.constant([0, groups, -1], INT64))
@@ -60,14 +60,14 @@ def attention(g: Graph, x: str, qkv: tuple[str, str], heads: int, shape: Shape) 
     return g.op("Reshape", h, g.constant([0, *shape], INT64))
 
 
-def upsampled(g: Graph, x: str) -> str:
+def upsample(g: Graph, x: str) -> str:
     """Nearest-neighbour x2."""
     scales = g.constant([1.0, 1.0, 2.0, 2.0], FLOAT)
     how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     return g.op("Resize", x, "", scales, **how)
 
 
-def upsampled_conv(g: Graph, x: str, weight: str, bias: str) -> str:
+def upsample_conv(g: Graph, x: str, weight: str, bias: str) -> str:
     """A 3x3 convolution after nearest-neighbour x2, as four 2x2 convolutions of x itself: 4 taps a pixel and not 9.
 
     Each makes the pixels of one place in 2x2; two neighbours that show the same pixel of x share a tap, the sum of
@@ -90,7 +90,7 @@ def upsampled_conv(g: Graph, x: str, weight: str, bias: str) -> str:
     return g.op("DepthToSpace", g.op("Concat", *parts, axis=1), blocksize=2, mode="DCR")
 
 
-def unshuffled(g: Graph, x: str, patch: int, shape: Shape) -> str:
+def unshuffle(g: Graph, x: str, patch: int, shape: Shape) -> str:
     """torch's pixel_unshuffle of images of ``shape``, whose order of channels no one node makes."""
     c, height, width = (shape[0], shape[1] // patch, shape[2] // patch)
     x = g.op("Reshape", x, g.constant([0, c, height, patch, width, patch], INT64))

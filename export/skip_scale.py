@@ -10,7 +10,7 @@ from onnx import helper
 
 from cm_runtime.export.builder import OPSET, Graph
 from cm_runtime.onnx_graph import skip_scale
-from cm_runtime.onnx_graph.message import Node
+from cm_runtime.onnx_graph.graph import Node
 from cm_runtime.onnx_graph.skip_scale import DOMAIN, NAME
 from cm_runtime.precond import Precond
 

@@ -42,7 +42,7 @@ class Comparison:
 
     @property
     def text(self) -> str:
-        """How long a plain export takes; of quartiles too far apart, that they are."""
+        """The time of a plain export; a warning where the quartiles are too far apart."""
         if self.high > NOISY * self.low:
             return f"from {self.low:.2f}x to {self.high:.2f}x as long: the machine is too noisy to tell"
         return f"{self.times:.2f}x [{self.low:.2f}, {self.high:.2f}] as long"
@@ -51,8 +51,8 @@ class Comparison:
 def with_plain(checkpoint: Checkpoint, path: Path, manifest: Manifest, batch: int = 1) -> Comparison | None:
     """The exported file at ``path`` against a plain export in ONNX Runtime, both drawing, alternating; quartiles.
 
-    The plain one is sampled by our loop, a sampler file as it is. None for what a plain export has no match for: a
-    network graph, half precision; and for weights above 1 GiB.
+    The plain one is sampled by `sampling.run`. None where a plain export has no match: a network graph, half precision,
+    a teacher; and for weights above 1 GiB.
     """
     weights = checkpoint.ema[checkpoint.default_ema].values()
     if manifest.precision != "fp32" or manifest.graph == "network" or manifest.is_teacher:
@@ -68,32 +68,31 @@ def with_plain(checkpoint: Checkpoint, path: Path, manifest: Manifest, batch: in
         denoiser = manifest.model_copy(update={"graph": "denoiser", "data_file": ""})
         levels = manifest.sigmas[manifest.steps] if manifest.graph == "sampler" else (manifest.sigma_max,)
         z = noise.normals(0, np.arange(batch, dtype=np.uint64), len(levels), manifest.image_shape)
-        ours = _drawing(OrtBackend(path, manifest), z, levels)
-        engine = OrtBackend(other, denoiser)
-        theirs = _drawing(engine, z, levels)
+        draw = _sampler(OrtBackend(path, manifest), z, levels)
+        draw_plain = _sampler(OrtBackend(other, denoiser), z, levels)
         ratios: list[float] = []
         end = time.monotonic() + SECONDS
         while time.monotonic() < end or len(ratios) < LEAST:
-            ratios.append(_timed(theirs) / _timed(ours))
+            ratios.append(_time(draw_plain) / _time(draw))
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Comparison(
         nodes, size, batch, middle, low, high, f"onnxruntime {require('onnxruntime', 'this').__version__}"
     )
 
 
-def _drawing(engine: OrtBackend, z: Array, levels: tuple[float, ...]) -> Callable[[], Any]:
-    chosen = levels if engine.manifest.graph == "denoiser" else None
+def _sampler(engine: OrtBackend, z: Array, levels: tuple[float, ...]) -> Callable[[], Any]:
+    sigmas = levels if engine.manifest.graph == "denoiser" else None
 
     def draw() -> Any:
-        return sampling.draw_images(engine, Draw(sigmas=chosen, micro_batch=z.shape[1]), z)
+        return sampling.draw_images(engine, Draw(sigmas=sigmas, micro_batch=z.shape[1]), z)
 
     draw()
     return draw
 
 
-def _timed(draw: Callable[[], Any]) -> float:
+def _time(draw: Callable[[], Any]) -> float:
     time.sleep(PAUSE)
     draw()
-    began = time.perf_counter()
+    start = time.perf_counter()
     draw()
-    return time.perf_counter() - began
+    return time.perf_counter() - start

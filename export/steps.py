@@ -10,7 +10,7 @@ import numpy as np
 
 from cm_runtime.export import skip_scale
 from cm_runtime.export.builder import BOOL, INT64, UINT8, Graph
-from cm_runtime.export.embedding import ByClass, Constant, Embedding, embedded
+from cm_runtime.export.embedding import Embedding, Folded, project
 from cm_runtime.export.unet import NetworkWriter
 from cm_runtime.manifest import OUTPUTS
 from cm_runtime.networks.consistency import ModelConfig
@@ -57,7 +57,7 @@ class GraphSteps:
     def _scaled_noise(self, k: int, scale: float) -> str:
         with self.g.scope(f"step{k}"):
             z = self.g.op("Gather", self.noise, self.g.constant(k, INT64), axis=0)
-            return self.g.op("Mul", z, self.g.folded(scale))
+            return self.g.op("Mul", z, self.g.fold(scale))
 
     def _clamp(self, x0: str, k: int) -> str:
         """x0 of step ``k`` in [-1, 1], added to the total before."""
@@ -84,7 +84,8 @@ class GraphEvaluation:
         """c_skip x + c_out F(c_in x, c_noise, label)."""
         with self.writer.g.scope(f"step{self.sigmas.index(sigma)}"):
             s = np.float32(sigma)
-            F = self.writer.evaluate(x, self._embedding(float(self.form.c_noise(s)), label), float(self.form.c_in(s)))
+            embedding = _embed(self.writer, float(self.form.c_noise(s)), label, len(self.sigmas))
+            F = self.writer.evaluate(x, embedding, float(self.form.c_in(s)))
             return self._skip_scale(x, F, s)
 
     def _skip_scale(self, x: str, F: str, s: np.float32) -> str:
@@ -92,15 +93,14 @@ class GraphEvaluation:
         if form.form == "piecewise":  # every level of a sampler lies above the boundary
             return F
         if not self.inline:
-            return skip_scale.node(g, x, F, g.folded(s.reshape(1)), form)
-        skip, out = g.folded(form.c_skip(s)), g.folded(form.c_out(s))
+            return skip_scale.node(g, x, F, g.fold(s.reshape(1)), form)
+        skip, out = g.fold(form.c_skip(s)), g.fold(form.c_out(s))
         return g.op("Add", g.op("Mul", skip, x), g.op("Mul", out, F))
 
-    def _embedding(self, c_noise: float, label: str | None) -> Embedding:
-        """The cheapest that the classes allow: a table is kept where it is smaller than the weights that make it."""
-        net = self.writer.net
-        if label is None:
-            return Constant(net, c_noise)
-        if len(self.sigmas) * net.config.num_classes < 4 * net.config.channels:
-            return ByClass(net, c_noise, label)
-        return embedded(self.writer.g, net, self.writer.weights, c_noise, label)
+
+def _embed(writer: NetworkWriter, c_noise: float, label: str | None, steps: int) -> Embedding:
+    """The cheapest embedding that the classes allow: a table only where it is smaller than the weights behind it."""
+    net = writer.net
+    if label is None or steps * net.config.num_classes < 4 * net.config.channels:
+        return Folded(net, c_noise, label)
+    return project(writer.g, net, writer.weights, c_noise, label)

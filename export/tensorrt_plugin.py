@@ -19,59 +19,59 @@ KERNELS = {"FLOAT": "cm_skip_scale_float", "HALF": "cm_skip_scale_half", "BF16":
 THREADS = 256
 PER_THREAD = 4  # pixels or more; one whose image is no multiple of them goes round
 
-_registered: set[int] = set()
+_modules: set[int] = set()
 
 
 def register(trtp: Any) -> None:
-    """Registers cm::SkipScale with ``trtp``, the module `tensorrt.plugin`, once. Raises EngineError.
+    """Register cm::SkipScale with ``trtp``, the module `tensorrt.plugin`, once. Raises EngineError.
 
     There is no autotune function: without one TensorRT takes the types of the network and linear layouts, which in a
     strongly typed network are the only ones there are.
     """
-    if id(trtp) in _registered:
+    if id(trtp) in _modules:
         return
     try:
         trtp.register(f"{DOMAIN}::{NAME}")(description(trtp))
         trtp.aot_impl(f"{DOMAIN}::{NAME}")(implementation(trtp))
     except Exception as error:
         raise EngineError(f"TensorRT refused the {DOMAIN}::{NAME} plugin: {error}") from error
-    _registered.add(id(trtp))
+    _modules.add(id(trtp))
 
 
 def description(trtp: Any) -> Callable[..., Any]:
-    """What TensorRT asks of shapes and types: y is as x, float32, whatever F is."""
+    """The plugin's shape and type inference: y is as x, float32, whatever F is."""
 
-    def described(x: Any, F: Any, sigma: Any, sigma_data: Any, sigma_boundary: Any) -> Any:
+    def describe(x: Any, F: Any, sigma: Any, sigma_data: Any, sigma_boundary: Any) -> Any:
         return x.like()
 
-    described.__annotations__ = {**_inputs(trtp), "return": trtp.TensorDesc}
-    return described
+    describe.__annotations__ = {**_inputs(trtp), "return": trtp.TensorDesc}
+    return describe
 
 
 def implementation(trtp: Any) -> Callable[..., Any]:
-    """What TensorRT asks for a launch: the kernel's name, its PTX, the grid, and the integers it is called with."""
+    """The plugin's launch: the kernel's name, its PTX, the grid, and its integer arguments."""
 
-    def launched(
+    def launch(
         x: Any, F: Any, sigma: Any, sigma_data: Any, sigma_boundary: Any, outputs: Any, tactic: Any
     ) -> tuple[Any, ...]:
         images, *pixels = x.shape_expr
         count = pixels[0] * pixels[1] * pixels[2]
-        launch = trtp.KernelLaunchParams()
-        launch.grid_x = trtp.cdiv(count, THREADS * PER_THREAD)
-        launch.grid_y = images
-        launch.block_x = THREADS
+        grid = trtp.KernelLaunchParams()
+        grid.grid_x = trtp.cdiv(count, THREADS * PER_THREAD)
+        grid.grid_y = images
+        grid.block_x = THREADS
         extras = trtp.SymIntExprs(4)
         for i, value in enumerate((count, sigma.shape_expr[0], bits(sigma_data), bits(sigma_boundary))):
             extras[i] = trtp.SymInt32(value)
-        return KERNELS[F.dtype.name], kernels.ptx("skip_scale"), launch, extras
+        return KERNELS[F.dtype.name], kernels.ptx("skip_scale"), grid, extras
 
-    launched.__annotations__ = {
+    launch.__annotations__ = {
         **_inputs(trtp),
         "outputs": tuple[trtp.TensorDesc],
         "tactic": int,
         "return": tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs],
     }
-    return launched
+    return launch
 
 
 def _inputs(trtp: Any) -> dict[str, Any]:

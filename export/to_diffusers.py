@@ -24,8 +24,8 @@ INDEX = {
 }
 
 
-def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Writes the folder ``path``; arguments and errors are those of `export.diffusers`."""
+def write(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Write the folder ``path``; arguments and errors are those of `export.diffusers`."""
     require("safetensors", "the export to diffusers")
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -40,9 +40,9 @@ def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bo
     with atomic.folder_written(target, "replaced" if force else "refused", ending=ENDING) as folder:
         (folder / "unet").mkdir()
         (folder / "scheduler").mkdir()
-        _write(folder / "model_index.json", INDEX)
-        _write(folder / "scheduler" / "scheduler_config.json", scheduler)
-        _write(folder / "unet" / "config.json", unet)
+        _write_json(folder / "model_index.json", INDEX)
+        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        _write_json(folder / "unet" / "config.json", unet)
         file = folder / "unet" / "diffusion_pytorch_model.safetensors"
         try:
             save_file(diffusers_tensors.to_theirs(weights, config.network), file, metadata={"format": "pt"})
@@ -51,7 +51,7 @@ def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bo
 
 
 def _check_replaceable(target: Path, force: bool) -> None:
-    """Raises OutputError; a folder is replaced only where it holds such a pipeline, and ``force`` says so."""
+    """Raise OutputError; a folder is replaced only where it holds such a pipeline, and ``force`` says so."""
     sweep(target.parent, (ENDING,))  # which restores a folder that a kill left moved aside
     if not target.exists():
         atomic.check_writable(target)
@@ -62,5 +62,5 @@ def _check_replaceable(target: Path, force: bool) -> None:
         raise OutputError(f"{target} is not a folder that diffusers saved, and is not replaced")
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

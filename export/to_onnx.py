@@ -23,14 +23,30 @@ from cm_runtime.export.weights_file import Network
 from cm_runtime.files import atomic
 from cm_runtime.manifest import METADATA_KEY, Manifest, data_name, read_manifest, written
 from cm_runtime.networks.consistency import ConsistencyModel
-from cm_runtime.onnx_graph import message, operators
+from cm_runtime.onnx_graph import operators
+from cm_runtime.onnx_graph.message import read_graph
+from cm_runtime.onnx_graph.rules import NotOwn
 
 LARGEST_INSIDE = 1 << 30  # bytes of weights in the .onnx itself: protobuf refuses a message of 2 GiB
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What `onnx` wrote. nodes: of the graph; folds: constants in place of what a plain export computes each time."""
+class Options:
+    """The graph to export; as in `export.onnx`."""
+
+    graph: GraphKind = "denoiser"
+    steps: int | None = None
+    sigmas: Sequence[float] | None = None
+    precision: Precision = "fp32"
+    inline: bool = False
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """The file that `write` wrote.
+
+    nodes: of the graph; folds: constants in place of what a plain export computes each time.
+    """
 
     manifest: Manifest
     nodes: int
@@ -38,75 +54,66 @@ class Exported:
     bytes: int
 
 
-def onnx(
-    checkpoint: Checkpoint,
-    path: str | os.PathLike[str],
-    *,
-    graph: GraphKind = "denoiser",
-    steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
-    precision: Precision = "fp32",
-    inline: bool = False,
-    force: bool = False,
-) -> Exported:
-    """Exports ``checkpoint`` to ``path``; arguments and errors are those of `export.onnx`."""
+def write(checkpoint: Checkpoint, path: str | os.PathLike[str], options: Options, *, force: bool = False) -> OnnxExport:
+    """Export ``checkpoint`` to ``path``; errors are those of `export.onnx`."""
     target = Path(path)
     if target.suffix != ".onnx":
         raise RequestError(f"{target}: an ONNX file's name ends in .onnx")
     atomic.check_writable(target, force=force)
-    parity.check_engine(precision)
-    manifest = checkpoint.manifest().model_copy(update={"graph": graph, "precision": precision})
-    levels = _levels(manifest, steps, sigmas)
+    parity.check_engine(options.precision)
+    manifest = checkpoint.manifest().model_copy(update={"graph": options.graph, "precision": options.precision})
+    levels = _levels(manifest, options)
     if levels:
         manifest = manifest.model_copy(update={"sigmas": {len(levels): levels}})
     model = checkpoint.model().eval()
     is_half = any(tensor.dtype == torch.float16 for tensor in checkpoint.ema[checkpoint.default_ema].values())
     del checkpoint  # here and below: an engine loads the weights, and those of torch are not to be there beside it
-    built = _build(model, manifest, levels, inline=inline)
-    network = built.network()
-    if is_half and precision == "fp32":
+    g = _build(model, manifest, levels, inline=options.inline)
+    network = g.network()
+    if is_half and manifest.precision == "fp32":
         store_halves(network)
-    if inline:
+    if options.inline:
         network = network._replace(graph=inliner.inline_local_functions(network.graph))
-    made = network.graph
-    nodes = len(made.graph.node)
+    message = network.graph
+    nodes = len(message.graph.node)
     with written(target, force=force) as (temporary, data):
-        is_apart = network.size > LARGEST_INSIDE
-        size = network.size + made.ByteSize()
-        if is_apart:
-            sha256 = weights_file.write_apart(network, data)
+        is_external = network.size > LARGEST_INSIDE
+        size = network.size + message.ByteSize()
+        if is_external:
+            sha256 = weights_file.write_external(network, data)
         end = weights_file.write(network, temporary)
-        expected = parity.expected(model, manifest)
+        answers = parity.answers(model, manifest)
         for parameter in model.parameters():  # one may keep a whole mapped file
             parameter.data = torch.empty(0)
         del model
         gc.collect()
         onnx_package.checker.check_model(str(temporary), full_check=True)
-        manifest = manifest.model_copy(update={"parity": parity.measure(temporary, manifest, expected)})
-        if is_apart:
+        manifest = manifest.model_copy(update={"parity": parity.measure(temporary, manifest, answers)})
+        if is_external:
             manifest = manifest.model_copy(update={"data_file": data_name(target, sha256)})
-            weights_file.rename_apart(made, manifest.data_file)
-        helper.set_model_props(made, {METADATA_KEY: manifest.model_dump_json()})
-        if is_apart:
-            temporary.write_bytes(made.SerializeToString(deterministic=True))
+            weights_file.rename_external(message, manifest.data_file)
+        helper.set_model_props(message, {METADATA_KEY: manifest.model_dump_json()})
+        if is_external:
+            temporary.write_bytes(message.SerializeToString(deterministic=True))
         else:
-            weights_file.write_behind(made, temporary, end)
+            weights_file.write_behind(message, temporary, end)
         if read_manifest(temporary) != manifest:
             raise EngineError(f"{target}: the manifest does not read back as it was written")
         _check_own(temporary, target, manifest)
-    return Exported(manifest, nodes, built.folds, size)
+    return OnnxExport(manifest, nodes, g.folds, size)
 
 
 def _check_own(temporary: Path, target: Path, manifest: Manifest) -> None:
-    """Raises EngineError for a graph that no engine would be given to run."""
+    """Raise EngineError for a graph that no engine would be given to run."""
     try:
-        operators.check(message.read(temporary, str(target)), manifest)
-    except operators.NotOwn as error:
+        operators.check(read_graph(temporary, str(target)), manifest)
+    except NotOwn as error:
         raise EngineError(f"{target}: no engine would be given this model to run: {error}") from error
 
 
-def _levels(manifest: Manifest, steps: int | None, sigmas: Sequence[float] | None) -> tuple[float, ...]:
+def _levels(manifest: Manifest, options: Options) -> tuple[float, ...]:
     """The noise levels of a sampler graph; none of another. Raises RequestError."""
+    steps, sigmas = options.steps, options.sigmas
     if manifest.graph != "sampler":
         if steps is not None or sigmas is not None:
             raise RequestError(f"a {manifest.graph} graph takes any noise level; steps and sigmas are of a sampler")
@@ -117,8 +124,7 @@ def _levels(manifest: Manifest, steps: int | None, sigmas: Sequence[float] | Non
         if steps is not None:
             raise RequestError("give steps or sigmas, not both")
         return manifest.noise_range.check(sigmas)
-    chosen = 2 if steps is None else steps
-    return manifest.noise_range.levels(chosen, manifest.sigmas)
+    return manifest.noise_range.levels(2 if steps is None else steps, manifest.sigmas)
 
 
 def _build(model: ConsistencyModel, manifest: Manifest, levels: Sequence[float], *, inline: bool) -> Graph:
@@ -128,7 +134,7 @@ def _build(model: ConsistencyModel, manifest: Manifest, levels: Sequence[float],
 
 
 def store_halves(network: Network) -> None:
-    """Stores each weight that float16 holds exactly as float16 with a Cast behind it; engines fold the Cast at load."""
+    """Store each weight that float16 holds exactly as float16 with a Cast behind it; engines fold the Cast at load."""
     casts = []
     for tensor in network.graph.graph.initializer:
         name = tensor.name

@@ -27,18 +27,14 @@ def build(
     path: str | os.PathLike[str],
     package: Package,
     *,
-    batch: Profile | None = None,
+    profile: Profile | None = None,
     gpus: Sequence[str] = (),
     force: bool = False,
-    reference: Backend | None = None,
 ) -> EngineManifest:
-    """Builds ``path``, an ``.engine``, of our exported file ``onnx``, with its manifest and log beside it.
+    """Build ``path`` of the exported file ``onnx``; errors are those of `export.tensorrt`.
 
-    batch: the sizes it takes; None is 1 to as many as a GPU sees at once. gpus: compute capabilities ("8.9") that it is
-    for; none is this machine's GPU, and only TensorRT for RTX builds for another. Where the GPU here can open the
-    engine, its parity with ``reference`` (None: ``onnx`` on the CPU) is measured and its layers are written down.
-    Raises ParityError, ArtifactError, EngineError (which names the log, the one file that a failure leaves),
-    RequestError, MissingExtraError, and OutputError when ``path`` cannot be written or exists without ``force``.
+    profile: micro-batches that the engine takes; None is 1 to as many images as a GPU sees together. The log is the one
+    file that a failure leaves.
     """
     target, source = Path(path), Path(onnx)
     if target.suffix != engine_file.SUFFIX:
@@ -51,23 +47,23 @@ def build(
     onnx_graph.check(source, model).require_own(source, package)
     trt = module(package)
     here, why_not = _gpu_here()
-    wanted = _capabilities(trt, package, gpus, here, why_not)
-    profile = batch or _default_profile(model)
+    capabilities = _capabilities(trt, package, gpus, here, why_not)
+    profile = profile or _default_profile(model)
     log = engine_file.log_path(target)
-    making = _Build(trt, package, wanted, profile, log)
+    compiler = _Compiler(trt, package, capabilities, profile, log)
     try:
-        content, is_plugin = making.run(source, model)
+        content, is_plugin = compiler.compile(source, model)
     finally:
         with atomic.write(log) as temporary:
-            heading = f"{package} {trt.__version__}: {source.name} for {', '.join(wanted)}, batches {profile}"
-            temporary.write_text("\n".join([heading, *making.logger.lines, ""]), encoding="utf-8")
+            heading = f"{package} {trt.__version__}: {source.name} for {', '.join(capabilities)}, batches {profile}"
+            temporary.write_text("\n".join([heading, *compiler.logger.lines, ""]), encoding="utf-8")
     manifest = EngineManifest(
         sha256=hashlib.sha256(content).hexdigest(),
         bytes=len(content),
         package=package,
         version=trt.__version__,
-        gpus=tuple(wanted),
-        gpu_name=here.name if here and here.capability in wanted else "",
+        gpus=tuple(capabilities),
+        gpu_name=here.name if here and here.capability in capabilities else "",
         profile=profile,
         model=model,
         onnx_sha256=atomic.sha256(source),
@@ -76,10 +72,10 @@ def build(
         log=log.name,
     )
     layers = None
-    is_askable = model.graph != "network" or model.precision != "bf16"  # which NumPy cannot feed
-    if here and here.capability in wanted and is_askable:
+    is_comparable = model.graph != "network" or model.precision != "bf16"  # which NumPy cannot feed
+    if here and here.capability in capabilities and is_comparable:
         engine = TensorRtBackend(content, manifest, package)
-        parity = engine_parity.measure(engine, reference or _reference(source, model), profile.max)
+        parity = engine_parity.measure(engine, _reference(source, model), profile.max)
         manifest = manifest.model_copy(update={"parity": parity})
         layers = engine.layers()
     _write(target, content, manifest, layers, force=force)
@@ -91,14 +87,14 @@ def _reference(source: Path, model: Manifest) -> Backend:
     return OpenVinoBackend(source, model) if model.precision == "bf16" else OrtBackend(source, model)
 
 
-class _Build:
-    """One run of TensorRT's builder, and all that it said."""
+class _Compiler:
+    """One run of TensorRT's builder, with its log."""
 
     def __init__(self, trt: Any, package: Package, capabilities: Sequence[str], profile: Profile, log: Path) -> None:
         self.trt, self.package, self.capabilities, self.profile, self.log = trt, package, capabilities, profile, log
         self.logger = listener(trt)
 
-    def run(self, source: Path, model: Manifest) -> tuple[bytes, bool]:
+    def compile(self, source: Path, model: Manifest) -> tuple[bytes, bool]:
         """The engine, and whether cm::SkipScale is our kernel in it. Raises ArtifactError and EngineError."""
         trt = self.trt
         try:
@@ -118,11 +114,11 @@ class _Build:
             config.add_optimization_profile(self._profile(builder, network))
             serialized = builder.build_serialized_network(network, config)
             if serialized is None:
-                raise self._failed(source, self.logger.last())
+                raise self._error(source, self.logger.last())
             layers = map(network.get_layer, range(network.num_layers))
             return bytes(serialized), any(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
         except (RuntimeError, TypeError, ValueError) as error:  # a builder without a driver, a profile it cannot use
-            raise self._failed(source, f"{error} {self.logger.last()}") from error
+            raise self._error(source, f"{error} {self.logger.last()}") from error
 
     def _configure(self, config: Any, model: Manifest) -> None:
         """No precision but the graph's own: TF32 is no float32, so it is for networks of halves only."""
@@ -144,7 +140,7 @@ class _Build:
             shapes.set_shape(tensor.name, *(tuple(n if dim < 0 else dim for dim in shape) for n in sizes))
         return shapes
 
-    def _failed(self, source: Path, reason: str) -> EngineError:
+    def _error(self, source: Path, reason: str) -> EngineError:
         reason = " ".join(reason.split()) or "it gave no reason"
         return EngineError(f"{source}: {self.package} cannot build it: {reason} ({self.log} has all it said)")
 
@@ -158,11 +154,11 @@ def _plugin_module() -> Any:
 
 
 def _parse_errors(parser: Any) -> str:
-    """What the parser found wrong, first things first."""
-    said = []
-    for wrong in map(parser.get_error, range(parser.num_errors)):
-        said.append(" ".join(f"{wrong.node_operator()} {wrong.node_name()}: {wrong.desc()}".split()))
-    return "; ".join(said[:3]) or "it gave no reason"
+    """The first three errors of the parser."""
+    lines = []
+    for wrong in map(parser.get_error, range(min(parser.num_errors, 3))):
+        lines.append(" ".join(f"{wrong.node_operator()} {wrong.node_name()}: {wrong.desc()}".split()))
+    return "; ".join(lines) or "it gave no reason"
 
 
 def _gpu_here() -> tuple[cuda.Gpu | None, str]:
@@ -174,7 +170,7 @@ def _gpu_here() -> tuple[cuda.Gpu | None, str]:
 
 
 def _member(capability: str) -> str:
-    """What `trt.ComputeCapability` calls it: SM89 for 8.9."""
+    """The name in `trt.ComputeCapability`: SM89 for 8.9."""
     return f"SM{capability.replace('.', '')}"
 
 
@@ -190,18 +186,18 @@ def _capabilities(trt: Any, package: Package, gpus: Sequence[str], here: cuda.Gp
             )
         return [here.capability]
     numbers = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
-    able = [f"{number // 10}.{number % 10}" for number in numbers]
+    supported = [f"{number // 10}.{number % 10}" for number in numbers]
     if not gpus and here is None:
         raise RequestError(
-            f"no GPU to build for: {why_not}; name the compute capability of one with --gpu ({', '.join(able)})"
+            f"no GPU to build for: {why_not}; name the compute capability of one with --gpu ({', '.join(supported)})"
         )
-    wanted = list(dict.fromkeys(gpus)) or ([here.capability] if here else [])
-    for capability in wanted:
-        if capability not in able:
+    capabilities = list(dict.fromkeys(gpus)) or ([here.capability] if here else [])
+    for capability in capabilities:
+        if capability not in supported:
             raise RequestError(
-                f"TensorRT for RTX builds for GPUs of compute capability {', '.join(able)}, not {capability}"
+                f"TensorRT for RTX builds for GPUs of compute capability {', '.join(supported)}, not {capability}"
             )
-    return wanted
+    return capabilities
 
 
 def _default_profile(model: Manifest) -> Profile:
@@ -225,15 +221,15 @@ def _write(target: Path, content: bytes, manifest: EngineManifest, layers: str |
         drafts = {report: inside} if layers is not None else {}
         drafts |= {beside: text, target: engine}
         with atomic.lock(target.parent):
-            placed: list[Path] = []
+            finals: list[Path] = []
             is_new = not target.exists()
             if force:
                 report.unlink(missing_ok=True)  # an older engine's, if this one has none
             try:
                 for final, draft in drafts.items():
                     atomic.place(draft, final, force=force)
-                    placed.append(final)
+                    finals.append(final)
             except BaseException:
-                for final in placed if is_new else ():
+                for final in finals if is_new else ():
                     final.unlink(missing_ok=True)
                 raise

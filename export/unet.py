@@ -64,14 +64,14 @@ class NetworkWriter:
         shape = (config.image_channels, config.image_size, config.image_size)
         with g.scope(self._names[conv]):
             if scale is not None and self.kind == FLOAT:
-                weight = g.folded(conv.weight.detach().numpy() * np.float32(scale))
+                weight = g.fold(conv.weight.detach().numpy() * np.float32(scale))
             else:
                 weight = self._weight(conv, "weight", self.kind)
             bias = self._weight(conv, "bias", self.kind)
             if scale is not None and self.kind != FLOAT:  # in a half type the scaled weights could be subnormal
-                x = g.op("Cast", g.op("Mul", x, g.folded(np.float32(scale))), to=self.kind)
+                x = g.op("Cast", g.op("Mul", x, g.fold(np.float32(scale))), to=self.kind)
             if config.patch > 1:
-                x = ops.unshuffled(g, x, config.patch, shape)
+                x = ops.unshuffle(g, x, config.patch, shape)
             h = g.op("Conv", x, weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
         return h, (conv.out_channels, shape[1] // config.patch, shape[2] // config.patch)
 
@@ -96,7 +96,7 @@ class NetworkWriter:
             bias = g.cast(g.op("Add", g.cast(bias, self.kind, FLOAT), summand), FLOAT, self.kind)
             summand = None
         if isinstance(block.resample, Upsample):
-            h = ops.upsampled_conv(g, h, weight, bias)
+            h = ops.upsample_conv(g, h, weight, bias)
             x, shape = self._resample(block.resample, x, shape)
         else:
             if block.resample is not None:
@@ -125,8 +125,8 @@ class NetworkWriter:
         c, height, width = shape
         if isinstance(layer, Upsample):
             if layer.conv is not None:
-                return ops.upsampled_conv(self.g, h, *self.weights(layer.conv)), (c, 2 * height, 2 * width)
-            return ops.upsampled(self.g, h), (c, 2 * height, 2 * width)
+                return ops.upsample_conv(self.g, h, *self.weights(layer.conv)), (c, 2 * height, 2 * width)
+            return ops.upsample(self.g, h), (c, 2 * height, 2 * width)
         assert isinstance(layer, Downsample)
         if isinstance(layer.op, nn.Conv2d):
             h = self._conv(layer.op, h)
@@ -138,7 +138,7 @@ class NetworkWriter:
         self, norm: GroupNorm, x: str, shape: Shape, affine: tuple[str, str] | None = None, is_constant: bool = True
     ) -> str:
         """Group normalisation in float32; ``affine``: in place of the norm's own weights."""
-        normal = ops.normalised(self.g, self.g.cast(x, self.kind, FLOAT), norm.num_groups, norm.eps, shape)
+        normal = ops.normalise(self.g, self.g.cast(x, self.kind, FLOAT), norm.num_groups, norm.eps, shape)
         scale, shift = affine or self.weights(norm)
         return (ops.channel_affine if is_constant else ops.image_affine)(self.g, normal, scale, shift)
 

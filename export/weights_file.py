@@ -1,4 +1,4 @@
-"""Weights apart from their graph: joined with it only in the file, one tensor at a time, inside it or beside it.
+"""Weights outside their graph: joined with it only in the file, one tensor at a time, inside it or beside it.
 
 A graph of 526M parameters is 2.1 GB, more than protobuf holds in one message; without its weights it is a few MB.
 """
@@ -41,7 +41,7 @@ class Network(NamedTuple):
 
 
 def write(network: Network, path: Path) -> int:
-    """Writes the ``.onnx`` with what there is of ``weights`` inside, and lets them go.
+    """Write the ``.onnx`` with what there is of ``weights`` inside, and let them go.
 
     Returns the number of bytes up to the graph's end, before the metadata.
     """
@@ -65,7 +65,7 @@ def write(network: Network, path: Path) -> int:
 
 
 def write_behind(graph: onnx.ModelProto, path: Path, end: int) -> None:
-    """Replaces what follows the graph, which ends at byte ``end`` of the file, by what follows it in ``graph``."""
+    """Replace what follows the graph, which ends at byte ``end`` of the file, by what follows it in ``graph``."""
     message = graph.SerializeToString(deterministic=True)
     (inside,) = [field for field in fields(io.BytesIO(message), len(message)) if field.number == _GRAPH]
     with path.open("r+b") as file:
@@ -74,8 +74,8 @@ def write_behind(graph: onnx.ModelProto, path: Path, end: int) -> None:
         file.write(message[inside.payload + inside.length :])
 
 
-def write_apart(network: Network, path: Path) -> str:
-    """Writes the weights alone, each at an aligned offset, which its initializer remembers; their SHA-256.
+def write_external(network: Network, path: Path) -> str:
+    """Write the weights alone, each at an aligned offset, which its initializer records; return their SHA-256.
 
     The network's weights are let go; the smallest go into the graph.
     """
@@ -101,8 +101,8 @@ def write_apart(network: Network, path: Path) -> str:
     return digest.hexdigest()
 
 
-def rename_apart(graph: onnx.ModelProto, name: str) -> None:
-    """Says that the weights `write_apart` wrote are in the file ``name`` beside the ``.onnx``."""
+def rename_external(graph: onnx.ModelProto, name: str) -> None:
+    """Name the data file beside the ``.onnx`` that holds what `write_external` wrote."""
     for tensor in graph.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":

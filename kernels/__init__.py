@@ -14,23 +14,24 @@ FOLDER = Path(__file__).parent
 
 def fatbin() -> bytes:
     """All kernels for sm_80, sm_90 and sm_120, and as PTX. Raises EngineError unless it is what was built."""
-    content = _read("kernels.fatbin")
-    if hashlib.sha256(content).hexdigest() != described()["fatbin_sha256"]:
+    content = _read_file("kernels.fatbin")
+    if hashlib.sha256(content).hexdigest() != build_report()["fatbin_sha256"]:
         raise EngineError(f"{FOLDER / 'kernels.fatbin'} is damaged; install cm-runtime again")
     return content
 
 
-def described() -> dict[str, Any]:
-    """What `make -C kernels` wrote down: compiler, hashes, and the registers of each kernel on each GPU."""
-    return json.loads(_read("kernels.json"))  # type: ignore[no-any-return]
+def build_report() -> dict[str, Any]:
+    """The report of `make -C kernels`: compiler, hashes, and the registers of each kernel on each GPU."""
+    report: dict[str, Any] = json.loads(_read_file("kernels.json"))
+    return report
 
 
 def ptx(name: str) -> str:
     """The compiled form of ``kernels/NAME.cu`` that a driver finishes for its own GPU."""
-    return _read(f"{name}.ptx").decode()
+    return _read_file(f"{name}.ptx").decode()
 
 
-def _read(name: str) -> bytes:
+def _read_file(name: str) -> bytes:
     try:
         return (FOLDER / name).read_bytes()
     except OSError as error:

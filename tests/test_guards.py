@@ -387,7 +387,12 @@ print({name for name, _ in inspect.getmembers(cm)} >= {*cm.__all__}, all(hasattr
 text = pydoc.plain(pydoc.render_doc(cm))
 print(all(name in text for name in cm.__all__), "consistency model" in text)
 text = pydoc.plain(pydoc.render_doc(cm.export))
-print("precision" in text, "precond" in pydoc.plain(pydoc.render_doc(cm.load_checkpoint)))
+assert cm.export.__all__ == ["diffusers", "onnx", "tensorrt"]
+try:
+    cm.export.tensorrt("m.onnx", "m.engine", micro_batch=(8, 4, 2))
+except cm.errors.RequestError as error:
+    assert "ascending" in str(error)
+print("precision" in text and "TensorRT" in text, "precond" in pydoc.plain(pydoc.render_doc(cm.load_checkpoint)))
 for use in (cm.load_checkpoint, lambda path: cm.export.onnx(None, path), lambda path: cm.export.diffusers(None, path)):
     try:
         use("m.onnx")

@@ -25,6 +25,7 @@ from cm_runtime.export import graphs
 from cm_runtime.files import protobuf
 from cm_runtime.manifest import Manifest, read_manifest
 from cm_runtime.onnx_graph import message, operators
+from cm_runtime.onnx_graph.graph import ITEM_BITS
 
 BUNDLED = read_manifest(backends.DEFAULT_MODEL)
 MANIFEST = BUNDLED.model_copy(update={"num_classes": 0, "image_shape": (3, 8, 8), "training": None})
@@ -323,10 +324,10 @@ def test_what_export_writes_runs_on_every_engine(each: exports.Files, kind: Any)
             proto = onnx.inliner.inline_local_functions(proto)
         for tensor in proto.graph.initializer:
             if tensor.name in network.weights:
-                bits = message.ITEM_BITS[tensor.data_type]
+                bits = ITEM_BITS[tensor.data_type]
                 tensor.raw_data = bytes(int(np.prod(tensor.dims)) * bits // 8)
         said = manifest.model_copy(update={"precision": precision})
-        operators.check(message.read(proto.SerializeToString(), "m"), said)
+        operators.check(message.read_graph(proto.SerializeToString(), "m"), said)
 
 
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])

@@ -146,10 +146,10 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _diffusers(checkpoint: Checkpoint, folder: Path, device: str) -> Drawer:
-    from cm_runtime.export.to_diffusers import diffusers
+    from cm_runtime.export import to_diffusers
 
     try:
-        diffusers(checkpoint, folder / "pipeline")
+        to_diffusers.write(checkpoint, folder / "pipeline")
     except CheckpointError as error:
         raise RequestError(str(error)) from error
     return pipeline(folder / "pipeline", device)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cm_runtime.checkpoints.native import Checkpoint
     from cm_runtime.export.speed import Comparison
-    from cm_runtime.export.to_onnx import Exported
+    from cm_runtime.export.to_onnx import OnnxExport
 
 Format = Literal["onnx", "tensorrt", "tensorrt-rtx", "diffusers"]
 
@@ -133,7 +133,7 @@ def export(
     if exists(checkpoint):
         atomic.check_output(target, force=force)  # before minutes of reading
 
-    def write(path: Path, *, force: bool) -> Exported:
+    def write(path: Path, *, force: bool) -> OnnxExport:
         levels = parsing.numbers("--sigmas", sigmas) if sigmas else None
         whole = load()
         with progress.spinner("building the graph, and proving it equal to the torch model"):
@@ -144,15 +144,15 @@ def export(
     if form != "onnx":
         _build_engine(write, target, form, batch, gpu, force=force)
         return
-    exported = write(target, force=force)
+    result = write(target, force=force)
     comparison = None
     if compare:
         from cm_runtime.export.speed import with_plain
 
         whole = load()
         with progress.spinner("timing it against a plain export"):
-            comparison = with_plain(whole, target, exported.manifest)
-    _summarise(target, exported, comparison)
+            comparison = with_plain(whole, target, result.manifest)
+    _summarise(target, result, comparison)
 
 
 def _check(
@@ -177,11 +177,11 @@ def _check(
 
 
 def _build_engine(
-    write: Callable[..., Exported], target: Path, form: Format, batch: str | None, gpu: str | None, *, force: bool
+    write: Callable[..., OnnxExport], target: Path, form: Format, batch: str | None, gpu: str | None, *, force: bool
 ) -> None:
     """The graph in a temporary folder, and the engine that TensorRT makes of it."""
+    from cm_runtime import export as exporting
     from cm_runtime.backends import engine_file
-    from cm_runtime.export import to_tensorrt
     from cm_runtime.files.workspaces import scratch
 
     profile = engine_file.profile(batch) if batch else None
@@ -189,31 +189,28 @@ def _build_engine(
         path = folder / "graph.onnx"
         write(path, force=False)
         with progress.spinner("building the engine"):
-            engine = to_tensorrt.build(
+            manifest = exporting.tensorrt(
                 path,
                 target,
-                "tensorrt" if form == "tensorrt" else "tensorrt_rtx",
-                batch=profile,
+                package="tensorrt" if form == "tensorrt" else "tensorrt_rtx",
+                micro_batch=(profile.min, profile.opt, profile.max) if profile else None,
                 gpus=gpu.split(",") if gpu else (),
                 force=force,
             )
-    proof = (
-        f"within {engine.parity.max_abs:.1e} of ONNX Runtime"
-        if engine.parity
-        else "not compared: no GPU here can open it"
-    )
+    model, parity = manifest.model, manifest.parity
+    proof = f"within {parity.max_abs:.1e} of ONNX Runtime" if parity else "not compared: no GPU here can open it"
     typer.echo(
-        f"{target}: {engine.bytes / 1e6:.1f} MB, {engine.model.graph} in {engine.model.precision} for compute"
-        f" capability {', '.join(engine.gpus)}, batches {engine.profile}; its graph is proved, the engine {proof}"
+        f"{target}: {manifest.bytes / 1e6:.1f} MB, {model.graph} in {model.precision} for compute capability"
+        f" {', '.join(manifest.gpus)}, batches {manifest.profile}; its graph is proved, the engine {proof}"
     )
     typer.echo(f"  what TensorRT said is in {engine_file.log_path(target)}")
 
 
-def _summarise(target: Path, exported: Exported, plain: Comparison | None) -> None:
+def _summarise(target: Path, result: OnnxExport, plain: Comparison | None) -> None:
     from cm_runtime.errors.wording import quantity
     from cm_runtime.schedule import level_text
 
-    manifest, parity = exported.manifest, exported.manifest.parity
+    manifest, parity = result.manifest, result.manifest.parity
     assert parity is not None  # no file is written without its proof
     levels_text = ""
     if manifest.graph == "sampler":
@@ -222,9 +219,9 @@ def _summarise(target: Path, exported: Exported, plain: Comparison | None) -> No
     typer.echo(f"{target}: {manifest.graph}{levels_text}, {manifest.precision}{data}")
     times = manifest.steps if manifest.graph == "sampler" else 1
     beside = f" ({plain.nodes * times} in a plain export)" if plain else ""
-    typer.echo(f"  nodes    {exported.nodes}{beside}; {quantity(exported.folds, 'constant')} folded")
+    typer.echo(f"  nodes    {result.nodes}{beside}; {quantity(result.folds, 'constant')} folded")
     beside = f" ({plain.bytes / 1e6:.1f} MB plain)" if plain else ""
-    typer.echo(f"  size     {exported.bytes / 1e6:.1f} MB{beside}")
+    typer.echo(f"  size     {result.bytes / 1e6:.1f} MB{beside}")
     typer.echo(f"  parity   within {parity.max_abs:.1e} of torch in float32 ({parity.engine}); PSNR in dB:")
     levels = parity.sigmas if len(parity.psnr) > 1 else ("images",)
     ratios = (f"{s if isinstance(s, str) else f'{s:g}'}: {psnr:g}" for s, psnr in zip(levels, parity.psnr, strict=True))

@@ -60,7 +60,7 @@ class ConsistencyModel(nn.Module):
     ) -> Tensor:
         """x: (N,C,H,W) float32, sigma: (N,) float32, label: (N,) int64 with classes -> (N,C,H,W) float32.
 
-        A model in float64 takes and gives float64. dropout_key: (N, 2) int64, see `unet.Dropout`; in training only.
+        A model in float64 takes and gives float64. dropout_key: (N, 2) int64, see `dropout.Dropout`; in training only.
         """
         return self.skip_scale(x, self.network(x, sigma, label, dropout_key), sigma)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cm_runtime.manifest import MOST_PIXELS
+from cm_runtime.networks.dropout import Dropout
 
 
 class NetworkShape(BaseModel):
@@ -62,8 +63,8 @@ class UNetConfig(NetworkShape):
         sizes = [self.image_size // self.patch // 2**level for level in range(len(self.channel_mult))]
         if unmet := set(self.attention) - set(sizes):
             raise ValueError(f"attention at {sorted(unmet)}, but the feature maps are {sizes}")
-        attended = [m for m, size in zip(self.channel_mult, sizes, strict=True) if size in self.attention]
-        for mult in {*attended, *self.channel_mult[-1:] * self.middle_attention}:
+        attention_mults = [m for m, size in zip(self.channel_mult, sizes, strict=True) if size in self.attention]
+        for mult in {*attention_mults, *self.channel_mult[-1:] * self.middle_attention}:
             if self.channels * mult % self.head_channels:
                 raise ValueError(f"{self.channels * mult} channels do not split into heads of {self.head_channels}")
         if self.norm_groups and self.channels % self.norm_groups:
@@ -95,7 +96,7 @@ def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, out, 3, stride=stride, padding=1)
 
 
-def zeroed(module: nn.Conv2d) -> nn.Conv2d:
+def zero_weights(module: nn.Conv2d) -> nn.Conv2d:
     """The convolution with zero weights: a residual branch that starts silent."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
@@ -103,41 +104,8 @@ def zeroed(module: nn.Conv2d) -> nn.Conv2d:
     return module
 
 
-class Dropout(nn.Module):
-    """Dropout whose masks are addressed: element e of an image in this layer is a hash of (key, layer, e).
-
-    Without a key it is plain dropout. Masks then depend on neither the batch nor the worker an image is in, and two
-    evaluations with one key, a student's and its target's, drop the same elements. In evaluation it does nothing.
-    """
-
-    def __init__(self, p: float, layer: int) -> None:
-        super().__init__()
-        self.p, self.layer = p, layer
-
-    def forward(self, h: Tensor, key: Tensor | None = None) -> Tensor:
-        """h: (N, ...), key: (N, 2) int64, words of 32 bits."""
-        if key is None or not self.training or self.p == 0:
-            return functional.dropout(h, self.p, self.training)
-        bits = torch.arange(h[0].numel(), dtype=torch.int32, device=h.device) * _signed(0x9E3779B1) + self.layer
-        k0, k1 = key.to(torch.int32).unbind(1)  # the low 32 bits, as they are
-        kept = _hash(_hash(bits ^ k0[:, None]) + k1[:, None]) >= _signed(int(self.p * 2**32) + 2**31)
-        return h * (kept.reshape(h.shape).to(h.dtype) * (1 / (1 - self.p)))
-
-
-def _hash(h: Tensor) -> Tensor:
-    """A 32-bit integer hash of full avalanche, in wrapping int32 (C. Wellons' lowbias32)."""
-    h = (h ^ ((h >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
-    h = (h ^ ((h >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
-    return h ^ ((h >> 16) & 0xFFFF)
-
-
-def _signed(word: int) -> int:
-    """The int32 of the same 32 bits."""
-    return ((word + 2**31) & 0xFFFFFFFF) - 2**31
-
-
 class Upsample(nn.Module):
-    """Nearest-neighbour x2, then a convolution where ``channels`` is given."""
+    """Nearest-neighbour x2, then a convolution unless ``channels`` is None."""
 
     def __init__(self, channels: int | None = None) -> None:
         super().__init__()
@@ -149,14 +117,15 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A strided convolution where ``channels`` is given, else the mean of 2x2."""
+    """A strided convolution, or the mean of 2x2 where ``channels`` is None."""
 
     def __init__(self, channels: int | None = None) -> None:
         super().__init__()
         self.op: nn.Module = conv3x3(channels, channels, stride=2) if channels else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)  # type: ignore[no-any-return]
+        h: Tensor = self.op(x)
+        return h
 
 
 class ResBlock(nn.Module):
@@ -177,7 +146,7 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(4 * config.channels, 2 * out if config.scale_shift else out)
         )
-        self.out_layers = nn.Sequential(GroupNorm(out, config), nn.SiLU(), dropout, zeroed(conv3x3(out, out)))
+        self.out_layers = nn.Sequential(GroupNorm(out, config), nn.SiLU(), dropout, zero_weights(conv3x3(out, out)))
         self.skip_connection = nn.Identity() if out == channels else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None) -> Tensor:
@@ -192,8 +161,8 @@ class ResBlock(nn.Module):
             h = norm(h) * (1 + scale) + shift
         else:
             h = norm(h + e)
-        h = conv(dropout(silu(h), key))
-        return self.skip_connection(x) + h  # type: ignore[no-any-return]
+        total: Tensor = self.skip_connection(x) + conv(dropout(silu(h), key))
+        return total
 
 
 class AttentionBlock(nn.Module):
@@ -204,14 +173,15 @@ class AttentionBlock(nn.Module):
         self.heads = channels // config.head_channels
         self.norm = GroupNorm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.proj_out = zero_weights(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(n, 3, self.heads, c // self.heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (n, heads, pixels, dim)
         h = functional.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(h.transpose(-1, -2).reshape(n, c, height, width))  # type: ignore[no-any-return]
+        residual: Tensor = self.proj_out(h.transpose(-1, -2).reshape(n, c, height, width))
+        return x + residual
 
 
 class Block(nn.ModuleList):
@@ -267,8 +237,8 @@ class UNet(nn.Module):
                 self.input_blocks.append(Block(down))
                 skips.append(channels)
                 size //= 2
-        attended = [AttentionBlock(channels, config)] if config.middle_attention else []
-        self.middle_block = Block(res(channels, channels), *attended, res(channels, channels))
+        middle_attention = [AttentionBlock(channels, config)] if config.middle_attention else []
+        self.middle_block = Block(res(channels, channels), *middle_attention, res(channels, channels))
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for i in range(config.res_blocks + 1):
@@ -278,7 +248,7 @@ class UNet(nn.Module):
                     block.append(Upsample(channels) if config.resample == "conv" else res(channels, channels, Upsample))
                     size *= 2
                 self.output_blocks.append(block)
-        self.out = nn.Sequential(GroupNorm(channels, config), nn.SiLU(), zeroed(conv3x3(channels, patched)))
+        self.out = nn.Sequential(GroupNorm(channels, config), nn.SiLU(), zero_weights(conv3x3(channels, patched)))
 
     def forward(
         self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, dropout_key: Tensor | None = None

@@ -1,8 +1,8 @@
 """The graph of an ``.onnx``, checked before any engine sees it.
 
-    message   protobuf, read as strictly as no engine does: bounded, without subgraphs, sparse tensors and training
-    own       the graphs that `export` writes, operator by operator: these run on every engine
-    foreign   any other: what can be bounded is, and it runs on ONNX Runtime alone, which checks indices and shapes
+    message     protobuf, read more strictly than by any engine: bounded, no subgraphs, sparse tensors or training
+    operators   the graphs that `export` writes, operator by operator (`rules`): these run on every engine
+    bounds      any other graph: its `shapes` are bounded, and it runs on ONNX Runtime alone, which checks indices
 
 Engines differ in what they check of a file, and OpenVINO trusts it: an index out of range is an address to it.
 """
@@ -16,7 +16,9 @@ from typing import NamedTuple
 from cm_runtime.errors import ArtifactError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import Manifest, data_path
-from cm_runtime.onnx_graph import bounds, message, operators
+from cm_runtime.onnx_graph import bounds, external_data, operators
+from cm_runtime.onnx_graph.message import read_graph
+from cm_runtime.onnx_graph.rules import NotOwn
 
 TRUST = "CM_RUNTIME_TRUST"  # in the environment, 1 lets foreign graphs run on every engine, in child processes too
 MOST_IMAGES = 1024  # that an extractor takes together, where its graph says how many
@@ -37,29 +39,20 @@ class Verdict(NamedTuple):
 
 
 def check(model: str | os.PathLike[str] | bytes, manifest: Manifest, *, trust: bool = False) -> Verdict:
-    """Check the graph of an exported file.
+    """Check the graph of an exported file, a path or its bytes.
 
-    Args:
-        model: A path, or the file's bytes.
-        manifest: What it says of itself.
-        trust: Take the author's word: a foreign graph may run on every engine. Its bounds hold all the same.
-
-    Returns:
-        The verdict: ours, or foreign and why.
-
-    Raises:
-        ArtifactError: No engine is to see it: it is damaged, names data that is not its own, or takes time or memory
-            beyond all bounds.
+    trust: a foreign graph may run on every engine; its bounds hold all the same. Raises ArtifactError for a file that
+    no engine is to see: damaged, with data that is not its own, or beyond all bounds of time or memory.
     """
     where = "the exported graph" if isinstance(model, bytes) else str(Path(model))
     data = None if isinstance(model, bytes) else data_path(where, manifest)
-    graph = message.read(model, where)
+    graph = read_graph(model, where)
     try:
         operators.check(graph, manifest)
         reason = ""
-    except operators.NotOwn as error:
+    except NotOwn as error:
         reason = str(error)
-    message.check_external(graph, where, data.name if data else None, is_any=bool(reason) and data is None)
+    external_data.check(graph, where, data.name if data else None, is_any=bool(reason) and data is None)
     if reason:
         bounds.check(graph, where)
         if trust or os.environ.get(TRUST) == "1":
@@ -70,15 +63,11 @@ def check(model: str | os.PathLike[str] | bytes, manifest: Manifest, *, trust: b
 def check_extractor(path: Path) -> None:
     """Check the graph of an extractor of features, which runs on ONNX Runtime.
 
-    Args:
-        path: The file.
-
-    Raises:
-        ArtifactError: As `check`, and where the graph takes more images together than any extractor.
+    Raises ArtifactError as `check` does, and where the graph takes more images together than any extractor.
     """
     where = str(path)
-    graph = message.read(path, where)
-    message.check_external(graph, where, None, is_any=True)
+    graph = read_graph(path, where)
+    external_data.check(graph, where, None, is_any=True)
     for name, port in graph.inputs.items():
         first = port.dims[0] if port.dims else None
         if name not in graph.tensors and isinstance(first, int) and first > MOST_IMAGES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cm_runtime.onnx_graph.message import FLOAT
+from cm_runtime.onnx_graph.graph import FLOAT
 
 
 class Emitter(Protocol):

@@ -12,16 +12,29 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from cm_runtime.errors import ArtifactError
 from cm_runtime.files import protobuf, streams
 from cm_runtime.files.protobuf import MalformedError
+from cm_runtime.onnx_graph.graph import (
+    A_TENSOR,
+    AN_INT,
+    DOUBLE,
+    FLOAT,
+    INT32,
+    INT64,
+    INTS,
+    ITEM_BITS,
+    TENSORS,
+    Attribute,
+    Function,
+    Graph,
+    Node,
+    Port,
+    Tensor,
+)
 
-FLOAT, UINT8, INT32, INT64, BOOL, HALF, DOUBLE, BFLOAT = 1, 2, 6, 7, 9, 10, 11, 16  # of TensorProto.DataType
-_BITS = (32, 8, 8, 16, 16, 32, 64, 0, 8, 16, 64, 32, 64, 64, 128, 16, 8, 8, 8, 8, 4, 4, 4, 8, 2)
-ITEM_BITS = dict(enumerate(_BITS, 1))  # by TensorProto.DataType; strings have none
 MOST_NODES, MOST_TENSORS = 20_000, 50_000
 MOST_FIELDS = 2_000_000  # of all messages that are read whole: seconds
 MOST_BYTES = 64 << 20  # of one node or function
@@ -32,16 +45,16 @@ EXTERNAL = {"location", "offset", "length", "checksum"}
 _WIRES = {"v": (0,), "V": (0, 2), "s": (2,), "S": (2,), "f": (5,), "F": (5, 2), "D": (1, 2)}
 
 
-def _fields(text: str, **refused: str) -> dict[int, tuple[int, str]]:
+def _fields(text: str, **reasons: str) -> dict[int, tuple[int, str]]:
     """Fields of a message by tag, out of "1v 2s": v varint, f float, s bytes; repeated V, F, S and D, a double.
 
-    What stands there by the negative number of a field says in errors what it is that is refused.
+    Under the negative number of a field stands its name in errors, if it is refused.
     """
-    found = {-int(number[1:]): (0, why) for number, why in refused.items()}
+    table = {-int(number[1:]): (0, why) for number, why in reasons.items()}
     for each in text.split():
         number, kind = int(each[:-1]), each[-1]
-        found |= {number << 3 | wire: (number, kind) for wire in _WIRES[kind]}
-    return found
+        table |= {number << 3 | wire: (number, kind) for wire in _WIRES[kind]}
+    return table
 
 
 _INSIDE = "a graph inside a node, as Loop and If have"
@@ -57,101 +70,11 @@ _DATA = {4: FLOAT, 5: INT32, 6: 8, 7: INT64, 9: 0, 10: DOUBLE, 11: 13}  # fields
 _ATTRIBUTE_FIELDS = {1: 2, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 9: 10}  # by AttributeProto.AttributeType
 
 
-class Tensor(NamedTuple):
-    """numbers: of a small one of float32, int32 or int64, else None. bytes: where they are raw, else None."""
+def read_graph(model: str | os.PathLike[str] | bytes, where: str) -> Graph:
+    """Read the graph of an ``.onnx``, a path or its bytes; errors call it ``where``. Large tensors' data is skipped.
 
-    name: str
-    type: int
-    dims: tuple[int, ...]
-    numbers: tuple[float, ...] | None
-    bytes: int | None
-    external: dict[str, str] | None
-
-
-class Attribute(NamedTuple):
-    """type: of AttributeProto.AttributeType; reference: the attribute of the function that it stands for, or ""."""
-
-    type: int
-    value: Any
-    reference: str
-
-
-class Node(NamedTuple):
-    """One node, its names as text."""
-
-    domain: str
-    kind: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: dict[str, Attribute]
-
-
-class Port(NamedTuple):
-    """An input or output of the graph; a dimension is a number, or a name, or None."""
-
-    type: int
-    dims: tuple[int | str | None, ...] | None
-
-
-class Function(NamedTuple):
-    """A local function."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: tuple[str, ...]
-    defaults: int
-    nodes: tuple[Node, ...]
-    opsets: dict[str, int]
-
-
-class Graph(NamedTuple):
-    """All of a file that decides what is computed. functions: by domain and name."""
-
-    ir_version: int
-    opsets: dict[str, int]
-    nodes: list[Node]
-    tensors: dict[str, Tensor]
-    inputs: dict[str, Port]
-    outputs: dict[str, Port]
-    functions: dict[tuple[str, str], Function]
-
-    def most_alive(self, sizes: Mapping[str, int]) -> int:
-        """The largest sum of ``sizes`` of values that are needed at one time, in the order of the nodes."""
-        last = {name: i for i, node in enumerate(self.nodes) for name in node.inputs}
-        last |= dict.fromkeys(self.outputs, len(self.nodes))
-        alive = most = sum(sizes.get(name, 0) for name in self.inputs)
-        for i, node in enumerate(self.nodes):
-            alive += sum(sizes.get(name, 0) for name in node.outputs)
-            most = max(most, alive)
-            alive -= sum(sizes.get(name, 0) for name in {*node.inputs, *node.outputs} if last.get(name, i) == i)
-        return most
-
-    def all_tensors(self) -> list[Tensor]:
-        """Initializers, and those inside nodes and functions."""
-        found = list(self.tensors.values())
-        for nodes in (self.nodes, *(function.nodes for function in self.functions.values())):
-            for node in nodes:
-                for attribute in node.attributes.values():
-                    if attribute.type == 4:
-                        found.append(attribute.value)
-                    elif attribute.type == 9:
-                        found += attribute.value
-        return found
-
-
-def read(model: str | os.PathLike[str] | bytes, where: str) -> Graph:
-    """The graph of an ``.onnx``.
-
-    Args:
-        model: A path, or a file's bytes.
-        where: What errors call it.
-
-    Returns:
-        The graph; the data of large tensors is skipped.
-
-    Raises:
-        ArtifactError: It is no ONNX file, is damaged, or has more nodes, tensors or fields than any model, or parts
-            that no model of images needs.
+    Raises ArtifactError where it is no ONNX file, is damaged, has more nodes, tensors or fields than any model, or has
+    parts that no model of images needs.
     """
     try:
         if isinstance(model, bytes):
@@ -160,46 +83,6 @@ def read(model: str | os.PathLike[str] | bytes, where: str) -> Graph:
             return _Reader(file, where).model(os.fstat(file.fileno()).st_size)
     except (MalformedError, IndexError, struct.error) as error:
         raise ArtifactError(f"{where} is not an ONNX file, or is truncated or damaged ({error})") from error
-
-
-def check_external(graph: Graph, where: str, data_file: str | None, *, is_any: bool = False) -> None:
-    """Check where the tensors of ``graph`` lie that are not inside it.
-
-    Args:
-        graph: The graph.
-        where: Its file.
-        data_file: The one data file that it may name; None where it has none.
-        is_any: Take any other plain name beside the file too.
-
-    Raises:
-        ArtifactError: A tensor names another file, keys that ONNX does not have, or bytes that are not there.
-    """
-    sizes: dict[str, int] = {}
-    for tensor in graph.all_tensors():
-        place = tensor.external
-        if place is None:
-            continue
-        name = place.get("location", "")
-        if name != data_file and not (is_any and _is_plain(name)):
-            raise ArtifactError(f"{where}: its weights are to be in {name!r}, which is no data file beside it")
-        if name not in sizes:
-            sizes[name] = streams.regular(Path(where).with_name(name), ArtifactError).st_size
-        numbers = [place.get("offset", "0"), place.get("length", str(size_of(tensor)))]
-        if not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
-            raise ArtifactError(f"{where}: its weights are damaged: {tensor.name!r} lies at no number of bytes")
-        start, length = map(int, numbers)
-        if length != size_of(tensor) or start + length > sizes[name]:
-            data = Path(where).with_name(name)
-            raise ArtifactError(f"{where}: its weights in {data} are damaged or cut short; export it again")
-
-
-def size_of(tensor: Tensor) -> int:
-    """Bytes that its numbers take; of strings 0."""
-    return (math.prod(tensor.dims) * ITEM_BITS.get(tensor.type, 0) + 7) // 8
-
-
-def _is_plain(name: str) -> bool:
-    return bool(name) and name.isprintable() and not set(name) & set("/\\*:") and ".." not in name
 
 
 class _Reader:
@@ -214,10 +97,10 @@ class _Reader:
         if self.file.read(8)[4:] == b"ORTM":  # which ONNX Runtime would read as a format of its own
             raise MalformedError("it begins as an ORT file")
         self.file.seek(0)
-        version, opsets, parts, seen = 0, {}, None, set[int]()
+        version, opsets, parts, numbers = 0, {}, None, set[int]()
         functions: dict[tuple[str, str], Function] = {}
         for field in protobuf.fields(self.file, size):
-            self._check(field, _MODEL, seen)
+            self._check(field, _MODEL, numbers)
             if field.number == 7:
                 parts = self._graph(field.payload + field.length)
             elif field.number == 8:
@@ -240,9 +123,9 @@ class _Reader:
         nodes: list[Node] = []
         tensors: dict[str, Tensor] = {}
         ports: dict[int, dict[str, Port]] = {11: {}, 12: {}}
-        seen = set[int]()
+        numbers = set[int]()
         for field in protobuf.fields(self.file, end):
-            self._check(field, _GRAPH, seen)
+            self._check(field, _GRAPH, numbers)
             if field.number == 1:
                 if len(nodes) == MOST_NODES:
                     self._refuse(f"over {MOST_NODES} nodes")
@@ -259,80 +142,80 @@ class _Reader:
                 ports[field.number][name] = port
         return nodes, tensors, ports[11], ports[12]
 
-    def _check(self, field: protobuf.Field, kinds: Mapping[int, tuple[int, str]], seen: set[int]) -> None:
-        """Refuses a field of no known number, and a scalar that stands twice."""
+    def _check(self, field: protobuf.Field, kinds: Mapping[int, tuple[int, str]], numbers: set[int]) -> None:
+        """Refuse a field of no known number, and a scalar that stands twice."""
         self._spend(1)
         number = field.number
         kind = (kinds.get(number << 3 | 2) or kinds.get(number << 3) or self._unknown(number << 3, kinds))[1]
-        if kind != "S" and number in seen:
+        if kind != "S" and number in numbers:
             self._refuse(f"field {number} twice")
-        seen.add(number)
+        numbers.add(number)
 
     def _node(self, content: bytes) -> Node:
-        found = self._parse(content, _NODE)
+        fields = self._parse(content, _NODE)
         attributes: dict[str, Attribute] = {}
-        for each in found.get(5, ()):
+        for each in fields.get(5, ()):
             name, attribute = self._attribute(each)
             if name in attributes:
                 self._refuse(f"an attribute {name!r} twice")
             attributes[name] = attribute
-        domain = _text(found.get(7, b""))
-        inputs, outputs = (tuple(map(_text, found.get(i, ()))) for i in (1, 2))
-        return Node("" if domain == "ai.onnx" else domain, _text(found.get(4, b"")), inputs, outputs, attributes)
+        domain = _text(fields.get(7, b""))
+        inputs, outputs = (tuple(map(_text, fields.get(i, ()))) for i in (1, 2))
+        return Node("" if domain == "ai.onnx" else domain, _text(fields.get(4, b"")), inputs, outputs, attributes)
 
     def _attribute(self, content: bytes) -> tuple[str, Attribute]:
-        known = self.attributes.get(content)  # most are as another's
-        if known is None:
-            known = self._new_attribute(content)
+        pair = self.attributes.get(content)  # most are as another's
+        if pair is None:
+            pair = self._new_attribute(content)
             if len(content) < _SHORT:
-                self.attributes[content] = known
-        return known
+                self.attributes[content] = pair
+        return pair
 
     def _new_attribute(self, content: bytes) -> tuple[str, Attribute]:
-        found = self._parse(content, _ATTRIBUTE)
-        kind = found.get(20, 0)
+        fields = self._parse(content, _ATTRIBUTE)
+        kind = fields.get(20, 0)
         number = _ATTRIBUTE_FIELDS.get(kind)
-        if number is None or any(other in found for other in _ATTRIBUTE_FIELDS.values() if other != number):
+        if number is None or any(other in fields for other in _ATTRIBUTE_FIELDS.values() if other != number):
             self._refuse("an attribute of no type, or of two")
-        value = found.get(number)
-        if kind == 2:
-            value = _signed(value or 0)
-        elif kind == 4:
+        value = fields.get(number)
+        if kind == AN_INT:
+            value = _to_signed(value or 0)
+        elif kind == A_TENSOR:
             value = self._tensor(value or b"")
-        elif kind == 7:
-            value = tuple(map(_signed, value or ()))
-        elif kind == 9:
+        elif kind == INTS:
+            value = tuple(map(_to_signed, value or ()))
+        elif kind == TENSORS:
             value = tuple(map(self._tensor, value or ()))
         elif isinstance(value, list):
             value = tuple(value)
-        return _text(found.get(1, b"")), Attribute(kind, value, _text(found.get(21, b"")))
+        return _text(fields.get(1, b"")), Attribute(kind, value, _text(fields.get(21, b"")))
 
     def _function(self, content: bytes) -> tuple[tuple[str, str], Function]:
-        found = self._parse(content, _FUNCTION)
-        nodes = tuple(map(self._node, found.get(7, ())))
-        opsets = dict(map(self._opset, found.get(9, ())))
-        inputs, outputs, attributes = (tuple(map(_text, found.get(i, ()))) for i in (4, 5, 6))
-        key = _text(found.get(10, b"")), _text(found.get(1, b""))
-        return key, Function(inputs, outputs, attributes, len(found.get(11, ())), nodes, opsets)
+        fields = self._parse(content, _FUNCTION)
+        nodes = tuple(map(self._node, fields.get(7, ())))
+        opsets = dict(map(self._opset, fields.get(9, ())))
+        inputs, outputs, attributes = (tuple(map(_text, fields.get(i, ()))) for i in (4, 5, 6))
+        key = _text(fields.get(10, b"")), _text(fields.get(1, b""))
+        return key, Function(inputs, outputs, attributes, len(fields.get(11, ())), nodes, opsets)
 
     def _opset(self, content: bytes) -> tuple[str, int]:
-        found = self._parse(content, _OPSET)
-        domain = _text(found.get(1, b""))
-        return "" if domain == "ai.onnx" else domain, _signed(found.get(2, 0))
+        fields = self._parse(content, _OPSET)
+        domain = _text(fields.get(1, b""))
+        return "" if domain == "ai.onnx" else domain, _to_signed(fields.get(2, 0))
 
     def _port(self, content: bytes) -> tuple[str, Port]:
-        found = self._parse(content, _VALUE)
-        inside = self._parse(self._parse(found.get(2, b""), _TYPE).get(1, b""), _TENSOR_TYPE)
+        fields = self._parse(content, _VALUE)
+        inside = self._parse(self._parse(fields.get(2, b""), _TYPE).get(1, b""), _TENSOR_TYPE)
         dims: list[int | str | None] | None = None
         if 2 in inside:
             dims = []
             for each in self._parse(inside[2], _SHAPE).get(1, ()):
                 side = self._parse(each, _DIMENSION)
-                dims.append(_signed(side[1]) if 1 in side else _text(side[2]) if 2 in side else None)
-        return _text(found.get(1, b"")), Port(inside.get(1, 0), None if dims is None else tuple(dims))
+                dims.append(_to_signed(side[1]) if 1 in side else _text(side[2]) if 2 in side else None)
+        return _text(fields.get(1, b"")), Port(inside.get(1, 0), None if dims is None else tuple(dims))
 
     def _tensor(self, content: bytes) -> Tensor:
-        return self._described(self._parse(content, _TENSOR), len(content) <= SMALL)
+        return self._build_tensor(self._parse(content, _TENSOR), len(content) <= SMALL)
 
     def _large(self, field: protobuf.Field) -> Tensor:
         """An initializer whose numbers are skipped."""
@@ -369,34 +252,34 @@ class _Reader:
             at += start
             if at > end or len(rest) > SMALL * 16:
                 raise MalformedError("a weight runs past its end")
-        return self._described(lengths | self._parse(bytes(rest), _TENSOR), is_small=False)
+        return self._build_tensor(lengths | self._parse(bytes(rest), _TENSOR), is_small=False)
 
-    def _described(self, found: dict[int, Any], is_small: bool) -> Tensor:
-        name, kind = _text(found.get(8, b"")), found.get(2, 0)
-        dims = tuple(map(_signed, found.get(1, ())))
+    def _build_tensor(self, fields: dict[int, Any], is_small: bool) -> Tensor:
+        name, kind = _text(fields.get(8, b"")), fields.get(2, 0)
+        dims = tuple(map(_to_signed, fields.get(1, ())))
         if kind not in ITEM_BITS or len(dims) > 16 or any(not 0 <= side < 1 << 40 for side in dims):
             self._refuse(f"a tensor {name!r} of no known type or shape")
-        held = [number for number in _DATA if number in found]
-        location = found.get(14, 0)
-        if len(held) > 1 or location not in (0, 1) or (13 in found) != (location == 1) or (held and location):
+        places = [number for number in _DATA if number in fields]
+        location = fields.get(14, 0)
+        if len(places) > 1 or location not in (0, 1) or (13 in fields) != (location == 1) or (places and location):
             self._refuse(f"a tensor {name!r} whose numbers are nowhere, or in two places")
         if location:
-            return Tensor(name, kind, dims, None, None, self._place(found[13], name))
-        raw = found.get(9)
+            return Tensor(name, kind, dims, None, None, self._place(fields[13], name))
+        raw = fields.get(9)
         count = raw if isinstance(raw, int) else len(raw) if raw is not None else None
         if count is not None and count != (math.prod(dims) * ITEM_BITS[kind] + 7) // 8:
             self._refuse(f"a tensor {name!r} of {count} bytes, which are not as many as its shape says")
-        numbers = _numbers(kind, math.prod(dims), found) if is_small else None
+        numbers = _numbers(kind, math.prod(dims), fields) if is_small else None
         return Tensor(name, kind, dims, numbers, count, None)
 
     def _place(self, entries: list[bytes], name: str) -> dict[str, str]:
         place: dict[str, str] = {}
         for entry in entries:
-            found = self._parse(entry, _ENTRY)
-            key = _text(found.get(1, b""))
+            fields = self._parse(entry, _ENTRY)
+            key = _text(fields.get(1, b""))
             if key in place or key not in EXTERNAL:
                 self._refuse(f"a tensor {name!r} with {key!r} twice, or for no purpose")
-            place[key] = _text(found.get(2, b""))
+            place[key] = _text(fields.get(2, b""))
         return place
 
     def _whole(self, field: protobuf.Field) -> bytes:
@@ -413,7 +296,7 @@ class _Reader:
 
     def _parse(self, content: bytes, kinds: Mapping[int, tuple[int, str]]) -> dict[int, Any]:
         """A message's fields by number; a list where they are repeated."""
-        found: dict[int, Any] = {}
+        fields: dict[int, Any] = {}
         at, end, count = 0, len(content), 0
         while at < end:
             count += 1
@@ -441,21 +324,21 @@ class _Reader:
                 start, at = at, at + (8 if tag & 7 == 1 else 4)
                 value = content[start:at]
             if kind == "S" or (kind == "V" and tag & 7 == 0):
-                found.setdefault(number, []).append(value)
+                fields.setdefault(number, []).append(value)
             elif kind in "VFD":
-                found.setdefault(number, []).extend(self._packed(kind, value))
-            elif number in found:
+                fields.setdefault(number, []).extend(self._unpack(kind, value))
+            elif number in fields:
                 self._refuse(f"field {number} of a part twice")
             else:
-                found[number] = struct.unpack("<f", value)[0] if kind == "f" else value
+                fields[number] = struct.unpack("<f", value)[0] if kind == "f" else value
         self._spend(count)
-        return found
+        return fields
 
     def _unknown(self, tag: int, kinds: Mapping[int, tuple[int, str]]) -> tuple[int, str]:
-        refused = kinds.get(-(tag >> 3), (0, ""))[1]
-        self._refuse(refused or f"a field of number {tag >> 3} and type {tag & 7}")
+        reason = kinds.get(-(tag >> 3), (0, ""))[1]
+        self._refuse(reason or f"a field of number {tag >> 3} and type {tag & 7}")
 
-    def _packed(self, kind: str, content: bytes) -> list[Any]:
+    def _unpack(self, kind: str, content: bytes) -> list[Any]:
         if kind == "F":
             return list(struct.unpack(f"<{len(content) // 4}f", content))
         if kind == "D":
@@ -476,15 +359,15 @@ class _Reader:
         raise ArtifactError(f"{self.where}: its graph has {part}, as no model of images has")
 
 
-def _numbers(kind: int, count: int, found: Mapping[int, Any]) -> tuple[float, ...] | None:
+def _numbers(kind: int, count: int, fields: Mapping[int, Any]) -> tuple[float, ...] | None:
     """A small tensor's numbers, raw or not; None of other types, or if they are too few."""
     code, number = {FLOAT: ("f", 4), INT64: ("q", 7), INT32: ("i", 5)}.get(kind, ("", 0))
     if not code or count > SMALL:
         return None
-    if 9 in found:
-        return struct.unpack(f"<{count}{code}", found[9])
-    values = found.get(number, ())
-    values = tuple(values if kind == FLOAT else map(_signed, values))
+    if 9 in fields:
+        return struct.unpack(f"<{count}{code}", fields[9])
+    values = fields.get(number, ())
+    values = tuple(values if kind == FLOAT else map(_to_signed, values))
     return values if len(values) == count else None
 
 
@@ -503,7 +386,7 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
     raise MalformedError("a number has too many bytes")
 
 
-def _signed(value: int) -> int:
+def _to_signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 

@@ -56,5 +56,5 @@ class Draws:
         return self.words(draw, 1)[:, 0, 0].double() * 2.0**-32 + 2.0**-33
 
     def keys(self, draw: int) -> Tensor:
-        """Two random words an image, for `cm_runtime.networks.unet.Dropout`: (n, 2) int64 in 0..2^32-1."""
+        """Two random words an image, for `cm_runtime.networks.dropout.Dropout`: (n, 2) int64 in 0..2^32-1."""
         return self.words(draw, 1)[:, 0, :2]

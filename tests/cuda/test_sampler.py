@@ -496,7 +496,7 @@ def test_where_images_cannot_stay_a_line_says_why(
 
 def test_a_kernel_for_every_launch() -> None:
     """What launches.py can name is in the binary."""
-    names = kernels.described()["kernels"].keys()
+    names = kernels.build_report()["kernels"].keys()
     for type in ("fp32", "fp16", "bf16"):
         for layout in ("nchw", "nhwc"):
             for made in (None, "fp32"):

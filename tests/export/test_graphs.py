@@ -22,6 +22,7 @@ from cm_runtime.errors import EngineError, ParityError, RequestError
 from cm_runtime.export import graphs, weights_file
 from cm_runtime.export import parity as parity_module
 from cm_runtime.export.builder import Graph
+from cm_runtime.export.parity_inputs import scaled
 from cm_runtime.manifest import Manifest, read_manifest
 
 LEVELS = {1: (80.0,), 2: (80.0, 1.382368), 4: (80.0, 17.5, 2.5, 0.17)}
@@ -305,10 +306,10 @@ def test_half_precision_keeps_40_dB_at_every_noise_level(
     other = OpenVinoBackend(path)
     if precision == "fp16":
         manifest = other.manifest
-        asked = list(parity_module._inputs(manifest))
-        answers = parity_module.expected(each.model().eval(), manifest)
+        asked = list(parity_module.inputs(manifest))
+        answers = parity_module.answers(each.model().eval(), manifest)
         for given, wanted in zip(asked, answers, strict=True):
-            error = parity_module._scaled(other.evaluate(given)) - parity_module._scaled(wanted)
+            error = scaled(other.evaluate(given)) - scaled(wanted)
             assert 10 * np.log10(4 / np.maximum(np.mean(error**2, axis=(1, 2, 3)), 1e-20)).min() >= 40
     assert path.stat().st_size < 0.7 * made(each, tmp_path, graph=graph).stat().st_size
 

@@ -58,7 +58,7 @@ def image(g: Graph, x: Array) -> str:
     return g.input("x", FLOAT, ["N", *x.shape[1:]])
 
 
-@pytest.mark.parametrize("form", [ops.normalised, rewrites.moments, rewrites.opset_norm, rewrites.layer_norm])
+@pytest.mark.parametrize("form", [ops.normalise, rewrites.moments, rewrites.opset_norm, rewrites.layer_norm])
 @pytest.mark.parametrize(("n", "groups", "shape"), [(1, 1, (3, 7, 7)), (3, 4, (12, 1, 5)), (7, 32, (64, 3, 3))])
 def test_normalisation(form: Callable[..., str], n: int, groups: int, shape: Any, tmp_path: Path) -> None:
     x = normal(n, *shape) * 3 + 2
@@ -94,7 +94,7 @@ def test_attention(form: Callable[..., str], n: int, heads: int, shape: Any, tmp
     close(answers(g, form(g, image(g, x), qkv, heads, shape), {"x": x}, tmp_path), wanted)
 
 
-@pytest.mark.parametrize("form", [ops.upsampled_conv, rewrites.plain_upsampled_conv, rewrites.transposed_conv])
+@pytest.mark.parametrize("form", [ops.upsample_conv, rewrites.plain_upsampled_conv, rewrites.transposed_conv])
 @pytest.mark.parametrize(("n", "c", "out", "size"), [(1, 1, 3, (1, 1)), (3, 5, 7, (3, 4)), (7, 16, 32, (7, 7))])
 def test_a_convolution_of_an_upsampled_image(
     form: Callable[..., str], n: int, c: int, out: int, size: tuple[int, int], tmp_path: Path
@@ -114,7 +114,7 @@ def test_in_float16_the_taps_are_summed_in_float32(tmp_path: Path) -> None:
     weight = np.zeros((1, 1, 3, 3), np.float32)
     weight[0, 0, 0] = 2048, 1, 1
     half = g.op("Cast", image(g, x), to=HALF)
-    made = ops.upsampled_conv(g, half, g.weight("w", weight, HALF), g.weight("b", np.zeros(1, np.float32), HALF))
+    made = ops.upsample_conv(g, half, g.weight("w", weight, HALF), g.weight("b", np.zeros(1, np.float32), HALF))
     found = answers(g, g.op("Cast", made, to=FLOAT), {"x": x}, tmp_path)[0]
     assert found.max() == 2050
 
@@ -123,7 +123,7 @@ def test_in_float16_the_taps_are_summed_in_float32(tmp_path: Path) -> None:
 def test_unshuffling_is_torchs(patch: int, shape: Any, tmp_path: Path) -> None:
     x = normal(3, *shape)
     g = Graph()
-    out = ops.unshuffled(g, image(g, x), patch, shape)
+    out = ops.unshuffle(g, image(g, x), patch, shape)
     close(answers(g, out, {"x": x}, tmp_path), functional.pixel_unshuffle(torch.from_numpy(x), patch))
 
 

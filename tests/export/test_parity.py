@@ -148,7 +148,7 @@ def test_an_error_in_weights_beside_the_file_is_noticed_and_neither_is_written(
 def test_the_model_answers_all_that_the_export_is_asked(boundary: exports.Files) -> None:
     """Its answers are kept, so that it need not be: seven batches of 1 and one of 7."""
     manifest = read_manifest(boundary.onnx)
-    answers = parity.expected(boundary.model(), manifest)
+    answers = parity.answers(boundary.model(), manifest)
     assert [answer.shape for answer in answers] == [(1, 3, 8, 8)] * 7 + [(7, 3, 8, 8)]
     assert np.abs(np.concatenate(answers[:7]) - answers[7]).max() < 1e-5
     assert parity.measure(boundary.onnx, manifest, answers).max_abs < 1e-5

@@ -118,7 +118,7 @@ def left(folder: Path) -> set[str]:
 def test_every_form_builds_for_two_gpus(each: exports.Files, no_gpu: None, tmp_path: Path) -> None:
     """Local functions, classes and a dynamic batch are read; the engine and its manifest fit each other."""
     path = tmp_path / "model.engine"
-    manifest = build(each.onnx, path, "tensorrt_rtx", batch=BATCH, gpus=GPUS)
+    manifest = build(each.onnx, path, "tensorrt_rtx", profile=BATCH, gpus=GPUS)
     assert manifest == read_engine_manifest(path)
     assert left(tmp_path) == {"model.engine", "model.engine.json", "model.engine.log"}
     content = path.read_bytes()
@@ -141,7 +141,7 @@ def test_weights_beside_the_graph_and_stored_as_halves_build(
     boundary: exports.Files, no_gpu: None, tmp_path: Path, name: str
 ) -> None:
     source = getattr(boundary, name)
-    manifest = build(source, tmp_path / "m.engine", "tensorrt_rtx", batch=BATCH, gpus=["8.9"])
+    manifest = build(source, tmp_path / "m.engine", "tensorrt_rtx", profile=BATCH, gpus=["8.9"])
     data = exports.data_file(source) if name.endswith("apart") else None
     assert manifest.data_sha256 == (atomic.sha256(data) if data else None)
     assert (tmp_path / "m.engine").stat().st_size == manifest.bytes > 100_000
@@ -149,7 +149,7 @@ def test_weights_beside_the_graph_and_stored_as_halves_build(
 
 def test_a_sampler_with_noise_of_five_dimensions_builds(no_gpu: None, tmp_path: Path) -> None:
     source = sampler(tmp_path / "s.onnx")
-    manifest = build(source, tmp_path / "s.engine", "tensorrt_rtx", batch=BATCH, gpus=["8.9"])
+    manifest = build(source, tmp_path / "s.engine", "tensorrt_rtx", profile=BATCH, gpus=["8.9"])
     assert manifest.model.graph == "sampler"
     assert manifest.model.steps == 2
 
@@ -160,11 +160,11 @@ def test_the_profile_by_default_is_up_to_what_a_gpu_sees_at_once(small: Path, no
 
 def test_float32_is_float32_and_not_tf32(small: Path) -> None:
     """The matrix units' ten bits of mantissa are for networks of halves, whose torso has no more."""
-    making = to_tensorrt._Build(trt, "tensorrt_rtx", GPUS, BATCH, Path("log"))
+    compiler = to_tensorrt._Compiler(trt, "tensorrt_rtx", GPUS, BATCH, Path("log"))
     for precision, allowed in {"fp32": False, "fp16": True, "bf16": True}.items():
-        config = trt.Builder(making.logger).create_builder_config()
+        config = trt.Builder(compiler.logger).create_builder_config()
         config.set_flag(trt.BuilderFlag.TF32)
-        making._configure(config, read_manifest(small).model_copy(update={"precision": precision}))
+        compiler._configure(config, read_manifest(small).model_copy(update={"precision": precision}))
         assert config.get_flag(trt.BuilderFlag.TF32) is allowed
         found = [config.get_compute_capability(i) for i in range(config.num_compute_capabilities)]
         assert found == [trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
@@ -242,7 +242,7 @@ def test_a_profile_that_the_graph_does_not_allow_is_one_line(no_gpu: None, tmp_p
     ]
     source = saved(tmp_path / "fixed.onnx", helper.make_graph(nodes, "fixed", [x, sigma], [y]))
     with pytest.raises(EngineError, match="cannot build it: ") as caught:
-        build(source, tmp_path / "fixed.engine", "tensorrt_rtx", gpus=["8.9"], batch=profile("4:4:8"))
+        build(source, tmp_path / "fixed.engine", "tensorrt_rtx", gpus=["8.9"], profile=profile("4:4:8"))
     assert "\n" not in str(caught.value)
     assert left(tmp_path) == {"fixed.engine.log"}
 
@@ -297,13 +297,13 @@ def test_without_the_package_it_is_named(small: Path, monkeypatch: pytest.Monkey
 
 def test_an_engine_is_replaced_only_by_force(small: Path, no_gpu: None, tmp_path: Path) -> None:
     path = tmp_path / "small.engine"
-    first = build(small, path, "tensorrt_rtx", batch=BATCH, gpus=["8.9"])
+    first = build(small, path, "tensorrt_rtx", profile=BATCH, gpus=["8.9"])
     engine_file.layers_path(path).write_text("of an older build")
     before = {name: (tmp_path / name).read_bytes() for name in left(tmp_path)}
     with pytest.raises(OutputError, match="exists; replace it with --force"):
-        build(small, path, "tensorrt_rtx", batch=BATCH, gpus=["12.0"])
+        build(small, path, "tensorrt_rtx", profile=BATCH, gpus=["12.0"])
     assert {name: (tmp_path / name).read_bytes() for name in left(tmp_path)} == before
-    second = build(small, path, "tensorrt_rtx", batch=BATCH, gpus=["12.0"], force=True)
+    second = build(small, path, "tensorrt_rtx", profile=BATCH, gpus=["12.0"], force=True)
     assert (first.gpus, second.gpus) == (("8.9",), ("12.0",))
     assert read_engine_manifest(path) == second
     assert verified(path, second, "tensorrt_rtx", trt.__version__, "12.0") == path.read_bytes()
@@ -359,7 +359,7 @@ def test_with_a_gpu_parity_is_measured_and_layers_are_written(
     on_gpu: stand_in_gpu.TensorRt, small: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "small.engine"
-    manifest = build(small, path, "tensorrt_rtx", batch=BATCH)
+    manifest = build(small, path, "tensorrt_rtx", profile=BATCH)
     assert manifest == read_engine_manifest(path)
     assert (manifest.gpus, manifest.gpu_name) == (("8.9",), "Stand-in 4090")
     assert on_gpu.opened == [path.read_bytes()]
@@ -374,7 +374,7 @@ def test_with_a_gpu_parity_is_measured_and_layers_are_written(
 
 
 def test_batches_stay_within_a_small_profile(on_gpu: stand_in_gpu.TensorRt, small: Path, tmp_path: Path) -> None:
-    manifest = build(small, tmp_path / "small.engine", "tensorrt_rtx", batch=profile("2:2:3"))
+    manifest = build(small, tmp_path / "small.engine", "tensorrt_rtx", profile=profile("2:2:3"))
     assert manifest.parity is not None
     assert manifest.parity.batches == (1, 3)
     assert {line for line in on_gpu.gpu.log if line.startswith("run")} == {"run 2", "run 3"}
@@ -398,13 +398,13 @@ def test_an_engine_that_is_too_far_off_is_not_written(
     source = on_gpu.onnx = graph(tmp_path / "g.onnx", "Div", precision=precision)
     on_gpu.error = error
     if passes:
-        parity = build(source, tmp_path / "g.engine", "tensorrt_rtx", batch=BATCH).parity
+        parity = build(source, tmp_path / "g.engine", "tensorrt_rtx", profile=BATCH).parity
         assert parity is not None
         assert 0.9 * error < parity.max_abs < 1.1 * error
         assert np.allclose(parity.psnr, 20 * np.log10(2 / error), atol=0.5)
         return
     with pytest.raises(ParityError, match="nothing was written") as caught:
-        build(source, tmp_path / "g.engine", "tensorrt_rtx", batch=BATCH)
+        build(source, tmp_path / "g.engine", "tensorrt_rtx", profile=BATCH)
     assert "\n" not in str(caught.value)
     assert left(tmp_path) == {"g.engine.log"}
 
@@ -416,29 +416,29 @@ def test_a_sampler_may_be_one_grey_level_off(
     source = on_gpu.onnx = sampler(tmp_path / "s.onnx")
     on_gpu.error = error
     if passes:
-        parity = build(source, tmp_path / "s.engine", "tensorrt_rtx", batch=BATCH).parity
+        parity = build(source, tmp_path / "s.engine", "tensorrt_rtx", profile=BATCH).parity
         assert parity is not None
         assert (parity.max_abs, parity.sigmas) == (pytest.approx(error * 2 / 255, rel=1e-6), (80.0, 2.5))
         return
     with pytest.raises(ParityError):
-        build(source, tmp_path / "s.engine", "tensorrt_rtx", batch=BATCH)
+        build(source, tmp_path / "s.engine", "tensorrt_rtx", profile=BATCH)
 
 
 def test_an_engine_for_other_gpus_than_this_one_is_not_opened(
     on_gpu: stand_in_gpu.TensorRt, small: Path, tmp_path: Path
 ) -> None:
-    manifest = build(small, tmp_path / "small.engine", "tensorrt_rtx", batch=BATCH, gpus=["12.0"])
+    manifest = build(small, tmp_path / "small.engine", "tensorrt_rtx", profile=BATCH, gpus=["12.0"])
     assert (manifest.parity, manifest.gpu_name, on_gpu.opened) == (None, "", [])
     assert not engine_file.layers_path(tmp_path / "small.engine").exists()
 
 
 def test_profiles_are_those_of_the_builder(small: Path, no_gpu: None) -> None:
     """Every input's N, wherever it stands, is the profile's."""
-    making = to_tensorrt._Build(trt, "tensorrt_rtx", ["8.9"], Profile(min=2, opt=5, max=9), Path("log"))
-    builder = trt.Builder(making.logger)
+    compiler = to_tensorrt._Compiler(trt, "tensorrt_rtx", ["8.9"], Profile(min=2, opt=5, max=9), Path("log"))
+    builder = trt.Builder(compiler.logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     network.add_input("noise", trt.float32, (2, -1, 3, 8, 8))
     network.add_input("label", trt.int64, (-1,))
-    shapes = making._profile(builder, network)
+    shapes = compiler._profile(builder, network)
     assert [tuple(shape) for shape in shapes.get_shape("noise")] == [(2, n, 3, 8, 8) for n in (2, 5, 9)]
     assert [tuple(shape) for shape in shapes.get_shape("label")] == [(2,), (5,), (9,)]

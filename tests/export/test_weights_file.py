@@ -1,5 +1,6 @@
 """Weights apart from their graph: what is written, inside and beside, against what the onnx package reads."""
 
+import sys
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cm_runtime.export import weights_file
-from cm_runtime.export.torch_exporter import detach
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from torch_graph import detach
 
 SHAPES = [(1,), (3, 7), (255,), (0, 4), (16, 3, 3, 3), (1023,), (64, 64)]
 
@@ -104,8 +107,8 @@ def test_what_follows_the_graph_is_replaced(
 def test_weights_beside_are_read_by_the_onnx_package(
     arrays: dict[str, NDArray[np.generic]], network: weights_file.Network, tmp_path: Path
 ) -> None:
-    weights_file.write_apart(network, tmp_path / "temporary")
-    weights_file.rename_apart(network.graph, "m.data")
+    weights_file.write_external(network, tmp_path / "temporary")
+    weights_file.rename_external(network.graph, "m.data")
     (tmp_path / "temporary").rename(tmp_path / "m.data")
     weights_file.write(network, tmp_path / "m.onnx")
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
@@ -113,7 +116,7 @@ def test_weights_beside_are_read_by_the_onnx_package(
 
 
 def test_weights_beside_lie_in_order_aligned_without_overlap(network: weights_file.Network, tmp_path: Path) -> None:
-    weights_file.write_apart(network, tmp_path / "m.data")
+    weights_file.write_external(network, tmp_path / "m.data")
     places = []
     for tensor in network.graph.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -133,7 +136,7 @@ def test_a_weight_takes_the_type_that_its_initializer_has(
     network.graph.graph.initializer[0].data_type = TensorProto.FLOAT16
     assert network.size == arrays["w6"].nbytes // 2
     if apart:
-        weights_file.write_apart(network, tmp_path / "m.data")
+        weights_file.write_external(network, tmp_path / "m.data")
     weights_file.write(network, tmp_path / "m.onnx")
     assert same(content(tmp_path / "m.onnx"), {"w": arrays["w6"].astype(np.float16)})
 
@@ -145,7 +148,7 @@ def test_weights_that_lie_otherwise_in_memory_are_written_in_order(
     network = detach(onnx_ir.from_proto(model({"w": arrays["w6"]})))
     network.weights["w"] = np.asfortranarray(arrays["w6"])
     if apart:
-        weights_file.write_apart(network, tmp_path / "m.data")
+        weights_file.write_external(network, tmp_path / "m.data")
     weights_file.write(network, tmp_path / "m.onnx")
     assert same(content(tmp_path / "m.onnx"), {"w": arrays["w6"]})
 
@@ -159,7 +162,7 @@ def test_writing_holds_at_most_one_weight_more(tmp_path: Path, apart: bool) -> N
     tracemalloc.start()
     try:
         if apart:
-            weights_file.write_apart(network, tmp_path / "m.data")
+            weights_file.write_external(network, tmp_path / "m.data")
         weights_file.write(network, tmp_path / "m.onnx")
         assert tracemalloc.get_traced_memory()[1] < 5 << 20
     finally:

@@ -25,7 +25,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 
 def test_the_binary_is_the_one_that_is_described() -> None:
-    described = kernels.described()
+    described = kernels.build_report()
     assert hashlib.sha256(kernels.fatbin()).hexdigest() == described["fatbin_sha256"]
     for name, each in described["sources_sha256"].items():
         assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == each, f"{name}: run make -C kernels"
@@ -34,7 +34,7 @@ def test_the_binary_is_the_one_that_is_described() -> None:
 
 
 def test_every_kernel_is_there_for_every_gpu_and_spills_nothing() -> None:
-    described = kernels.described()["kernels"]
+    described = kernels.build_report()["kernels"]
     assert described.keys() == host_gpu.names()
     for name, each in described.items():
         assert each.keys() == BUILDS, name

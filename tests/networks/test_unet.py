@@ -8,7 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cm_runtime.networks.unet import Dropout, GroupNorm, UNet, UNetConfig, timestep_embedding
+from cm_runtime.networks.dropout import Dropout
+from cm_runtime.networks.unet import GroupNorm, UNet, UNetConfig, timestep_embedding
 
 IMAGENET_64 = {
     "image_size": 64,

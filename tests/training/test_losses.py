@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cm_runtime import noise
 from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
-from cm_runtime.networks.unet import Dropout, UNetConfig
+from cm_runtime.networks.dropout import Dropout
+from cm_runtime.networks.unet import UNetConfig
 from cm_runtime.schedule import NoiseRange
 from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, EdmPhase, IctPhase, Phase
 from cm_runtime.training.losses import Batch, Loss, loss_of
