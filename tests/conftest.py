@@ -3,11 +3,15 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiers
+
+from cm_runtime.backends import auto
 
 
 def philox4x32(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
@@ -34,6 +38,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tiers.mark_slow_cases(items)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Of a worker that died pytest-xdist does not say how: a negative status is the number of the signal."""
@@ -48,7 +57,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder: Path = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(auto, "PAUSE", 0.0)  # seconds: it matters little here which engine is the faster
+        patch.setattr(auto, "SECONDS", 0.01)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def complaints(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """In make test-fast nobody starts a process: the complaints of those who tried."""
+    with tiers.no_children() if tiers.is_fast(request.config) else nullcontext([]) as complaints:
+        yield complaints
+
+
+@pytest.fixture(autouse=True)
+def no_caught_complaint(complaints: list[str]) -> Iterator[None]:
+    """A complaint that the product caught, or that a thread raised, fails the test all the same."""
+    complaints.clear()
+    yield
+    if complaints:
+        pytest.fail(complaints[0], pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -118,6 +118,11 @@ class Files:
     def inline_apart(self) -> Path:
         return self._made("inline-apart.onnx", lambda path: _export(self.checkpoint, path, inline=True, inside=0))
 
+    def exported(self, **how: Any) -> Path:
+        """The checkpoint as `export.onnx` writes it with those options."""
+        name = "-".join(f"{key}={value}" for key, value in sorted(how.items())).replace("/", "_").replace(" ", "")
+        return self._made(f"{name or 'model'}.onnx", lambda path: _export(self.checkpoint, path, **how))
+
     def model(self) -> ConsistencyModel:
         return read_checkpoint(self.checkpoint).model()
 
