@@ -100,15 +100,18 @@ class Files:
         return self._made("apart.onnx", lambda path: _export(self.checkpoint, path, inside=0))
 
     @property
+    def half_inline(self) -> Path:
+        return self._made("half-inline.onnx", lambda path: _export(self.half_checkpoint, path, inline=True))
+
+    @property
     def sampler(self) -> Path:
         """In two steps."""
-        return self._made("sampler.onnx", lambda path: _export(self.checkpoint, path, graph="sampler", steps=2))
+        return self.exported(graph="sampler", steps=2)
 
     @property
     def half_sampler(self) -> Path:
         """In two steps, in fp16."""
-        how = {"graph": "sampler", "steps": 2, "precision": "fp16"}
-        return self._made("half-sampler.onnx", lambda path: _export(self.checkpoint, path, **how))
+        return self.exported(graph="sampler", steps=2, precision="fp16")
 
     @property
     def half_apart(self) -> Path:
@@ -120,6 +123,7 @@ class Files:
 
     def exported(self, **how: Any) -> Path:
         """The checkpoint as `export.onnx` writes it with those options."""
+        how = {key: value for key, value in how.items() if (key, value) != ("graph", "denoiser")}
         name = "-".join(f"{key}={value}" for key, value in sorted(how.items())).replace("/", "_").replace(" ", "")
         return self._made(f"{name or 'model'}.onnx", lambda path: _export(self.checkpoint, path, **how))
 

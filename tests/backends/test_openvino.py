@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import cm_runtime as cm
-from cm_runtime import export, noise, onnx_graph
+from cm_runtime import noise, onnx_graph
 from cm_runtime.backends import openvino as module
 from cm_runtime.backends.openvino import OpenVinoBackend, split
 from cm_runtime.backends.torch import TorchBackend
@@ -51,6 +51,7 @@ def psnr(found: Array, wanted: Array) -> Array:
     return 10 * np.log10(4 / np.maximum(error, 1e-20))  # type: ignore[no-any-return]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
 def test_every_form_of_a_file_computes_what_torch_computes(each: exports.Files, form: str) -> None:
     """In batches that grow and shrink; float32 is float32, whatever the processor would rather."""
@@ -60,12 +61,13 @@ def test_every_form_of_a_file_computes_what_torch_computes(each: exports.Files, 
         assert np.abs(engine.denoise(*given) - torch.denoise(*given)).max() < 1e-5
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("precision", exports.HALVES)
-def test_a_file_of_half_types_computes_in_full_or_half(each: exports.Files, tmp_path: Path, precision: Any) -> None:
-    export.onnx(read_checkpoint(each.checkpoint), tmp_path / "m.onnx", precision=precision)
+def test_a_file_of_half_types_computes_in_full_or_half(each: exports.Files, precision: Any) -> None:
+    path = each.exported(precision=precision)
     torch = reference(each)
     for computed in ("fp32", "bf16") if module.has_bf16() else ("fp32",):
-        engine = OpenVinoBackend(tmp_path / "m.onnx", precision=computed)  # type: ignore[arg-type]
+        engine = OpenVinoBackend(path, precision=computed)  # type: ignore[arg-type]
         for n in (7, 1, 3):
             given = inputs(engine.manifest, n)
             found = engine.denoise(*given)
@@ -73,11 +75,12 @@ def test_a_file_of_half_types_computes_in_full_or_half(each: exports.Files, tmp_
             assert psnr(found, torch.denoise(*given)).min() >= 40
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=exports.needs_bf16)])
-def test_a_sampler_draws_what_the_loop_draws(each: exports.Files, tmp_path: Path, precision: Any) -> None:
+def test_a_sampler_draws_what_the_loop_draws(each: exports.Files, precision: Any) -> None:
     """In fp32 to one grey level."""
-    export.onnx(read_checkpoint(each.checkpoint), tmp_path / "m.onnx", graph="sampler", sigmas=(80.0, 1.5))
-    engine, torch = OpenVinoBackend(tmp_path / "m.onnx", precision=precision), reference(each)
+    path = each.exported(graph="sampler", sigmas=(80.0, 1.5))
+    engine, torch = OpenVinoBackend(path, precision=precision), reference(each)
     for n in (1, 3, 7, 1):
         z = noise.normals(1, np.arange(n, dtype=np.uint64), 2, engine.manifest.image_shape)
         label = inputs(engine.manifest, n)[2]
@@ -138,6 +141,7 @@ def test_threads_take_turns(boundary: exports.Files) -> None:
     assert wrong == []
 
 
+@pytest.mark.covering(1)
 @exports.needs_bf16
 @pytest.mark.parametrize("form", ["onnx", "inline", "apart"])
 def test_bfloat16_keeps_40_dB_at_every_noise_level(each: exports.Files, form: str) -> None:
@@ -205,12 +209,12 @@ def test_nodes_of_one_name_are_split_apart(boundary: exports.Files, tmp_path: Pa
 
 
 @exports.needs_bf16
-def test_a_sampler_without_classes_has_nothing_to_split_off(tmp_path: Path, edm: exports.Files) -> None:
-    export.onnx(read_checkpoint(edm.checkpoint), tmp_path / "m.onnx", graph="sampler", steps=2)
-    engine = OpenVinoBackend(tmp_path / "m.onnx", precision="bf16")
+def test_a_sampler_without_classes_has_nothing_to_split_off(edm: exports.Files) -> None:
+    path = edm.exported(graph="sampler", steps=2)
+    engine = OpenVinoBackend(path, precision="bf16")
     assert engine._apart == []
     z = noise.normals(0, np.arange(3, dtype=np.uint64), 2, engine.manifest.image_shape)
-    full = OpenVinoBackend(tmp_path / "m.onnx").draw(z)
+    full = OpenVinoBackend(path).draw(z)
     assert full.std() > 10
     assert psnr(engine.draw(z) / 127.5, full / 127.5).min() >= 40
 
@@ -387,6 +391,7 @@ print(ran, refused)
 """
 
 
+@pytest.mark.quick("apart")
 @pytest.mark.parametrize("form", ["onnx", "inline", "apart"])
 def test_flipped_bits_end_in_an_error_of_ours_or_in_images(boundary: exports.Files, tmp_path: Path, form: str) -> None:
     """In a process of its own, so that a crash of the engine would be seen, and what it prints."""

@@ -130,6 +130,7 @@ def test_server(tmp_path: Path, files: Files) -> None:
     assert np.median(queued) > 3  # the last waited for the others
 
 
+@pytest.mark.slow
 def test_two_builds_take_turns(tmp_path: Path) -> None:
     """A planted slow-down of a half is found; the same tree twice is not one."""
     root = tmp_path / "slow"
@@ -145,12 +146,14 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
     assert base.latency is not None and len(base.block_ms) == len(found.scenarios[0].contenders[0].block_ms) >= 8
 
 
+@pytest.mark.slow
 def test_it_stops_once_it_knows_enough(tmp_path: Path, files: Files) -> None:
     settings = Settings(budget_s=1000, interval=0.9, quick=False, seed=0)
     (found,) = measured(tmp_path, one(model=str(files.onnx)), settings=settings).scenarios
     assert len(found.contenders[0].block_ms) == 16
 
 
+@pytest.mark.slow
 def test_a_contender_that_dies_is_told_of(tmp_path: Path, files: Files) -> None:
     """As the kernel ends a process for want of memory: the base is out, and the subject is measured."""
     root = tmp_path / "mortal"
@@ -164,6 +167,7 @@ def test_a_contender_that_dies_is_told_of(tmp_path: Path, files: Files) -> None:
     assert "SIGKILL; was there too little memory?" in base.reason
 
 
+@pytest.mark.slow
 def test_a_model_file_as_base(tmp_path: Path, files: Files) -> None:
     found = measured(tmp_path, one(model=str(files.onnx)), against=str(files.inline))
     base = found.scenarios[0].contender("base")
@@ -249,6 +253,7 @@ def test_a_model_that_fails_parity_is_not_timed(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and "1 of 1 scenario could not be measured" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_peer_is_named(tmp_path: Path) -> None:
     words = ("run", "--threads", "1", "--peers", "onnx,torch", "--budget", "0.3")
     hidden = tmp_path / "sitecustomize.py"
@@ -264,6 +269,7 @@ def test_a_missing_peer_is_named(tmp_path: Path) -> None:
     assert found.contenders[0].agreement is None and "not compared with torch" in found.contenders[0].reason
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_what_it_finished(tmp_path: Path) -> None:
     words = ["run", "--steps", "1,2", "--threads", "1", "--budget", "0.5", "-o", "bench.json"]
     call = [sys.executable, "-m", "cm_runtime", "bench", *words]
@@ -289,6 +295,7 @@ def test_a_killed_run_leaves_what_it_finished(tmp_path: Path) -> None:
     assert results.read(tmp_path / "bench.json").complete
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     """The samples do not fit: one line, and the result of before is what it was."""
     first = measured(tmp_path, one())

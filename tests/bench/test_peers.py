@@ -24,9 +24,9 @@ from cm_runtime.schedule import NoiseRange
 
 LEVELS = {1: (80.0,), 2: (80.0, 1.38), 3: (80.0, 7.7, 0.31)}  # on no grid
 KINDS = {"diffusers": ("boundary",), "torch.compile": ("boundary",)}  # the others take every form
-SLOW = {"torch.compile": [pytest.mark.slow]}  # 40 seconds for each size of batch
-CASES = [
-    pytest.param((name, kind), marks=SLOW.get(name, []), id=f"{name}-{kind}")
+QUICK = {"diffusers": "boundary", "torch": "edm", "onnx": "boundary", "openvino": "piecewise"}  # of each one form
+CASES = [  # torch.compile takes 40 seconds for each size of batch
+    pytest.param((name, kind), marks=[] if QUICK.get(name) == kind else pytest.mark.slow, id=f"{name}-{kind}")
     for name in PEERS
     for kind in KINDS.get(name, exports.KINDS)
 ]
@@ -158,6 +158,7 @@ def test_an_unknown_peer_or_device_is_one_error(boundary: exports.Files, tmp_pat
         peers.peer("torch", boundary.checkpoint, tmp_path, device="cuda:7")
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_missing_is_one_error(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

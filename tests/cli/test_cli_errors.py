@@ -427,6 +427,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.quick("x.png")
 @pytest.mark.parametrize("name", ["x.npz", "x.png"])
 def test_a_disk_that_fills_up_at_any_byte_leaves_no_file(boundary: exports.Files, tmp_path: Path, name: str) -> None:
     assert exports.command("sample", boundary.onnx, "--count", 7, "-o", name, cwd=tmp_path).returncode == 0

@@ -20,13 +20,12 @@ import pytest
 import stand_in_gpu
 
 import cm_runtime as cm
-from cm_runtime import cuda, editing, export, kernels, noise, sampling
+from cm_runtime import cuda, editing, kernels, noise, sampling
 from cm_runtime.backends import tensorrt
 from cm_runtime.backends.engine_file import EngineManifest, Profile
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend
 from cm_runtime.backends.torch import TorchBackend
-from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.cuda import context, sampler
 from cm_runtime.cuda.sampler import OnDevice
 from cm_runtime.errors import EngineError, MissingExtraError, OutOfMemoryError, RequestError
@@ -115,29 +114,27 @@ def opened(kind: str, gpu: stand_in_gpu.Gpu, files: exports.Files, path: Path, p
     return InStream(engine, cuda.Device())
 
 
-def written(files: exports.Files, path: Path, graph: Any, steps: int = 2, **options: Any) -> Path:
-    given = {"steps": steps} if graph == "sampler" else {}
-    export.onnx(read_checkpoint(files.checkpoint), path, graph=graph, **given, **options)
-    return path
+def written(files: exports.Files, graph: str, steps: int = 2, **options: Any) -> Path:
+    return files.exported(graph=graph, **({"steps": steps} if graph == "sampler" else {}), **options)
 
 
 def labels(files: exports.Files, listed: list[int]) -> Any:
     return listed if read_manifest(files.onnx).num_classes else None
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("engine", ["tensorrt", "ort"])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_it_draws_what_the_host_draws(
     gpu: stand_in_gpu.Gpu,
     each: exports.Files,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     engine: str,
     graph: str,
 ) -> None:
     """Whole batches and a shorter last one, twice, of other seeds, places and labels: the same graph, once captured."""
     for steps in (1, 2, 4):
-        model = opened(engine, gpu, each, written(each, tmp_path / f"{steps}.onnx", graph, steps), monkeypatch)
+        model = opened(engine, gpu, each, written(each, graph, steps), monkeypatch)
         host = OrtBackend(each.onnx)
         for seed, start, listed in ((0, 0, [0, 1, 2]), ((1 << 64) - 1, (1 << 33) - 2, [4])):
             options: Any = {
@@ -184,9 +181,9 @@ def test_torch_does_so_too(gpu: stand_in_gpu.Gpu, each: exports.Files, monkeypat
 
 @pytest.mark.parametrize("precision", ["fp16"])
 def test_a_network_in_half_types_reads_half_types(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, precision: Any
 ) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network", precision=precision), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "network", precision=precision), monkeypatch)
     found = cm.sample(model, 5, micro_batch=4)
     wanted = cm.sample(OrtBackend(boundary.onnx), 5)
     assert "cm_step_half_float_nchw" in gpu.log
@@ -196,10 +193,10 @@ def test_a_network_in_half_types_reads_half_types(
 
 @pytest.mark.parametrize("graph", ["denoiser", "network"])
 def test_noise_levels_clip_and_output_arrive(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, graph: str
 ) -> None:
     """The graph that was captured for other levels draws at these: they are in memory."""
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", graph), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, graph), monkeypatch)
     host = OrtBackend(boundary.onnx)
     for sigmas in ((80.0, 24.0), (80.0, 0.6)):
         for clip in (True, False):
@@ -213,18 +210,18 @@ def test_noise_levels_clip_and_output_arrive(
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_the_callers_noise_is_used(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, graph: str
 ) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", graph), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, graph), monkeypatch)
     z = noise.normals(5, np.arange(7, dtype=np.uint64), 2, model.manifest.image_shape)
     found = cm.sample(model, noise=z, micro_batch=3)
     assert np.abs(found.astype(int) - cm.sample(OrtBackend(boundary.onnx), noise=z)).max() <= 1
 
 
 def test_a_thread_that_draws_ahead_has_the_context(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "sampler"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "sampler"), monkeypatch)
     found = np.concatenate([part.images for part in cm.stream(model, 7, micro_batch=3)])
     assert np.array_equal(found, cm.sample(model, 7, micro_batch=3))
     assert set(gpu.context.threads.values()) == {0, 1}
@@ -250,18 +247,18 @@ def edits(model: Any, rng: np.random.Generator) -> dict[str, Callable[..., Any]]
     return made
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("engine", "graph"), [("tensorrt", "denoiser"), ("tensorrt", "network"), ("torch", "network")])
 def test_edits_stay_there_too(
     gpu: stand_in_gpu.Gpu,
     each: exports.Files,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     rng: np.random.Generator,
     engine: str,
     graph: str,
 ) -> None:
     """Batches that end within an image's answers; the graph of one edit serves the next one of its kind."""
-    model = opened(engine, gpu, each, written(each, tmp_path / "n.onnx", graph), monkeypatch)
+    model = opened(engine, gpu, each, written(each, graph), monkeypatch)
     host = OrtBackend(each.onnx)
     for name, edit in edits(each.onnx, rng).items():
         gpu.log.clear()
@@ -288,10 +285,10 @@ def test_edits_stay_there_too(
 
 
 def test_an_edit_of_a_network_in_half_types_begins_with_what_it_was_given(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: Any
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, rng: Any
 ) -> None:
     """In float32: what is known of an image is not rounded to half."""
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network", precision="fp16"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "network", precision="fp16"), monkeypatch)
     y = rng.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     hole = rng.integers(0, 2, (8, 8))
     found, wanted = (
@@ -303,18 +300,16 @@ def test_an_edit_of_a_network_in_half_types_begins_with_what_it_was_given(
 
 
 def test_patches_are_of_what_the_kernels_have(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "denoiser"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "denoiser"), monkeypatch)
     made = editing.superres(model, np.zeros((1, 1, 1, 3), np.float32), 8, labels=0, output="float32")
     assert np.abs(made.mean(axis=(1, 2))).max() < 1e-5
     assert any(line.startswith("cm_finish_patch") for line in gpu.log)
 
 
-def test_a_step_is_one_launch(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
+def test_a_step_is_one_launch(gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
     cm.sample(model, 4, steps=3, micro_batch=4)
     launched = [line for line in gpu.log if line.startswith("cm_")]
     once = ["cm_first_noise_float_nchw", *["cm_step_float_nchw"] * 2, "cm_finish_float_nchw"]
@@ -323,9 +318,9 @@ def test_a_step_is_one_launch(
 
 
 def test_the_next_batch_is_on_its_way_while_one_leaves(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
     chosen = sampling_request(model.manifest, Draw(count=20, micro_batch=4))
     parts = sampling.batches(model, chosen)
     next(parts)
@@ -339,9 +334,9 @@ def test_the_next_batch_is_on_its_way_while_one_leaves(
 
 
 def test_a_caller_that_stops_early_leaves_nothing_behind(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
     chosen = sampling_request(model.manifest, Draw(count=20, micro_batch=4))
     parts = sampling.batches(model, chosen)
     first = next(parts)
@@ -351,9 +346,9 @@ def test_a_caller_that_stops_early_leaves_nothing_behind(
 
 
 def test_images_that_nobody_asks_for_any_more_are_no_error(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
     z = noise.normals(5, np.arange(12, dtype=np.uint64), 2, model.manifest.image_shape)
     z[1, 6, 0, 0, 0] = np.inf
     parts = sampling.batches(model, sampling_request(model.manifest, Draw(count=12, micro_batch=4)), z)
@@ -363,10 +358,10 @@ def test_images_that_nobody_asks_for_any_more_are_no_error(
 
 @pytest.mark.parametrize("n", [1, 3, 5])
 def test_an_engine_of_the_network_denoises_as_any_other(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
     """With its coefficients around it on the host, as export asks it to prove itself."""
-    path = written(boundary, tmp_path / "n.onnx", "network")
+    path = written(boundary, "network")
     model = on_tensorrt(gpu, path, monkeypatch, Profile(min=2, opt=4, max=8))
     x = np.random.default_rng(n).standard_normal((n, *model.manifest.image_shape)).astype(np.float32)
     sigma = np.geomspace(0.01, 80, n).astype(np.float32)
@@ -375,9 +370,9 @@ def test_an_engine_of_the_network_denoises_as_any_other(
 
 
 def test_an_engine_that_takes_no_fewer_is_given_more(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = written(boundary, tmp_path / "n.onnx", "network")
+    path = written(boundary, "network")
     model = on_tensorrt(gpu, path, monkeypatch, Profile(min=3, opt=4, max=5))
     assert np.abs(cm.sample(model, 1).astype(int) - cm.sample(OrtBackend(boundary.onnx), 1)).max() <= 1
     with pytest.raises(RequestError, match=r"takes batches of 3:4:5 .* not 6"):
@@ -388,10 +383,10 @@ def test_an_engine_that_takes_no_fewer_is_given_more(
 
 
 def test_a_model_whose_images_are_not_finite_is_refused(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the first batch or the second; the one in front of it is drawn."""
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
     z = noise.normals(5, np.arange(8, dtype=np.uint64), 2, model.manifest.image_shape)
     z[1, 6, 0, 0, 0] = np.inf
     chosen = sampling_request(model.manifest, Draw(count=8, micro_batch=4))
@@ -405,11 +400,10 @@ def test_a_model_whose_images_are_not_finite_is_refused(
 def test_where_memory_does_not_last_the_batch_halves_and_says_so(
     gpu: stand_in_gpu.Gpu,
     boundary: exports.Files,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
     gpu.room = 30_000
     with caplog.at_level(logging.WARNING, "cm_runtime"):
         found = cm.sample(model, 21, micro_batch=16)
@@ -423,9 +417,9 @@ def test_where_memory_does_not_last_the_batch_halves_and_says_so(
 
 
 def test_a_capture_that_fails_is_one_line(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
     gpu.fail_at = "capture"
     with pytest.raises(EngineError, match="CUDA failed in cudaStreamEndCapture: cudaErrorStreamCaptureInvalidated"):
         cm.sample(model, 4)
@@ -456,11 +450,11 @@ def test_a_gpu_or_a_driver_too_old_for_the_kernels_is_named(gpu: stand_in_gpu.Gp
 
 
 def test_what_is_missing_is_named(
-    gpu: stand_in_gpu.Gpu, boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
 
-    model = on_tensorrt(gpu, written(boundary, tmp_path / "n.onnx", "network"), monkeypatch)
+    model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
 
     class Hidden:
         def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:

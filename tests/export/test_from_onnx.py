@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import cm_runtime as cm
-from cm_runtime import export
 from cm_runtime.backends import DEFAULT_MODEL
 from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import ArtifactError
@@ -123,12 +122,10 @@ def test_only_the_manifests_data_file_is_opened(boundary: exports.Files, tmp_pat
 
 
 @pytest.mark.parametrize("how", [{"graph": "sampler"}, {"precision": "fp16"}])
-def test_a_file_without_all_of_the_weights_is_refused(
-    boundary: exports.Files, tmp_path: Path, how: dict[str, Any]
-) -> None:
-    export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx", **how)
+def test_a_file_without_all_of_the_weights_is_refused(boundary: exports.Files, how: dict[str, Any]) -> None:
+    path = boundary.exported(**how)
     with pytest.raises(ArtifactError, match="without all of its checkpoint"):
-        recover(tmp_path / "m.onnx", network_of(boundary))
+        recover(path, network_of(boundary))
 
 
 def test_a_missing_weight_is_named(boundary: exports.Files, tmp_path: Path) -> None:

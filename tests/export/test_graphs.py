@@ -29,12 +29,6 @@ LEVELS = {1: (80.0,), 2: (80.0, 1.382368), 4: (80.0, 17.5, 2.5, 0.17)}
 ENGINES = {"ort": OrtBackend, "openvino": OpenVinoBackend}
 
 
-def made(files: exports.Files, folder: Path, **how: Any) -> Path:
-    path = folder / "m.onnx"
-    export.onnx(read_checkpoint(files.checkpoint), path, force=True, **how)
-    return path
-
-
 def labels(manifest: Manifest, n: int) -> np.ndarray[Any, Any] | None:
     return np.arange(n) * 3 % manifest.num_classes if manifest.num_classes else None
 
@@ -42,14 +36,13 @@ def labels(manifest: Manifest, n: int) -> np.ndarray[Any, Any] | None:
 # Samplers
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("steps", LEVELS)
-def test_a_sampler_draws_what_the_loop_draws_with_a_denoiser(
-    each: exports.Files, tmp_path: Path, steps: int, engine: str
-) -> None:
+def test_a_sampler_draws_what_the_loop_draws_with_a_denoiser(each: exports.Files, steps: int, engine: str) -> None:
     """To one grey level, in batches of 1, 7 and 256, with classes and without."""
     denoiser = OrtBackend(each.onnx)
-    sampler = ENGINES[engine](made(each, tmp_path, graph="sampler", sigmas=LEVELS[steps]))
+    sampler = ENGINES[engine](each.exported(graph="sampler", sigmas=LEVELS[steps]))
     for n in (1, 7, 256):
         label = labels(sampler.manifest, n)
         listed = None if label is None else label.tolist()
@@ -60,10 +53,8 @@ def test_a_sampler_draws_what_the_loop_draws_with_a_denoiser(
         assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
-def test_the_public_functions_draw_by_seed_and_index_from_a_sampler_file(
-    boundary: exports.Files, tmp_path: Path
-) -> None:
-    sampler = cm.load(made(boundary, tmp_path, graph="sampler", steps=2), backend="ort")
+def test_the_public_functions_draw_by_seed_and_index_from_a_sampler_file(boundary: exports.Files) -> None:
+    sampler = cm.load(boundary.exported(graph="sampler", steps=2), backend="ort")
     denoiser = cm.load(boundary.onnx, backend="ort")
     for how in ({"seed": 5, "start": 9}, {"labels": [4, 1]}, {"batch": 3}):
         wanted = cm.sample(denoiser, count=7, steps=2, **how)
@@ -71,12 +62,8 @@ def test_the_public_functions_draw_by_seed_and_index_from_a_sampler_file(
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_inlined_it_has_standard_ops_alone_and_no_function(each: exports.Files, tmp_path: Path, steps: int) -> None:
-    plain, inline = (
-        made(each, folder, graph="sampler", steps=steps, inline=i)
-        for i, folder in ((False, tmp_path), (True, tmp_path / "inline"))
-        if folder.mkdir(exist_ok=True) is None
-    )
+def test_inlined_it_has_standard_ops_alone_and_no_function(each: exports.Files, steps: int) -> None:
+    plain, inline = (each.exported(graph="sampler", steps=steps, inline=inline) for inline in (False, True))
     model = onnx.load(inline)
     assert not model.functions
     assert {node.domain for node in model.graph.node} == {""}
@@ -97,9 +84,9 @@ def dependent(model: onnx.ModelProto, *inputs: str) -> set[str]:
     return found
 
 
-def test_nothing_of_the_noise_level_is_computed_in_a_sampler(each: exports.Files, tmp_path: Path) -> None:
+def test_nothing_of_the_noise_level_is_computed_in_a_sampler(each: exports.Files) -> None:
     """No logarithm, sine or time embedding; and what does not depend on noise or label is weights alone."""
-    path = made(each, tmp_path, graph="sampler", steps=2)
+    path = each.exported(graph="sampler", steps=2)
     model = onnx.load(path)
     kinds = {node.op_type for node in model.graph.node}
     assert not kinds & {"Log", "Sin", "Cos", "Pow", "Gemm", "Div", "Sqrt"}
@@ -114,17 +101,17 @@ def test_nothing_of_the_noise_level_is_computed_in_a_sampler(each: exports.Files
             assert made_of_weights, f"{node.name} computes a constant"
 
 
-def test_a_sampler_file_is_hardly_larger_than_the_denoisers(each: exports.Files, tmp_path: Path) -> None:
+def test_a_sampler_file_is_hardly_larger_than_the_denoisers(each: exports.Files) -> None:
     for steps in LEVELS:
-        size = made(each, tmp_path, graph="sampler", sigmas=LEVELS[steps]).stat().st_size
-        assert size <= each.onnx.stat().st_size * 1.05 + 1_000_000
-    names = [tensor.name for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer]
+        path = each.exported(graph="sampler", sigmas=LEVELS[steps])
+        assert path.stat().st_size <= each.onnx.stat().st_size * 1.05 + 1_000_000
+    names = [tensor.name for tensor in onnx.load(path).graph.initializer]
     assert len(names) == len(set(names))
 
 
-def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: exports.Files, tmp_path: Path) -> None:
+def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: exports.Files) -> None:
     """5 classes at 2 steps are fewer than the 128 numbers of an embedding; at 40 steps they are more."""
-    few = {t.name for t in onnx.load(made(boundary, tmp_path, graph="sampler", steps=2)).graph.initializer}
+    few = {t.name for t in onnx.load(boundary.exported(graph="sampler", steps=2)).graph.initializer}
     assert "F.label_emb.weight" not in few
     model = boundary.model().eval()
     levels = tuple(np.geomspace(80, 0.01, 40))
@@ -145,9 +132,9 @@ def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: expo
     ],
 )
 def test_a_sampler_file_refuses_what_it_was_not_made_for(
-    boundary: exports.Files, tmp_path: Path, how: dict[str, Any], message: str
+    boundary: exports.Files, how: dict[str, Any], message: str
 ) -> None:
-    sampler = OrtBackend(made(boundary, tmp_path, graph="sampler", steps=2))
+    sampler = OrtBackend(boundary.exported(graph="sampler", steps=2))
     with pytest.raises(RequestError, match=message):
         cm.sample(sampler, count=2, **how)
     with pytest.raises(RequestError, match="sampler graph; denoise needs"):
@@ -155,8 +142,8 @@ def test_a_sampler_file_refuses_what_it_was_not_made_for(
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3, 8, 8), (2, 3, 3, 8, 9), (2, 0, 3, 8, 8), (2, 3, 8, 8)])
-def test_noise_of_another_shape_is_refused(boundary: exports.Files, tmp_path: Path, shape: tuple[int, ...]) -> None:
-    sampler = OrtBackend(made(boundary, tmp_path, graph="sampler", steps=2))
+def test_noise_of_another_shape_is_refused(boundary: exports.Files, shape: tuple[int, ...]) -> None:
+    sampler = OrtBackend(boundary.exported(graph="sampler", steps=2))
     with pytest.raises(RequestError, match=r"noise must be \(2, N, 3, 8, 8\)"):
         sampler.draw(np.zeros(shape, np.float32), 0)
     with pytest.raises(RequestError, match="finite"):
@@ -177,7 +164,7 @@ def test_levels_that_make_no_sampler_are_refused(
     boundary: exports.Files, tmp_path: Path, how: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError, match=message):
-        made(boundary, tmp_path, **how)
+        export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx", **how)
     assert not list(tmp_path.iterdir())
 
 
@@ -191,6 +178,7 @@ PRECISIONS = {
 ON_ENGINES = [pytest.param(name, marks=exports.needs_bf16 if "bf16" in name else ()) for name in PRECISIONS]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("engine", ON_ENGINES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_one_weight_that_is_not_finite_is_an_error_and_no_image(
@@ -248,8 +236,8 @@ def test_a_sampler_of_before_draws_the_same_bytes_and_says_once_what_it_cannot(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_network_graph_is_F(each: exports.Files, tmp_path: Path, precision: str) -> None:
-    path = made(each, tmp_path, graph="network", precision=precision)
+def test_the_network_graph_is_F(each: exports.Files, precision: str) -> None:
+    path = each.exported(graph="network", precision=precision)
     model, config = each.model().eval(), exports.checkpoint(each.kind).config
     kind = np.float32 if precision == "fp32" else np.float16
     x = np.random.default_rng(0).standard_normal((3, *config.image_shape)).astype(kind)
@@ -265,10 +253,8 @@ def test_the_network_graph_is_F(each: exports.Files, tmp_path: Path, precision: 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_with_its_coefficients_around_it_the_network_graph_is_f(
-    each: exports.Files, tmp_path: Path, precision: str
-) -> None:
-    path = made(each, tmp_path, graph="network", precision=precision)
+def test_with_its_coefficients_around_it_the_network_graph_is_f(each: exports.Files, precision: str) -> None:
+    path = each.exported(graph="network", precision=precision)
     for engine in (OrtBackend(path), OpenVinoBackend(path)):
         config = each.model().config
         x = np.random.default_rng(0).standard_normal((7, *config.image_shape)).astype(np.float32)
@@ -283,8 +269,8 @@ def test_with_its_coefficients_around_it_the_network_graph_is_f(
 
 
 @exports.needs_bf16
-def test_what_numpy_cannot_feed_is_refused(tmp_path: Path, boundary: exports.Files) -> None:
-    engine = OpenVinoBackend(made(boundary, tmp_path, graph="network", precision="bf16"))
+def test_what_numpy_cannot_feed_is_refused(boundary: exports.Files) -> None:
+    engine = OpenVinoBackend(boundary.exported(graph="network", precision="bf16"))
     with pytest.raises(RequestError, match="a network graph in bf16 is sampled on a GPU alone"):
         cm.sample(engine, 1)
 
@@ -292,13 +278,12 @@ def test_what_numpy_cannot_feed_is_refused(tmp_path: Path, boundary: exports.Fil
 # Half precision
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("graph", ["denoiser", "sampler"])
 @pytest.mark.parametrize("precision", exports.HALVES)
-def test_half_precision_keeps_40_dB_at_every_noise_level(
-    each: exports.Files, tmp_path: Path, precision: str, graph: str
-) -> None:
+def test_half_precision_keeps_40_dB_at_every_noise_level(each: exports.Files, precision: str, graph: str) -> None:
     """fp16 in ONNX Runtime, and bf16 in OpenVINO, by the export itself; fp16 in OpenVINO too; and half the size."""
-    path = made(each, tmp_path, graph=graph, precision=precision)
+    path = each.exported(graph=graph, precision=precision)
     parity = read_manifest(path).parity
     assert parity is not None
     assert parity.engine.startswith("onnxruntime" if precision == "fp16" else "openvino")
@@ -311,13 +296,13 @@ def test_half_precision_keeps_40_dB_at_every_noise_level(
         for given, wanted in zip(asked, answers, strict=True):
             error = scaled(other.evaluate(given)) - scaled(wanted)
             assert 10 * np.log10(4 / np.maximum(np.mean(error**2, axis=(1, 2, 3)), 1e-20)).min() >= 40
-    assert path.stat().st_size < 0.7 * made(each, tmp_path, graph=graph).stat().st_size
+    assert path.stat().st_size < 0.7 * each.exported(graph=graph).stat().st_size
 
 
 @pytest.mark.parametrize("precision", exports.HALVES)
-def test_the_islands_are_float32(each: exports.Files, tmp_path: Path, precision: str) -> None:
+def test_the_islands_are_float32(each: exports.Files, precision: str) -> None:
     """Every normalisation's statistics, and the last convolution's weights."""
-    model = onnx.load(made(each, tmp_path, precision=precision))
+    model = onnx.load(each.exported(precision=precision))
     half = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     casts = {node.output[0]: node.attribute[0].i for node in model.graph.node if node.op_type == "Cast"}

@@ -104,6 +104,7 @@ def without_metadata(path: Path) -> bytes:
 # What the file computes
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
 def test_a_stock_onnx_runtime_without_our_code_computes_what_the_torch_model_computes(
     each: exports.Files, form: str, tmp_path: Path
@@ -133,12 +134,12 @@ def test_every_input_matters(each: exports.Files) -> None:
         assert (changed[np.array(LEVELS) > 0.01] > 1e-3).all(), name
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("form", ["inline", "half", "inline_apart"])
-def test_openvino_runs_the_inlined_file(each: exports.Files, form: str, tmp_path: Path) -> None:
+def test_openvino_runs_the_inlined_file(each: exports.Files, form: str) -> None:
     path = each.inline if form == "half" else getattr(each, form)
     if form == "half":
-        path = tmp_path / "half-inline.onnx"
-        export.onnx(read_checkpoint(each.half_checkpoint), path, inline=True)
+        path = each.half_inline
     compiled = openvino.core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for n in BATCHES:
         given = inputs(each, n)

@@ -162,11 +162,15 @@ def test_workers_that_keep_dying_end_the_run(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.quick("no folder")
 @pytest.mark.parametrize(
     ("model", "folder", "changed", "line"),
     [
         ("no.onnx", ".", {}, "{here}/no.onnx: no such model"),
-        (None, "no", {}, "{here}/no/shard-00000[01].npz cannot be written: there is no folder {here}/no"),
+        pytest.param(
+            *(None, "no", {}, "{here}/no/shard-00000[01].npz cannot be written: there is no folder {here}/no"),
+            id="no folder",
+        ),
         (
             None,
             ".",
@@ -294,6 +298,7 @@ def on_its_own(folder: Path, count: int) -> Iterator[tuple[subprocess.Popen[str]
             process.kill()
 
 
+@pytest.mark.slow
 def test_the_command_line_starts_and_stops_a_cluster(tmp_path: Path) -> None:
     """Which says nothing and leaves nothing."""
     with on_its_own(tmp_path, 400) as (process, below):
@@ -304,6 +309,7 @@ def test_the_command_line_starts_and_stops_a_cluster(tmp_path: Path) -> None:
     assert not (tmp_path / ".ray").exists()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_lost_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's compiled core ends its process then. What is finished stays."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")  # and not a minute
@@ -318,7 +324,8 @@ def test_a_cluster_that_is_lost_is_one_line(tmp_path: Path, monkeypatch: pytest.
     assert not list((tmp_path / "out").glob(f"{TEMPORARY}*"))
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_takes_its_cluster_along(tmp_path: Path, number: signal.Signals) -> None:
     with on_its_own(tmp_path, 100000) as (process, below):
         process.send_signal(number)

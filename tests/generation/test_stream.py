@@ -199,6 +199,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.quick("openvino-1-context2")
 @pytest.mark.parametrize(
     ("before", "workers", "context"), [("", 3, []), ("ort", 1, []), ("openvino", 1, []), ("openvino", 2, ["spawn"])]
 )

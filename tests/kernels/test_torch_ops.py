@@ -215,6 +215,7 @@ def cases(type: torch.dtype, layout: Any, shape: Any = (3, 4, 4, 6)) -> dict[str
     }
 
 
+@pytest.mark.covering(1)
 @every_layout
 @every_type
 @pytest.mark.parametrize("name", cases(torch.float32, torch.contiguous_format))

@@ -174,6 +174,7 @@ def test_two_workers_equal_one_through_every_method(in_double: Path) -> None:
     assert [session["workers"] for session in json.loads((in_double / "two" / "run.json").read_text())] == [2]
 
 
+@pytest.mark.slow
 def test_two_workers_have_the_losses_of_one_in_float32(tmp_path: Path) -> None:
     config = write_config(tmp_path, "fp32")
     train_one(config, tmp_path / "one")
@@ -182,6 +183,7 @@ def test_two_workers_have_the_losses_of_one_in_float32(tmp_path: Path) -> None:
     assert_equal_runs(tmp_path / "two", tmp_path / "one", weights=math.inf, losses=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_workers_after_a_stop_signal(in_double: Path) -> None:
     config, out = in_double / "fp64.toml", in_double / "stopped"
     words = two(config, "--out", out, "--set", "save_every=1")
@@ -219,6 +221,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_no_thread_of_gloos_is_left_to_abort_when_python_ends(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(ENDING)

@@ -100,6 +100,7 @@ def stopped(*words: object, out: Path, phase: int) -> str:
     return error
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_in_both_phases_ends_as_the_one_never_interrupted(config: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     done = run(config, "--out", whole, "--quiet")
@@ -170,6 +171,7 @@ for child in start(killed, "--resume"), start(whole, "--force"):
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_the_one_never_killed(config: Path, tmp_path: Path) -> None:
     short = config.read_text().replace("steps = 30", "steps = 15").replace("steps = 50", "steps = 40")
     config.write_text("save_every = 1\nsample_every = 7\n" + short)
@@ -240,6 +242,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert everything(tmp_path) == before
 
 
+@pytest.mark.quick("words1")
 @pytest.mark.parametrize(
     "words", [["no-such-preset"], ["CONFIG", "--data", "nowhere.npz"], ["CONFIG", "--set", "garbage"]]
 )

@@ -593,6 +593,7 @@ class Killed(BaseException):
     """Stands for SIGKILL at one chosen moment, which no code of ours catches."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_run_killed_at_any_write_ends_as_the_one_never_killed(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch, moment: str
