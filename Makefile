@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test test-floors fuzz check lint types kernels gpu-check format clean
+.PHONY: help sample test test-fast test-all test-floors fuzz check lint types kernels gpu-check format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,8 +32,19 @@ kernels:
 	$(MAKE) -C kernels check
 
 # Two workers of one thread each: torch's own threads would otherwise contend for the same cores.
-test: check ## What CI runs: make check, then the tests; MARKS="gpu" or "slow" runs those instead
-	OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
+pytest = OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
+
+test: check ## What CI runs: make check, then the tests, in 7 minutes; MARKS="gpu" or "slow" runs those instead
+	$(pytest)
+
+test-fast: MARKS := $(MARKS) and not process
+test-fast: ## For every edit: the tests that start no process and take a moment, in under 2 minutes
+	@+$(call environment,.venv-dev)
+	$(pytest)
+
+test-all: MARKS := not gpu and not tensorrt
+test-all: check ## Every night: the slow tests too: full products, kill matrices, compilations, Ray and wheels
+	$(pytest)
 
 INPUTS ?= 10000
 FIRST ?= 0

@@ -34,6 +34,7 @@ def test_it_is_small_and_proved() -> None:
     assert manifest.training.method == "ect"
 
 
+@pytest.mark.process
 def test_the_mean_of_each_class_is_nearest_to_that_of_real_images(drawn: NDArray[np.uint8]) -> None:
     real = open_data(EXCERPT)
     means = np.stack([real.images[real.labels == c].astype(float).mean(0).ravel() for c in range(10)])
@@ -49,6 +50,7 @@ def test_images_of_a_class_vary_as_real_ones_do(drawn: NDArray[np.uint8]) -> Non
         assert 0.4 < variance[0] / variance[1] < 2.5
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("batch", [1, 7, 255])
 def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(drawn: NDArray[np.uint8], batch: int) -> None:
     again = cm.sample(cm.load(), count=9, steps=2, seed=3, start=100, micro_batch=batch)

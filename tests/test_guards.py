@@ -142,6 +142,7 @@ def _needs_torch(module: str) -> bool:
     return module in TORCH or module.split(".")[0] in TORCH
 
 
+@pytest.mark.process
 def test_files_import_only_from_their_left() -> None:
     """No import in the package breaks the order, or brings torch where none is needed."""
     assert violations(PACKAGE) == []
@@ -245,6 +246,7 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     return done
 
 
+@pytest.mark.process
 def test_without_torch_every_other_module_loads() -> None:
     """All but the torch modules, the sampling path and the command line among them."""
     names = [name for name in modules(PACKAGE) if not _needs_torch(name) and name != "__main__"]
@@ -253,12 +255,14 @@ def test_without_torch_every_other_module_loads() -> None:
     python("-c", "\n".join([WITHOUT_TRAIN, *loads, "assert Missing.asked == [], Missing.asked"]))
 
 
+@pytest.mark.process
 def test_torch_is_really_missing() -> None:
     """The test above would fail: a torch module does not load there."""
     refused = "try: import cm_runtime.networks.unet\nexcept ModuleNotFoundError: pass"
     python("-c", "\n".join([WITHOUT_TRAIN, refused, "assert Missing.asked == ['torch'], Missing.asked"]))
 
 
+@pytest.mark.process
 def test_sampling_asks_for_no_torch(tmp_path: Path) -> None:
     """From Python and from the command line, with the bundled model; nor is torch tried and done without.
 
@@ -279,6 +283,8 @@ for command in ["sample --batch 3 --steps 1", "sample --batch 3 -o s.npz", "info
     assert (tmp_path / "samples.png").stat().st_size > 0
 
 
+@pytest.mark.quick("words1")
+@pytest.mark.process
 @pytest.mark.parametrize("words", [["--help"], ["sample", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     """Help appears at once. (pydantic may be there: typer reads a command's options with it.)"""
@@ -337,6 +343,7 @@ def options() -> set[str]:
     return names
 
 
+@pytest.mark.process
 def test_every_option_that_is_named_exists() -> None:
     """A refusal that names an option which no command has sends its reader astray."""
     known = options() | FOREIGN
@@ -363,6 +370,7 @@ def counts(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{ast.unparse(number.value)}{found[0]}"
 
 
+@pytest.mark.process
 def test_counts_agree_with_their_nouns() -> None:
     """`errors.wording.quantity` writes both."""
     told = [
@@ -401,6 +409,7 @@ for use in (cm.load_checkpoint, lambda path: cm.export.onnx(None, path), lambda 
 """
 
 
+@pytest.mark.process
 def test_the_face_is_whole_without_torch() -> None:
     """help, star import and the tools that walk modules work; what needs torch says so when it is called."""
     lines = python("-c", FACE_WITHOUT_TORCH).stdout.splitlines()

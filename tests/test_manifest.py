@@ -524,6 +524,7 @@ def test_a_copy_in_another_folder_brings_its_data_file(tmp_path, apart):
     assert contents(target.parent)[DATA] == found[DATA]
 
 
+@pytest.mark.process
 def test_a_copied_data_file_has_one_name_as_the_onnx_package_wants_it(tmp_path, tmp_path_factory):
     boundary = exports.Files("boundary", tmp_path_factory)
     target = tmp_path / "tuned.onnx"
@@ -590,6 +591,7 @@ def test_no_file_but_a_data_file_of_ours_is_removed_whatever_a_manifest_says(tmp
         assert set(contents(tmp_path)) == {"m.onnx", "small.onnx", "thesis.txt"}
 
 
+@pytest.mark.process
 def test_a_kill_at_any_moment_leaves_an_export_whole_and_the_next_sweeps_its_data_files(tmp_path):
     """An export over another, whose weights were others."""
 

@@ -142,6 +142,7 @@ def million():
     return noise.normal(2, np.arange(1000) + 2**32 - 500, 0, (1000,))
 
 
+@pytest.mark.process
 def test_a_million_draws_are_standard_normal(million):
     z = million.ravel().astype(np.float64)
     n = z.size

@@ -164,6 +164,7 @@ STRANGE: dict[str, onnx.ModelProto] = {  # what OpenVINO does not check
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_by_every_engine(name: str, tmp_path: Path) -> None:
     path = saved(BOMBS[name], tmp_path / "m.onnx")
@@ -336,6 +337,7 @@ def test_files_of_every_form_are_ours(each: exports.Files, form: str) -> None:
     assert onnx_graph.check(path, read_manifest(path)) == ("",)
 
 
+@pytest.mark.process
 def test_a_damaged_file_leaves_no_harm(tmp_path: Path) -> None:
     """Each number of each kind of shape in the bundled model changed: none reaches OpenVINO, which draws as before."""
     whole = onnx.load(backends.DEFAULT_MODEL)
@@ -359,6 +361,7 @@ def test_a_damaged_file_leaves_no_harm(tmp_path: Path) -> None:
     assert np.array_equal(cm.sample(cm.load(None, "openvino", "cpu", 1), 1, labels=3), wanted)
 
 
+@pytest.mark.process
 def test_bytes_changed_at_random_end_in_a_line() -> None:
     """Over the whole of the bundled model's graph."""
     content = bytearray(backends.DEFAULT_MODEL.read_bytes())

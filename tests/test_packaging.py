@@ -86,6 +86,7 @@ def test_setuptools_finds_every_folder_with_python_files() -> None:
     assert linked == {"export": "../export", "kernels": "../kernels"}
 
 
+@pytest.mark.process
 def test_a_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     """One top-level package with all files of the tree in their places, the licence and nothing more."""
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -96,6 +97,8 @@ def test_a_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     assert any(name.startswith("cm_runtime/training/presets/") for name in names)
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_every_module_of_an_installed_wheel_loads(wheel: Path, tmp_path: Path) -> None:
     """From where it was installed, away from the tree; and the command starts."""
     home = tmp_path / "site"

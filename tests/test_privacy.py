@@ -43,6 +43,8 @@ def home_after(folder: Path, *command: str) -> set[str]:
     return {path.relative_to(home).as_posix() for path in home.rglob("*") if not path.is_dir()}
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_only_the_cache_folder_is_written_in_home(tmp_path: Path) -> None:
     """ONNX Runtime would leave a device id and a database of events, matplotlib a list of fonts."""
     left = home_after(tmp_path, sys.executable, "-c", QUICK)

@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("index", range(len(blocks())))
 def test_the_readmes_python_runs(index: int, folder: Path) -> None:
     words = [sys.executable, "-c", blocks()[index]]
@@ -49,6 +50,7 @@ def edits() -> list[str]:
     return re.findall(r"^    cm-runtime (edit .*?)(?: +#.*)?$", text, re.MULTILINE)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", edits())
 def test_the_readmes_edits_run_and_its_strips_are_theirs(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -142,6 +142,7 @@ def test_published_two_step_samplers_in_both_conventions(index, N, sigma):
     assert NoiseRange().from_timesteps([index, 0], N) == NoiseRange().from_ts([0, index, N - 1], N)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("N", "timesteps"),
     [

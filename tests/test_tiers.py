@@ -51,6 +51,7 @@ def test_list(a): pass
 """
 
 
+@pytest.mark.process
 def test_cases_that_are_not_quick_are_slow(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nmarkers =\n covering\n quick\n slow\n")
     pytester.makeconftest(f"import sys; sys.path.insert(0, {str(Path(tiers.__file__).parent)!r})\n" + HOOK)

@@ -211,9 +211,11 @@ def test_make_knows_every_target() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     script = "\n".join([*(text for _, text in steps("run")), (ROOT / ".ci" / "run").read_text()])
     called = {word for words in commands(script, "make") for word in words if "=" not in word}
-    assert {"test", "test-floors", "fuzz", "gpu-check"} <= called <= targets
+    assert {"test", "test-all", "test-floors", "fuzz", "gpu-check"} <= called <= targets
     assert ("tests.cpu", "bash .ci/run") in steps("run")
-    assert ("tests.slow", "make test MARKS=slow") in steps("run")
+    assert ("tests.all", "make test-all") in steps("run")
+    (nightly,) = WORKFLOWS["tests"][ON]["schedule"]
+    assert nightly["cron"].endswith(" * * *"), "every night"
 
 
 def test_gpu_check_runs_with_the_packages_that_were_installed() -> None:
@@ -221,6 +223,7 @@ def test_gpu_check_runs_with_the_packages_that_were_installed() -> None:
     assert snippet("Check the GPU build") == "make gpu-check GPU_PYTHON=python GPU_RESULT=gpu.json"
 
 
+@pytest.mark.process
 def test_one_onnxruntime_is_installed(tmp_path: Path, fake: Fake) -> None:
     installed = tmp_path / "runner" / "venv" / "bin"
     python = f'#!/bin/sh\\necho "$@" >> {tmp_path}/pip.log\\n'
@@ -235,6 +238,7 @@ def test_one_onnxruntime_is_installed(tmp_path: Path, fake: Fake) -> None:
 # How they end
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("status", "ends", "warns"), [(0, 0, False), (1, 1, False), (2, 2, False), (3, 3, False), (4, 0, True)]
 )
@@ -257,6 +261,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("asked", "before", "base"),
     [
@@ -304,6 +309,7 @@ def ci() -> subprocess.CompletedProcess[str]:
     return subprocess.run([ROOT / ".ci" / "run"], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.process
 def test_ci_installs_chromium_and_then_tests(bare: Path) -> None:
     done = ci()
     assert (done.returncode, done.stdout, done.stderr) == (0, "noise\n", ""), "make's own alone"
@@ -313,6 +319,7 @@ def test_ci_installs_chromium_and_then_tests(bare: Path) -> None:
     assert test == "make test"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "text"),
     [*((browser, "") for browser in ("chromium", "chromium-browser", "google-chrome", "chrome")), ("id", "echo 1000")],
@@ -323,12 +330,14 @@ def test_ci_installs_nothing_where_there_is_a_browser_or_no_right(name: str, tex
     assert (bare / "log").read_text() == "make test\n"
 
 
+@pytest.mark.process
 def test_ci_installs_nothing_without_apt(bare: Path) -> None:
     (bare / "bin" / "apt-get").unlink()
     assert ci().returncode == 0
     assert (bare / "log").read_text() == "make test\n"
 
 
+@pytest.mark.process
 def test_ci_says_in_one_line_that_chromium_is_missing(bare: Path, fake: Fake) -> None:
     fake("apt-get", "echo working; echo E: no network >&2; exit 100")
     done = ci()

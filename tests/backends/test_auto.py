@@ -82,6 +82,7 @@ def kept() -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("ort", "openvino"), [(0.001, 0.01), (0.01, 0.001)])
 def test_the_faster_is_taken_and_next_time_opened_alone(
     asked: auto.Question, opened: list[str], ort: float, openvino: float
@@ -98,6 +99,7 @@ def test_the_faster_is_taken_and_next_time_opened_alone(
     assert auto.said(asked).startswith(f"{best}, device cpu: measured at batch 8: {best} ")
 
 
+@pytest.mark.process
 def test_real_engines_rank_as_they_are_timed_here(boundary: exports.Files) -> None:
     """The whole path with ONNX Runtime and OpenVINO, and what is said of it."""
     model = cm.load(boundary.onnx, micro_batch=4)
@@ -155,6 +157,7 @@ def test_what_cannot_be_believed_is_measured_anew(asked: auto.Question, opened: 
     assert auto.remembered(asked) is not None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("obstacle", ["a file for a folder", "a folder for a file"])
 def test_a_cache_that_cannot_be_written_is_none(
     asked: auto.Question, opened: list[str], obstacle: str, tmp_path: Path
@@ -362,6 +365,7 @@ def test_a_measurement_is_announced_once(
     ]
 
 
+@pytest.mark.process
 def test_a_busy_machine_is_measured_again_but_not_for_ever(
     asked: auto.Question, opened: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +409,7 @@ def test_of_two_noisy_measurements_the_less_disturbed_times_count() -> None:
     assert next(iter(quiet.seconds)) == "ort" and quiet.tries == 2
 
 
+@pytest.mark.process
 def test_all_is_forgotten(asked: auto.Question, opened: list[str]) -> None:
     assert auto.forget() == 0
     for batch in (1, 2):
@@ -451,6 +456,8 @@ def _load(path: str, line: Any) -> None:
     line.send(cm.load(path).name)
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_two_processes_at_once_both_get_an_engine(boundary: exports.Files) -> None:
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]

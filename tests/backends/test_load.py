@@ -29,6 +29,7 @@ def one_line(error: BaseException) -> str:
     return message
 
 
+@pytest.mark.process
 def test_reprs_are_a_line(boundary: exports.Files, edm: exports.Files) -> None:
     """Without weights, numbers and configurations."""
     model = cm.load(boundary.onnx, backend="ort", device="cpu")
@@ -51,6 +52,7 @@ def test_reprs_are_a_line(boundary: exports.Files, edm: exports.Files) -> None:
 # The choice
 
 
+@pytest.mark.process
 def test_an_onnx_file_runs_on_an_engine_and_a_checkpoint_on_torch(boundary: exports.Files) -> None:
     assert cm.load(boundary.onnx).name in ("ort", "openvino")  # whichever measured faster
     assert cm.load(str(boundary.checkpoint)).name == "torch"
@@ -58,6 +60,7 @@ def test_an_onnx_file_runs_on_an_engine_and_a_checkpoint_on_torch(boundary: expo
     assert cm.load(boundary.checkpoint, backend="torch", device="cpu").name == "torch"
 
 
+@pytest.mark.process
 def test_all_engines_draw_the_same_images(boundary: exports.Files) -> None:
     models = [cm.load(boundary.onnx, backend=name) for name in ("ort", "openvino")] + [cm.load(boundary.checkpoint)]
     first, *others = (cm.sample(model, count=7, steps=2, output="float32") for model in models)
@@ -66,6 +69,7 @@ def test_all_engines_draw_the_same_images(boundary: exports.Files) -> None:
         assert np.abs(first - other).max() < 1e-4
 
 
+@pytest.mark.process
 def test_all_engines_edit_alike(boundary: exports.Files) -> None:
     y = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     models = [cm.load(boundary.onnx, backend=name) for name in ("ort", "openvino")] + [cm.load(boundary.checkpoint)]
@@ -112,12 +116,14 @@ def test_the_precision_of_torch_is_asked_for(boundary: exports.Files) -> None:
     assert 1e-5 < apart < 0.1
 
 
+@pytest.mark.process
 def test_they_describe_themselves_alike_but_for_the_parity(boundary: exports.Files) -> None:
     exported_file, checkpoint = (cm.load(p).manifest for p in (boundary.onnx, boundary.checkpoint))
     assert exported_file.model_copy(update={"parity": None}) == checkpoint
     assert len(checkpoint.source_sha256) == 64
 
 
+@pytest.mark.process
 def test_the_default_is_the_bundled_model() -> None:
     if not DEFAULT_MODEL.exists():
         with pytest.raises(ArtifactError, match="no such model"):
@@ -285,6 +291,7 @@ print(outcomes["ran"], outcomes["refused"])
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("what", "seeds"), [("anywhere", 30), ("nodes", 120), ("end", 120)])
 def test_flipped_bits_end_in_an_error_of_ours_or_in_images(
     boundary: exports.Files, tmp_path: Path, what: str, seeds: int
@@ -357,6 +364,7 @@ def test_a_manifest_that_is_none_is_an_artifact_error(boundary: exports.Files, t
     one_line(caught.value)
 
 
+@pytest.mark.process
 def test_a_teacher_is_not_sampled_in_a_few_steps(boundary: exports.Files, tmp_path: Path) -> None:
     manifest = json.loads(onnx.load(boundary.onnx).metadata_props[0].value)
     teacher = lied(boundary, tmp_path, training={**manifest["training"], "method": "edm"})

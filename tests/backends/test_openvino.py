@@ -51,6 +51,7 @@ def psnr(found: Array, wanted: Array) -> Array:
     return 10 * np.log10(4 / np.maximum(error, 1e-20))  # type: ignore[no-any-return]
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
 def test_every_form_of_a_file_computes_what_torch_computes(each: exports.Files, form: str) -> None:
@@ -61,6 +62,7 @@ def test_every_form_of_a_file_computes_what_torch_computes(each: exports.Files, 
         assert np.abs(engine.denoise(*given) - torch.denoise(*given)).max() < 1e-5
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("precision", exports.HALVES)
 def test_a_file_of_half_types_computes_in_full_or_half(each: exports.Files, precision: Any) -> None:
@@ -75,6 +77,7 @@ def test_a_file_of_half_types_computes_in_full_or_half(each: exports.Files, prec
             assert psnr(found, torch.denoise(*given)).min() >= 40
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=exports.needs_bf16)])
 def test_a_sampler_draws_what_the_loop_draws(each: exports.Files, precision: Any) -> None:
@@ -94,6 +97,7 @@ def test_a_sampler_draws_what_the_loop_draws(each: exports.Files, precision: Any
             assert psnr(found / 127.5, wanted / 127.5).min() >= 40
 
 
+@pytest.mark.process
 def test_it_computes_with_the_threads_it_is_given(boundary: exports.Files) -> None:
     for precision in ("fp32", "bf16") if module.has_bf16() else ("fp32",):
         for threads in (1, 2):
@@ -105,6 +109,7 @@ def test_it_computes_with_the_threads_it_is_given(boundary: exports.Files) -> No
             OpenVinoBackend(boundary.onnx, threads=threads)
 
 
+@pytest.mark.process
 def test_an_answer_is_the_callers_and_inputs_may_be_read_only(boundary: exports.Files) -> None:
     engine = OpenVinoBackend(boundary.onnx)
     x, sigma, label = inputs(engine.manifest, 3)
@@ -119,6 +124,7 @@ def test_an_answer_is_the_callers_and_inputs_may_be_read_only(boundary: exports.
     assert np.array_equal(engine.denoise(x, sigma, label), kept)
 
 
+@pytest.mark.process
 def test_threads_take_turns(boundary: exports.Files) -> None:
     """A request of OpenVINO serves one at a time, and would raise for the other."""
     engine = OpenVinoBackend(boundary.onnx, threads=1)
@@ -141,6 +147,7 @@ def test_threads_take_turns(boundary: exports.Files) -> None:
     assert wrong == []
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @exports.needs_bf16
 @pytest.mark.parametrize("form", ["onnx", "inline", "apart"])
@@ -152,6 +159,7 @@ def test_bfloat16_keeps_40_dB_at_every_noise_level(each: exports.Files, form: st
     assert np.abs(found - wanted).max() > 1e-4  # and is bfloat16
 
 
+@pytest.mark.process
 @exports.needs_bf16
 def test_without_the_split_bfloat16_loses_the_noise_level(boundary: exports.Files) -> None:
     """What the split is for: 1095, which c_noise is at sigma 80, lies between two numbers of bfloat16."""
@@ -164,6 +172,7 @@ def test_without_the_split_bfloat16_loses_the_noise_level(boundary: exports.File
     assert psnr(engine.denoise(x, sigma, label), wanted).min() > 45
 
 
+@pytest.mark.process
 def test_the_split_is_where_the_images_come_in(each: exports.Files) -> None:
     """Both parts together compute the whole, and the second knows neither sigma nor label."""
     core = module.core()
@@ -197,6 +206,7 @@ def test_the_rest_is_of_the_images_alone(each: exports.Files) -> None:
             assert not sources & given, node.get_friendly_name()
 
 
+@pytest.mark.process
 @exports.needs_bf16
 def test_nodes_of_one_name_are_split_apart(boundary: exports.Files, tmp_path: Path) -> None:
     model = onnx.load(boundary.onnx)
@@ -208,6 +218,7 @@ def test_nodes_of_one_name_are_split_apart(boundary: exports.Files, tmp_path: Pa
     assert np.array_equal(plain.denoise(*given), same.denoise(*given))
 
 
+@pytest.mark.process
 @exports.needs_bf16
 def test_a_sampler_without_classes_has_nothing_to_split_off(edm: exports.Files) -> None:
     path = edm.exported(graph="sampler", steps=2)
@@ -240,6 +251,7 @@ def test_a_missing_package_names_the_pip_command(boundary: exports.Files, monkey
         OpenVinoBackend(boundary.onnx)
 
 
+@pytest.mark.process
 def test_a_table_smaller_than_the_manifests_classes_is_refused(boundary: exports.Files) -> None:
     """OpenVINO itself makes zeros of a label beyond it."""
     honest = OpenVinoBackend(boundary.onnx).manifest
@@ -391,6 +403,7 @@ print(ran, refused)
 """
 
 
+@pytest.mark.process
 @pytest.mark.quick("apart")
 @pytest.mark.parametrize("form", ["onnx", "inline", "apart"])
 def test_flipped_bits_end_in_an_error_of_ours_or_in_images(boundary: exports.Files, tmp_path: Path, form: str) -> None:
@@ -404,6 +417,7 @@ def test_flipped_bits_end_in_an_error_of_ours_or_in_images(boundary: exports.Fil
     assert refused > 5
 
 
+@pytest.mark.process
 def test_nothing_is_sent_or_written_or_printed(boundary: exports.Files, tmp_path: Path) -> None:
     """Its telemetry would leave files in the home folder."""
     code = (
@@ -417,6 +431,7 @@ def test_nothing_is_sent_or_written_or_printed(boundary: exports.Files, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_a_signal_finds_its_stack_when_engines_have_come_and_gone(boundary: exports.Files) -> None:
     """Two plugins would leave the main thread with an unmapped stack for its signal handlers."""
     code = (
@@ -429,6 +444,7 @@ def test_a_signal_finds_its_stack_when_engines_have_come_and_gone(boundary: expo
     assert (done.returncode, done.stdout) == (0, "handled\n")
 
 
+@pytest.mark.process
 def test_memory_does_not_grow_with_every_new_batch_size(boundary: exports.Files) -> None:
     """A cache of what is made for each shape would take 3 MB a size here, and far more of a real network."""
 

@@ -147,6 +147,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_engine_of_n_threads_starts_one_less_beside_the_callers(boundary: exports.Files, threads: int) -> None:

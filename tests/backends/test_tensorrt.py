@@ -119,6 +119,7 @@ def test_memory_is_taken_once_and_used_again(backend: TensorRtBackend, gpu: stan
     assert [line for line in gpu.log if line.startswith("run")] == ["run 4", "run 4", "run 2", "run 8"]
 
 
+@pytest.mark.process
 def test_the_micro_batch_is_within_the_profile(
     trt: stand_in_gpu.TensorRt, boundary: exports.Files, tmp_path: Path
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_batch_above_the_profile_names_it(backend: TensorRtBackend, gpu: stand
     assert gpu.log == []
 
 
+@pytest.mark.process
 def test_images_are_drawn_as_on_any_engine(backend: TensorRtBackend, boundary: exports.Files) -> None:
     """cm.sample by its own micro-batches, the last of which is below the profile's least."""
     made = cm.sample(backend, count=17, steps=2, seed=3)
@@ -299,6 +301,7 @@ def test_what_cuda_refuses_is_one_line(
     assert np.isfinite(backend.denoise(image(4), 1.0, 0)).all()
 
 
+@pytest.mark.process
 def test_memory_is_given_back_with_the_backend(trt: stand_in_gpu.TensorRt, engine: Path) -> None:
     backend = TensorRtBackend(engine)
     backend.denoise(image(4), 1.0, 0)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def bench(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return command("bench", *words, cwd=cwd)
 
 
+@pytest.mark.process
 def test_what_a_run_holds(tmp_path: Path) -> None:
     """Single-stream and offline: every number is there, and follows from the samples beside it."""
     told: list[tuple[float, str]] = []
@@ -112,22 +114,27 @@ def test_what_a_run_holds(tmp_path: Path) -> None:
     assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1][0] == 2
 
 
-def test_server(tmp_path: Path, files: Files) -> None:
-    """Latency counts from the arrival, and what waits is drawn together."""
-    model = str(files.onnx)
-    slow = one(model=model, kind="server", batch=4, rate=20_000.0, bound_ms=1.0)
-    easy = one(model=model, kind="server", batch=4, rate=150.0, bound_ms=10_000.0)
-    found = measured(tmp_path, slow, easy)
-    overloaded, served = (each.contenders[0] for each in found.scenarios)
-    assert overloaded.served is not None and served.served is not None
+@pytest.mark.process
+def test_a_server_with_too_little_time_draws_what_waits_together(tmp_path: Path, files: Files) -> None:
+    """Latency counts from the arrival."""
+    slow = one(model=str(files.onnx), kind="server", batch=4, rate=20_000.0, bound_ms=1.0)
+    (overloaded,) = measured(tmp_path, slow).scenarios[0].contenders
+    assert overloaded.served is not None
     assert not overloaded.served.met and overloaded.served.mean_batch > 3  # 40 arrive in 2 ms; a queue forms
+    lines = [json.loads(line) for line in (tmp_path / "bench.samples.jsonl").read_text().splitlines()]
+    assert all(sum(line["batches"]) == len(line["ns"]) == 40 for line in lines)
+    queued = [line["ns"][-1] / line["ns"][0] for line in lines]
+    assert np.median(queued) > 3  # the last waited for the others
+
+
+@pytest.mark.slow
+def test_a_server_with_time_answers_each_by_itself(tmp_path: Path, files: Files) -> None:
+    easy = one(model=str(files.onnx), kind="server", batch=4, rate=150.0, bound_ms=10_000.0)
+    (served,) = measured(tmp_path, easy).scenarios[0].contenders
+    assert served.served is not None
     assert served.latency is not None and served.latency.samples >= 800
     assert served.served.met == (served.latency.p99 is not None)  # a machine with other work may never tell
     assert served.served.mean_batch < 3
-    lines = [json.loads(line) for line in (tmp_path / "bench.samples.jsonl").read_text().splitlines()]
-    assert all(sum(line["batches"]) == len(line["ns"]) == 40 for line in lines)
-    queued = [line["ns"][-1] / line["ns"][0] for line in lines if line["scenario"] == slow.name]
-    assert np.median(queued) > 3  # the last waited for the others
 
 
 @pytest.mark.slow
@@ -175,6 +182,7 @@ def test_a_model_file_as_base(tmp_path: Path, files: Files) -> None:
     assert base.model_sha256 != found.scenarios[0].contenders[0].model_sha256
 
 
+@pytest.mark.process
 def test_a_base_that_draws_other_images_is_not_timed(tmp_path: Path, files: Files) -> None:
     found = measured(tmp_path, one(model=str(files.onnx)), against=str(backends.DEFAULT_MODEL))
     base = found.scenarios[0].contender("base")
@@ -236,6 +244,18 @@ def test_torch_as_the_engine(tmp_path: Path, files: Files) -> None:
     assert found.contenders[0].gflop_per_s is None and found.contenders[0].outside_network is not None
 
 
+@pytest.mark.process
+def test_a_tiny_model_that_fails_parity_is_not_timed(tmp_path: Path, files: Files) -> None:
+    graph = onnx.load(files.onnx)
+    (node,) = (each for each in graph.graph.node if each.op_type == "SkipScale")
+    (attribute,) = (each for each in node.attribute if each.name == "sigma_data")
+    attribute.f = 0.7
+    onnx.save(graph, tmp_path / "wrong.onnx")
+    (wrong,) = measured(tmp_path, one(model=str(tmp_path / "wrong.onnx"))).scenarios
+    assert wrong.status == "failed" and "differ from those of torch" in wrong.reason and not wrong.contenders
+
+
+@pytest.mark.slow
 def test_a_model_that_fails_parity_is_not_timed(tmp_path: Path) -> None:
     """The bundled model with another sigma_data in its skip-scaling: finite images, but not the network's."""
     graph = onnx.load(backends.DEFAULT_MODEL)
@@ -315,11 +335,12 @@ def test_two_runs_into_one_file(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="being written by another run"):
             measured(tmp_path, one())
-    measured(tmp_path, one())
+    (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(OutputError, match="exists; replace it with --force"):
         measured(tmp_path, one())
 
 
+@pytest.mark.process
 def test_models_that_are_not_there_or_not_models(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"no graph")
     scenarios = [one(model=str(tmp_path / name)) for name in ("nothing.onnx", "x.onnx")]
@@ -352,12 +373,12 @@ def test_models_that_are_not_there_or_not_models(tmp_path: Path) -> None:
         (["--allow-different-images"], "--allow-different-images is for --against"),
     ],
 )
-def test_bad_requests(tmp_path: Path, words: list[str], wrong: str) -> None:
-    done = bench("run", *words, cwd=tmp_path)
-    assert done.returncode == 1 and wrong in done.stderr and done.stderr.count("\n") == 1, done.stderr
+def test_bad_requests(cli: Callable[..., Any], words: list[str], wrong: str) -> None:
+    outcome = cli("bench", "run", *words)
+    assert outcome.code == 1 and wrong in outcome.err and outcome.err.count("\n") == 1, outcome.err
 
 
-def test_compare_exit_status(tmp_path: Path) -> None:
+def test_compare_exit_status(cli: Callable[..., Any], tmp_path: Path) -> None:
     """0, 3 and 4 from files; 1 for what cannot be compared; 2 for usage."""
     from bench import example_results
 
@@ -378,9 +399,9 @@ def test_compare_exit_status(tmp_path: Path) -> None:
         ("slow.json", "20", 0, "PASS"),
         ("wild.json", "5%", 4, "INCONCLUSIVE"),
     ):
-        done = bench("compare", "base.json", new, "--fail-above", gate, cwd=tmp_path)
-        assert done.returncode == status and done.stdout.splitlines()[-1].startswith(word), done.stdout + done.stderr
+        done = cli("bench", "compare", "base.json", new, "--fail-above", gate)
+        assert done.code == status and done.out.splitlines()[-1].startswith(word), done.out + done.err
     for words in (["base.json"], ["base.json", "no.json"], ["base.json", "base.json", "--fail-above", "much"]):
-        done = bench("compare", *words, cwd=tmp_path)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1, words
-    assert bench("compare", cwd=tmp_path).returncode == 2
+        done = cli("bench", "compare", *words)
+        assert done.code == 1 and done.err.count("\n") == 1, words
+    assert cli("bench", "compare").code == 2

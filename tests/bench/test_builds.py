@@ -27,12 +27,14 @@ def work(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_this_build() -> None:
     found = this_build()
     assert found.root == ROOT and found.model is None
     assert found.commit.removesuffix("+") == git("rev-parse", "HEAD")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["HEAD", "HEAD~0"])
 def test_a_revision(work: Path, name: str) -> None:
     """The tree of that commit, links included, and nothing left in the repository."""

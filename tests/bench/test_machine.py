@@ -209,6 +209,7 @@ def test_a_driver_without_a_field_still_tells_the_others(smi: Smi, tmp_path: Pat
     assert (gpu.name, gpu.memory_bytes, gpu.asked_mhz) == ("NVIDIA A10G", 23028 << 20, None)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "script",
     [
@@ -336,6 +337,7 @@ def test_shares_of_the_processors_time(write: Write, tmp_path: Path) -> None:
     assert watch.conditions.others == pytest.approx(0.15)
 
 
+@pytest.mark.process
 def test_what_children_use_is_not_taken_for_that_of_others() -> None:
     """On this machine: of one that has ended and one that still runs; to an idle stranger, both are others."""
     burn = "import time\nwhile time.process_time() < 0.5: pass\n"
@@ -435,6 +437,7 @@ def test_an_older_driver_has_another_name_for_the_reasons(
     assert ["event" in line for line in asked.read_text().splitlines()] == [True, False, False]
 
 
+@pytest.mark.process
 def test_this_machine_is_watched() -> None:
     with Watch() as watch:
         watch.look()

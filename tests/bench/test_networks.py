@@ -47,6 +47,7 @@ def test_a_network_is_made_once_and_found_again(small: None, tmp_path: Path, mon
     assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.process
 def test_the_seed_decides_the_weights(small: None, tmp_path: Path) -> None:
     one, other = (networks.standing("cifar32", tmp_path / name) for name in "ab")
     assert one.read_bytes() == other.read_bytes()
@@ -55,6 +56,7 @@ def test_the_seed_decides_the_weights(small: None, tmp_path: Path) -> None:
     assert not any(torch.equal(tensor, others[name]) for name, tensor in weights.items())
 
 
+@pytest.mark.process
 def test_no_layer_is_silent_and_outputs_are_of_order_one(small: None, tmp_path: Path) -> None:
     model = load_checkpoint(networks.standing("cifar32", tmp_path)).model()
     generator = torch.Generator().manual_seed(0)

@@ -47,6 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.covering(1)
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("width", "height", "offline"), [(360, 740, True), (390, 844, False), (1440, 900, False), (1440, 900, True)]
 )
@@ -81,6 +83,7 @@ def test_all_is_seen(browser: Any, folder: Path, name: str, width: int, height: 
     context.close()
 
 
+@pytest.mark.process
 def test_a_plot_is_drawn_not_blank(browser: Any, folder: Path) -> None:
     """The pixels of each figure: ink of more than one colour on its white card, in the dark scheme too."""
     import io

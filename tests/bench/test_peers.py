@@ -66,6 +66,7 @@ def apart(model: Any, drawer: peers.Drawer, z: Any, sigmas: Sequence[float], lab
     return float(np.abs(ours - theirs).max())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("steps", LEVELS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_peer_draws_our_images(drawn: tuple[peers.Drawer, exports.Files], steps: int, batch: int) -> None:
@@ -100,6 +101,7 @@ def test_its_packages_are_named(drawn: tuple[peers.Drawer, exports.Files], reque
     assert f"torch {torch.__version__}" in drawer.version
 
 
+@pytest.mark.process
 def test_many_steps_on_the_sampler_grid(boundary: exports.Files, tmp_path: Path) -> None:
     """More than diffusers' own grid of 40 has points."""
     drawer = peers.peer("diffusers", boundary.half_checkpoint, tmp_path, threads=1)
@@ -136,6 +138,7 @@ def test_diffusers_refuses_patches(boundary: exports.Files, tmp_path: Path) -> N
         peers.peer("diffusers", patched, tmp_path)
 
 
+@pytest.mark.process
 def test_an_exported_file_gives_its_weights(tmp_path: Path) -> None:
     """The bundled model, whose checkpoint is not here."""
     model = cm.load(threads=1)

@@ -96,6 +96,7 @@ def awkward() -> Page:
 # The numbers
 
 
+@pytest.mark.process
 def test_the_headline_table_holds_the_results_numbers(full: Page) -> None:
     """Value and interval of every scenario, to the digits that are shown."""
     result = example_results.full()
@@ -152,6 +153,7 @@ def test_the_environment_is_told(full: Page) -> None:
     assert environment.troubles(example_results.full()) == []
 
 
+@pytest.mark.process
 def test_troubles_come_first(awkward: Page) -> None:
     """Incomplete, failed, disturbed, quick: nothing of it must be searched for."""
     start = awkward.text[:1200]
@@ -192,6 +194,7 @@ def test_plots_that_have_something_to_show() -> None:
     assert suffixed and all(re.fullmatch(r"[a-z-]+-fashion-mnist-torch-cuda-0", name) for name in suffixed)
 
 
+@pytest.mark.process
 def test_quality_by_steps() -> None:
     """Reports of one extractor and reference share a plot; real images are a level; one report alone is no plot."""
     found = [quality.Quality.model_validate(example_results.evaluated(steps, 2.0 / steps)) for steps in (1, 2, 4)]
@@ -245,6 +248,7 @@ def test_plots_are_of_the_first_setups_and_tables_of_all() -> None:
 # Hostile text
 
 
+@pytest.mark.process
 def test_names_stay_text(awkward: Page) -> None:
     """Mark-up from a file is shown, never obeyed: in the page, its attributes and its plots."""
     assert "script" not in awkward.tags and "<script>alert(1)</script>" in awkward.text
@@ -290,6 +294,7 @@ def test_markdown_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         pages.html(example_results.full(), [])
 
 
+@pytest.mark.process
 def test_the_same_result_gives_the_same_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not the day, nor the user's matplotlib settings."""
     import matplotlib
@@ -337,6 +342,7 @@ def names() -> list[str]:
     return sorted(path.name for path in Path().rglob("*") if path.is_file() and not path.name.startswith("eval"))
 
 
+@pytest.mark.process
 def test_by_default_the_page_lies_beside_the_result(bench: Callable[..., Any]) -> None:
     done = bench("result.json", "--quality", "eval1.json", "--quality", "eval2.json")
     assert (done.exit_code, done.exception) == (0, None)
@@ -345,6 +351,7 @@ def test_by_default_the_page_lies_beside_the_result(bench: Callable[..., Any]) -
     assert Page(Path("result.html").read_text()).column("qualities", "steps") == ["1", "2"]
 
 
+@pytest.mark.process
 def test_plots_are_pictures(bench: Callable[..., Any]) -> None:
     """1040 pixels wide, named as in the page; the folder is example_results."""
     assert bench("result.json", "--plots", "pictures", "-o", "page.html").exit_code == 0
@@ -355,6 +362,7 @@ def test_plots_are_pictures(bench: Callable[..., Any]) -> None:
     assert Path("page.html").exists() and not Path("result.html").exists()
 
 
+@pytest.mark.process
 def test_markdown_is_printed(bench: Callable[..., Any]) -> None:
     """In place of the page, or beside it with -o."""
     done = bench("result.json", "--markdown")

@@ -36,6 +36,8 @@ def read(output: Path) -> tuple[str, bool, int]:
     return found.command, found.complete, len(found.scenarios)
 
 
+@pytest.mark.quick("a finished one")
+@pytest.mark.process
 @pytest.mark.parametrize("before", ["a part", "a finished one", "a finished one twice over"])
 def test_a_kill_at_any_moment_leaves_a_result_with_its_own_samples(tmp_path: Path, before: str) -> None:
     old = tmp_path / "before"

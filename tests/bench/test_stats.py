@@ -85,6 +85,7 @@ def test_one_block_has_no_interval() -> None:
     assert (found.samples, found.blocks, found.p50.value, found.p50.low, found.p99) == (1, 1, 3.0, None, None)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("k", [8, 12, 20, 40])
 def test_ratio_intervals_hold_the_ratio_as_often_as_they_say(k: int) -> None:
     rng = np.random.default_rng(k)

@@ -32,6 +32,7 @@ print(time.perf_counter() - began)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("percent", "low", "high"), [(0, 0.1, 0.14), (50, 0.15, 0.21)])
 def test_a_copy_takes_so_much_longer(tmp_path: Path, percent: float, low: float, high: float) -> None:
     root = gate.planted(tmp_path, percent)

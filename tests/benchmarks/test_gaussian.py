@@ -161,6 +161,7 @@ def test_a_wrong_setting_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
 # Training
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", PRESETS)
 def test_the_preset_trains_from_the_command_line(method: str, tmp_path: Path) -> None:
     data, out = tmp_path / "gaussian.npz", tmp_path / "out"
@@ -187,6 +188,8 @@ def result(name: str, *settings: str) -> Any:
     return gaussian.run(next(case for case in gaussian.CASES if case.name == name), 0.3, settings)
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_edm_learns_the_denoiser() -> None:
     assert result("edm", "phase.0.steps=500").missed == ()
 

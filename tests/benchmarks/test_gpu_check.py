@@ -32,6 +32,7 @@ class Drawer:
         return np.full((batch, 2, 2, 3), self.grey, np.uint8)
 
 
+@pytest.mark.process
 def test_what_is_wrong_fails_or_is_late_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "LONGEST", 0.2)
     drawers = {

@@ -130,6 +130,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.process
 def test_training_is_deterministic_and_leaves_the_generator_alone() -> None:
     """Bit for bit, whatever the global generator did before."""
     images, labels = quality.read_data(str(EXCERPT), "train")
@@ -146,6 +147,7 @@ def test_training_is_deterministic_and_leaves_the_generator_alone() -> None:
     assert not np.array_equal(features[0], features[2])
 
 
+@pytest.mark.process
 def test_training_learns_and_the_kept_file_judges_alike(kept: Path) -> None:
     """Ten short epochs are enough for far more than chance."""
     images, labels = quality.read_data(str(EXCERPT), "test")
@@ -206,6 +208,7 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "Recipe", functools.partial(quality.Recipe, **SHORT))
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("lenient")
 def test_gate_from_files_to_exit_status(
     kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -246,6 +249,7 @@ def test_gate_from_files_to_exit_status(
     assert asked == [(("m.onnx",), {"count": 2000, "steps": 2, "seed": 0})]
 
 
+@pytest.mark.process
 def test_weak_classifier_is_refused_and_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Four epochs of 512 images are not enough for 91%."""
     path = tmp_path / "classifier.pt"

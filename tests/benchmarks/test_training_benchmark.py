@@ -42,6 +42,7 @@ def pair(method: str, precision: str = "fp32", channels_last: bool = False) -> t
     return ours, plain
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("method", ["cd", "ct"])
 def test_ours_and_the_transcription_agree(method: str, channels_last: bool) -> None:
@@ -81,6 +82,7 @@ def another_grid(plain: Any) -> None:
     training.grid = lambda N, device: grid(N, device) * (1 + 2e-3)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("method", "sabotage", "shows_in"),
     [
@@ -103,6 +105,8 @@ def test_a_sabotaged_transcription_is_caught(
     assert found[shows_in] > 1e-3, found
 
 
+@pytest.mark.quick("ct")
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["cd", "ct"])
 def test_the_whole_program(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--network", "tiny", "--batch", "6", "--rounds", "2", "--compile", "off", "--method", method]
@@ -121,6 +125,7 @@ def test_a_disagreement_stops_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "disagree" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_profile_shares_are_of_one(capsys: pytest.CaptureFixture[str]) -> None:
     ours, plain = pair("ct")
     for step in (ours.step, plain.step):

@@ -55,6 +55,7 @@ def refusal(path: Path, **told: Any) -> str:
 # --- the consistency function -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", CONFIGS)
 def test_f_is_that_of_diffusers(name: str, tmp_path: Path) -> None:
     from diffusers import ConsistencyModelPipeline
@@ -95,6 +96,7 @@ class Draws:
         return self.left.pop(0) if self.left else torch.zeros(tuple(shape))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("timesteps", [[0], [22, 0], [33, 25, 11, 0]])
 @pytest.mark.parametrize("name", ["imagenet", "lsun", "grey"])
 def test_the_sampler_draws_what_the_pipeline_draws(
@@ -130,6 +132,7 @@ def test_the_sampler_draws_what_the_pipeline_draws(
 # --- round trips ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", CONFIGS)
 def test_from_diffusers_and_back_nothing_changes(name: str, tmp_path: Path) -> None:
     from diffusers import ConsistencyModelPipeline
@@ -148,6 +151,7 @@ def test_from_diffusers_and_back_nothing_changes(name: str, tmp_path: Path) -> N
     assert again.config == cm.load_checkpoint(folder).config
 
 
+@pytest.mark.process
 def test_what_came_back_is_sampled_by_the_pipeline(imagenet: Path, tmp_path: Path) -> None:
     from diffusers import ConsistencyModelPipeline
 
@@ -169,6 +173,7 @@ def same(a: Any, b: Any) -> bool:
     return a.config == b.config and all(m == n and torch.equal(x, y) for (m, x), (n, y) in zip(*weights, strict=True))
 
 
+@pytest.mark.process
 def test_bin_files_and_shards_hold_the_same(imagenet: Path, tmp_path: Path) -> None:
     plain = cm.load_checkpoint(imagenet)
     for name, how in {
@@ -182,6 +187,7 @@ def test_bin_files_and_shards_hold_the_same(imagenet: Path, tmp_path: Path) -> N
         assert same(cm.load_checkpoint(folder), plain), name
 
 
+@pytest.mark.process
 def test_a_bare_unet_takes_the_scheduler_beside_it_or_is_told_the_form(imagenet: Path, tmp_path: Path) -> None:
     bare = Path(shutil.copytree(imagenet / "unet", tmp_path / "bare"))
     assert "export it with --precond boundary (a consistency model), --precond edm" in refusal(bare)
@@ -195,6 +201,7 @@ def test_a_bare_unet_takes_the_scheduler_beside_it_or_is_told_the_form(imagenet:
     assert cm.load_checkpoint(bare, precond="boundary").config == told.config
 
 
+@pytest.mark.process
 def test_names_of_published_conversions_bring_their_levels(imagenet: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(imagenet, tmp_path / "diffusers-cd_imagenet64_lpips"))
     manifest = cm.load_checkpoint(folder).manifest()
@@ -229,6 +236,7 @@ def test_the_weights_alone_are_refused_with_what_to_give(imagenet: Path) -> None
     assert "give the folder that diffusers saved" in refusal(imagenet / "unet" / f"{WEIGHTS}.safetensors")
 
 
+@pytest.mark.process
 def test_halves_stay_halves_and_are_computed_in_float32(tmp_path: Path) -> None:
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
@@ -370,6 +378,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@pytest.mark.process
 def test_damaged_and_hostile_files_are_one_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From Python and from `cm-runtime export`: exit 1, one line, nothing written, no memory taken."""
     file = copy / "unet" / f"{WEIGHTS}.safetensors"
@@ -449,6 +458,7 @@ def test_options_that_the_folder_answers_itself_are_refused(imagenet: Path) -> N
             cm.load_checkpoint(imagenet, **{option: value})
 
 
+@pytest.mark.process
 def test_the_weights_are_unmapped_before_an_engine_loads_its_own(
     imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -483,6 +493,7 @@ def run(*words: object) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.process
 def test_an_imported_model_is_exported_sampled_and_described(
     imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -502,6 +513,7 @@ def test_an_imported_model_is_exported_sampled_and_described(
     assert manifest.training is not None and manifest.training.config["imported_from"] == "diffusers"
 
 
+@pytest.mark.process
 def test_a_folder_of_diffusers_is_a_model_to_every_command(
     imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -517,6 +529,7 @@ def test_a_folder_of_diffusers_is_a_model_to_every_command(
     assert "holds no data that can be read" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_export_to_diffusers_and_back_by_the_command_line(
     imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

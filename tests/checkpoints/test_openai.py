@@ -115,6 +115,7 @@ def test_other_networks_are_read_off_their_shapes(changes: dict[str, Any]) -> No
     assert found == config
 
 
+@pytest.mark.process
 def test_what_shapes_do_not_tell_is_told(tmp_path: Path) -> None:
     path = saved(tmp_path, weights_of(TINY))
     told = {"precond": "boundary", "head_channels": 32}
@@ -131,6 +132,7 @@ def test_what_shapes_do_not_tell_is_told(tmp_path: Path) -> None:
 # --- the form, and what the published names say -----------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_the_form_is_decided_by_the_name_or_told_and_never_guessed(tmp_path: Path) -> None:
     weights = weights_of(TINY)
     unnamed = saved(tmp_path, weights, "model.pt")
@@ -183,6 +185,7 @@ def test_two_steps_take_the_published_level(name: str, sigma: float, tmp_path: P
 # --- the same f -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["imagenet", "lsun", "convolutions"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_f_is_what_diffusers_computes_from_the_same_tensors(name: str, suffix: str, tmp_path: Path) -> None:
@@ -245,6 +248,7 @@ def test_half_precision_torsos_are_read(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.process
 def test_round_trip_through_diffusers_is_bit_identical(tmp_path: Path) -> None:
     path = saved(tmp_path, weights_of(TINY), "ct_imagenet64.pt")
     before = cm.load_checkpoint(path, head_channels=16)
@@ -334,6 +338,7 @@ def test_a_wrong_file_is_one_line(name: str, tmp_path: Path, capsys: pytest.Capt
     assert [left.name for left in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.process
 def test_damaged_and_hostile_files_are_one_line(tmp_path: Path) -> None:
     path = saved(tmp_path, weights_of(TINY), "cd_imagenet64_l2.pt")
     whole, canary = path.read_bytes(), tmp_path / "executed"
@@ -363,6 +368,7 @@ def test_damaged_and_hostile_files_are_one_line(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "none.pt")
 
 
+@pytest.mark.process
 def test_our_own_checkpoints_say_everything_themselves(tmp_path: Path) -> None:
     checkpoint = cm.load_checkpoint(saved(tmp_path, weights_of(TINY)), precond="edm", head_channels=16)
     save_checkpoint(checkpoint, tmp_path / "ours.pt")
@@ -433,6 +439,7 @@ def test_a_published_file_is_exported_without_a_word_more(tmp_path: Path, capsys
     assert (images == cm.sample(model, count=3, sigmas=model.manifest.sigmas[2])).all()
 
 
+@pytest.mark.process
 def test_a_teacher_is_exported_and_not_sampled_in_a_few_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -291,6 +291,7 @@ def test_shards_that_cannot_be_are_one_line_and_nothing_is_written(cli: Cli, pla
     assert not (place / "out").exists()
 
 
+@pytest.mark.process
 def test_a_folder_of_another_job_or_run_is_refused(cli: Cli, place: Path) -> None:
     options = ("sample", "model.onnx", "--count", 3, "--steps", 1, "-o", "out/")
     assert cli(*options).code == 0
@@ -309,12 +310,14 @@ def test_a_folder_of_another_job_or_run_is_refused(cli: Cli, place: Path) -> Non
     assert contents(place) == before
 
 
+@pytest.mark.process
 def test_labels_for_a_model_without_classes_are_refused(cli: Cli, grey: exports.Files) -> None:
     for labels in ("all", "0", "random"):
         outcome = cli("sample", grey.onnx, "--labels", labels)
         assert (outcome.code, outcome.err) == (1, "error: this model has no classes; leave the labels out\n")
 
 
+@pytest.mark.process
 def test_a_teacher_is_refused(cli: Cli, place: Path) -> None:
     manifest = json.loads(onnx.load(place / "model.onnx").metadata_props[0].value)
     manifest["training"]["method"] = "edm"
@@ -339,6 +342,7 @@ def test_weights_that_make_nonsense_write_no_picture(cli: Cli, place: Path) -> N
     assert contents(place) == before
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ["ort", "openvino", "auto"])
 def test_a_sampler_that_makes_nonsense_writes_nothing(
     cli: Cli, boundary: exports.Files, tmp_path: Path, engine: str
@@ -427,6 +431,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.process
 @pytest.mark.quick("x.png")
 @pytest.mark.parametrize("name", ["x.npz", "x.png"])
 def test_a_disk_that_fills_up_at_any_byte_leaves_no_file(boundary: exports.Files, tmp_path: Path, name: str) -> None:
@@ -490,6 +495,7 @@ def test_debug_shows_where_an_error_comes_from_in_any_position(cli: Cli, positio
         main(words)
 
 
+@pytest.mark.process
 def test_debug_prints_a_traceback_in_a_process_and_the_exit_status_stays_1(tmp_path: Path) -> None:
     done = exports.command("info", "no.onnx", "--debug", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
@@ -499,6 +505,7 @@ def test_debug_prints_a_traceback_in_a_process_and_the_exit_status_stays_1(tmp_p
     assert (plain.returncode, plain.stdout, plain.stderr) == (1, "", "error: no.onnx: no such file\n")
 
 
+@pytest.mark.process
 def test_a_reader_that_stops_listening_is_no_traceback(boundary: exports.Files, tmp_path: Path) -> None:
     """As in ``cm-runtime info model.onnx --json | head -0``."""
     read, write = os.pipe()
@@ -514,6 +521,10 @@ def test_a_reader_that_stops_listening_is_no_traceback(boundary: exports.Files, 
 # Extras that are not installed
 
 
+@pytest.mark.quick(
+    "onnxruntime-words0-onnxruntime: pip install 'cm-runtime[cpu]'", "onnx-words6-onnx: pip install 'cm-runtime[train]'"
+)
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("hidden", "words", "message"),
     [
@@ -541,6 +552,7 @@ def test_a_missing_extra_is_one_line_with_the_pip_command(
     assert not (place / "run").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("use", ["cm.load_checkpoint('ckpt.pt')", "cm.export.onnx(None, 'm.onnx')"])
 def test_python_names_that_need_torch_say_so_too(place: Path, use: str) -> None:
     hide = exports.hiding("torch")[2].rpartition("from cm_runtime.cli")[0]

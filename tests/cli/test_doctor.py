@@ -24,6 +24,7 @@ def lines(text: str) -> dict[str, str]:
     return {line.split()[0]: line.split(maxsplit=1)[1] for line in text.splitlines()}
 
 
+@pytest.mark.process
 def test_it_names_versions_cores_engine_and_model(cli: Cli) -> None:
     outcome = cli("doctor")
     assert (outcome.code, outcome.err) == (0, "")
@@ -43,6 +44,7 @@ def test_it_names_versions_cores_engine_and_model(cli: Cli) -> None:
     assert said["model"] == "the bundled model draws 1x28x28 images"
 
 
+@pytest.mark.process
 def test_what_auto_measured_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert "whichever is faster; measured on first use" in lines(cli("doctor").out)["auto"]
@@ -65,6 +67,7 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(cli: Cli, mo
     assert said["onnx"] == metadata.version("onnx")
 
 
+@pytest.mark.process
 def test_it_works_where_nothing_optional_is_installed(tmp_path: Path) -> None:
     start = exports.hiding("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "pooch", "tomli_w", "scipy")
     done = exports.command("doctor", cwd=tmp_path, start=start)
@@ -77,12 +80,14 @@ def test_every_optional_package_has_a_purpose() -> None:
     assert sorted(named) == sorted(["numpy", *EXTRAS])
 
 
+@pytest.mark.process
 def test_as_json(cli: Cli) -> None:
     content = json.loads(cli("doctor", "--json").out)
     assert content["packages"]["to train and export"]["onnx"] == metadata.version("onnx")
     assert content["cores"] == cores() and content["warning"] == ""
 
 
+@pytest.mark.process
 def test_two_onnx_runtimes_are_told_with_the_cure(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the error of a GPU that is asked for, where the module that is left has no CUDA."""
     real = metadata.version
@@ -105,6 +110,7 @@ def test_without_a_driver_that_is_what_is_missing(
     assert "there is no NVIDIA driver here" in outcome.err and "pycuda" not in outcome.err
 
 
+@pytest.mark.process
 def test_an_engine_that_cannot_start_is_a_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no thread can be started."""
     from cm_runtime.backends import openvino

@@ -312,6 +312,7 @@ def test_colours_are_not_for_a_grey_model(cli: Cli, grey: exports.Files, place: 
     assert (outcome.code, outcome.err) == (1, "error: colorization is of images with 3 channels, not 1\n")
 
 
+@pytest.mark.process
 def test_a_full_disk_leaves_no_half_picture(place: Path) -> None:
     code = (
         "import resource, sys; from cm_runtime.cli import main;"

@@ -105,6 +105,7 @@ def test_levels_may_be_named_as_other_tools_name_them(cli: Cli, place: Path) -> 
     assert report(cli, "model.onnx", "--count", 20, "--timesteps", "22,0", "--grid", 40, *PLAIN) == openais
 
 
+@pytest.mark.process
 def test_the_bundled_model_needs_nothing_at_hand(cli: Cli) -> None:
     """The shipped extractor and statistics; 200 images of a good model lie far nearer than noise does (159)."""
     found = report(cli, "--count", 200, "--threads", 1)
@@ -124,6 +125,7 @@ def test_a_table_is_printed(cli: Cli, place: Path) -> None:
     assert "60 images and 60 images of the reference, where 6 features take 2048 or more" in lines["warning"]
 
 
+@pytest.mark.process
 def test_a_teacher_is_sampled_by_an_ode_solver(cli: Cli, place: Path) -> None:
     save_checkpoint(exports.checkpoint("boundary", method="edm"), place / "teacher.pt")
     few = report(cli, "teacher.pt", "--count", 20, "--steps", 3, *PLAIN)
@@ -296,6 +298,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert {path.name for path in place.iterdir()} == before
 
 
+@pytest.mark.process
 def test_without_torch_models_and_samples_are_measured(place: Path) -> None:
     for words in (["samples.npz"], ["model.onnx", "--count", 10]):
         done = exports.command("eval", *words, *PLAIN, cwd=place, start=exports.hiding("torch", "onnx", "pooch"))

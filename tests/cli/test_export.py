@@ -14,6 +14,7 @@ from cm_runtime.manifest import read_manifest
 Cli = Callable[..., Any]
 
 
+@pytest.mark.process
 def test_the_file_takes_the_checkpoints_name_and_the_message_says_how_good_it_is(
     cli: Cli, boundary: exports.Files, tmp_path: Path
 ) -> None:
@@ -36,6 +37,7 @@ def test_the_file_takes_the_checkpoints_name_and_the_message_says_how_good_it_is
     assert len(graph.functions) == 1
 
 
+@pytest.mark.process
 def test_a_sampler_says_its_steps_and_what_was_folded(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     outcome = cli("export", boundary.checkpoint, "--graph", "sampler", "--sigmas", "80,1.5", "-o", "s.onnx")
     assert (outcome.code, outcome.err) == (0, "")
@@ -49,6 +51,7 @@ def test_a_sampler_says_its_steps_and_what_was_folded(cli: Cli, boundary: export
     assert refused.code == 1 and "draws in 2 steps" in refused.err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("precision", exports.HALVES)
 def test_half_precision_is_in_the_file(cli: Cli, boundary: exports.Files, tmp_path: Path, precision: str) -> None:
     assert cli("export", boundary.checkpoint, "--precision", precision, "-o", "m.onnx").code == 0
@@ -56,6 +59,7 @@ def test_half_precision_is_in_the_file(cli: Cli, boundary: exports.Files, tmp_pa
     assert cli("sample", "m.onnx", "--count", 2, "-o", "x.npz").code == 0
 
 
+@pytest.mark.process
 def test_an_engine_is_built_without_a_gpu_and_its_log_kept(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     words = ("--format", "tensorrt-rtx", "--gpu", "8.9,12.0", "--batch", "1:8:64", "--graph", "sampler")
     outcome = cli("export", boundary.checkpoint, *words, "-o", "m.engine")
@@ -100,11 +104,13 @@ def test_options_that_do_not_go_together_are_one_line(
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".log"]
 
 
+@pytest.mark.process
 def test_what_was_exported_is_sampled(cli: Cli, boundary: exports.Files) -> None:
     assert cli("export", boundary.checkpoint, "-o", "m.onnx").code == 0
     assert cli("sample", "m.onnx", "--count", 2, "-o", "x.png").code == 0
 
 
+@pytest.mark.process
 def test_inline_leaves_no_function(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     assert cli("export", boundary.checkpoint, "--inline", "-o", "m.onnx").code == 0
     graph = onnx.load(tmp_path / "m.onnx")
@@ -112,6 +118,7 @@ def test_inline_leaves_no_function(cli: Cli, boundary: exports.Files, tmp_path: 
     assert {node.domain for node in graph.graph.node} == {""}
 
 
+@pytest.mark.process
 def test_an_existing_file_is_replaced_only_with_force(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     target = tmp_path / "m.onnx"
     target.write_bytes(b"somebody's work")

@@ -54,6 +54,7 @@ def test_without_a_file_it_is_about_the_bundled_model(cli: Cli) -> None:
     assert "num_classes      10" in outcome.out
 
 
+@pytest.mark.process
 def test_a_large_file_is_not_read_to_say_what_it_is(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     """Three gigabytes of nothing, most of which no disk holds, as an initializer's bytes would lie in a graph."""
 

@@ -93,6 +93,8 @@ def test_labels_may_be_so_many_of_each(cli: Cli, boundary: exports.Files) -> Non
     assert outcome.err == "error: the labels are for 5 images, but 4 are asked for\n"
 
 
+@pytest.mark.quick("options1", "options5", "options6")
+@pytest.mark.process
 @pytest.mark.parametrize(
     "options",
     [
@@ -138,6 +140,8 @@ def test_every_option_that_chooses_images_changes_them(
     assert (np.abs(usual.astype(int) - other).max(axis=(1, 2, 3)) > 5).all()
 
 
+@pytest.mark.quick("0,106,200-106,0-201")
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("ts", "timesteps", "grid"), [("0,22,39", "22,0", 40), ("0,106,200", "106,0", 201), ("0,39", "0", 40)]
 )
@@ -156,6 +160,7 @@ def test_levels_named_as_other_tools_name_them_draw_the_same_bytes(
     assert json.loads(str(openais["cm_runtime"]))["sigmas"] == pytest.approx([float(s) for s in sigmas.split(",")])
 
 
+@pytest.mark.process
 def test_the_grid_is_the_models_own(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     (told,) = onnx.load(boundary.onnx).metadata_props
     manifest = json.loads(told.value) | {"sigma_min": 0.01, "sigma_max": 50.0, "rho": 3.0, "sigmas": {}}
@@ -166,6 +171,7 @@ def test_the_grid_is_the_models_own(cli: Cli, boundary: exports.Files, tmp_path:
         assert json.loads(str(arrays["cm_runtime"]))["sigmas"] == pytest.approx([50, level])
 
 
+@pytest.mark.process
 def test_labels_choose_classes(cli: Cli, boundary: exports.Files) -> None:
     def labels(*options: object) -> list[int]:
         found = drawn(cli, boundary.onnx, "--count", 7, *options)["arr_1"]
@@ -200,6 +206,7 @@ def test_torch_draws_what_onnx_runtime_draws(cli: Cli, boundary: exports.Files) 
 # What is written
 
 
+@pytest.mark.process
 def test_an_npz_holds_images_labels_and_what_made_them(cli: Cli, boundary: exports.Files) -> None:
     arrays = drawn(cli, boundary.onnx, "--count", 7, "--seed", 5, "--start", 2, "--micro-batch", 3)
     assert set(arrays) == {"arr_0", "arr_1", "cm_runtime"}
@@ -248,6 +255,7 @@ def test_a_png_is_a_grid_of_the_same_images_row_by_row(
         assert np.array_equal(cell, images[i] if i < 7 else np.zeros_like(cell))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("labels", ["all", "random", "3", "4,0"])
 def test_a_picture_can_be_drawn_again_from_what_it_says(cli: Cli, boundary: exports.Files, labels: str) -> None:
     cli(
@@ -277,6 +285,7 @@ def test_a_picture_can_be_drawn_again_from_what_it_says(cli: Cli, boundary: expo
         assert np.array_equal(np.asarray(first), np.asarray(second))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["x.png", "x.npz"])
 def test_the_same_command_writes_the_same_bytes(cli: Cli, boundary: exports.Files, tmp_path: Path, name: str) -> None:
     written = []
@@ -334,6 +343,7 @@ def test_a_folder_is_filled_with_shards(cli: Cli, boundary: exports.Files, tmp_p
     assert said.replace("shards", "shards (3 were there)") == shards(cli, boundary.onnx, *options, "-o", "out")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["png", "wds", "parquet"])
 def test_every_kind_of_shards_holds_the_same_images(cli: Cli, grey: exports.Files, kind: str) -> None:
     shards(cli, grey.onnx, "--count", 5, "--shard-size", 3, "--shards", kind)
@@ -354,6 +364,7 @@ def test_every_kind_of_shards_holds_the_same_images(cli: Cli, grey: exports.File
     assert np.array_equal(np.stack(images)[..., None], whole)
 
 
+@pytest.mark.process
 def test_float_shards(cli: Cli, boundary: exports.Files) -> None:
     shards(cli, boundary.onnx, "--count", 3, "--float", "-o", "out/")
     with np.load("out/shard-000000.npz") as arrays:
@@ -381,6 +392,7 @@ def test_little_is_drawn_in_vain(cli: Cli, boundary: exports.Files) -> None:
     assert json.loads(Path("out/manifest.json").read_text())["micro_batch"] == 150
 
 
+@pytest.mark.process
 def test_runs_that_are_killed_end_in_the_same_bytes(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     options = ("--count", 300, "--shard-size", 7, "--micro-batch", 3, "--steps", 1, "--backend", "ort", "-o")
     words = [sys.executable, "-m", "cm_runtime", "sample", str(boundary.onnx), *map(str, options), "killed/"]
@@ -398,6 +410,7 @@ def test_runs_that_are_killed_end_in_the_same_bytes(cli: Cli, boundary: exports.
     assert sorted(os.listdir("killed")) == sorted(os.listdir("undisturbed"))
 
 
+@pytest.mark.process
 def test_an_interrupted_run_keeps_its_shards(boundary: exports.Files, tmp_path: Path) -> None:
     options = ("--count", "100000", "--shard-size", "7", "--steps", "1", "--backend", "ort", "-o", "out/")
     words = [sys.executable, "-m", "cm_runtime", "sample", str(boundary.onnx), *options]
@@ -415,6 +428,7 @@ def test_an_interrupted_run_keeps_its_shards(boundary: exports.Files, tmp_path: 
     assert list(tmp_path.glob("out/.cm-*")) == []
 
 
+@pytest.mark.process
 def test_a_finished_folder_grows(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     """The options are those of the first run, or left out; the count alone is another."""
     how = ("--shard-size", 100, "--micro-batch", 50, "--steps", 1, "--backend", "ort", "--threads", 1)
@@ -468,6 +482,7 @@ def test_a_signal_that_ends_a_drawing_leaves_no_litter(
 # As a process
 
 
+@pytest.mark.process
 def test_a_process_draws_what_this_process_draws(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     cli("sample", boundary.onnx, "--count", 7, "-o", "here.npz")
     done = exports.command("sample", boundary.onnx, "--count", 7, "-o", "there.npz", cwd=tmp_path)
@@ -475,6 +490,7 @@ def test_a_process_draws_what_this_process_draws(cli: Cli, boundary: exports.Fil
     assert (tmp_path / "here.npz").read_bytes() == (tmp_path / "there.npz").read_bytes()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("hidden", [("torch", "onnx", "onnxscript", "openvino", "scipy")])
 def test_sampling_an_exported_file_needs_no_torch(
     boundary: exports.Files, tmp_path: Path, hidden: tuple[str, ...]
@@ -485,6 +501,7 @@ def test_sampling_an_exported_file_needs_no_torch(
     assert said(tmp_path / "x.png")["count"] == 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "options"), [("x.npz", ("--count", "1000000")), ("x.png", ("--steps", "1000"))])
 def test_an_interrupt_leaves_no_file_and_says_one_line(
     grey: exports.Files, tmp_path: Path, name: str, options: tuple[str, ...]

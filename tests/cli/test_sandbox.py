@@ -44,6 +44,7 @@ def test_its_death_is_a_line(script: Path, words: str, seconds: float, line: str
     assert signal.getsignal(signal.SIGINT) == before
 
 
+@pytest.mark.process
 def test_it_may_clean_up_when_its_time_is_over(script: Path, tmp_path: Path) -> None:
     words = f"trap 'rm {tmp_path}/litter; exit' TERM; touch {tmp_path}/litter; sleep 60 & wait"
     with pytest.raises(EngineError, match="its --time-limit"):
@@ -51,6 +52,7 @@ def test_it_may_clean_up_when_its_time_is_over(script: Path, tmp_path: Path) -> 
     assert not (tmp_path / "litter").exists()
 
 
+@pytest.mark.process
 def test_it_ends_with_its_parent(script: Path, tmp_path: Path) -> None:
     """Whatever ends that: nobody else would hold it to its time."""
     parent = os.fork()

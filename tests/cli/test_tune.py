@@ -43,6 +43,7 @@ def distance(cli: Cli, model: str, *words: object) -> float:
     return found
 
 
+@pytest.mark.process
 def test_levels_are_stored_used_and_no_worse_than_the_default(cli: Cli, place: Path) -> None:
     before = (place / "model.onnx").read_bytes()
     outcome = cli("tune", "model.onnx", "--steps", 2, *PLAIN, "-o", "tuned.onnx")
@@ -67,6 +68,7 @@ def test_levels_are_stored_used_and_no_worse_than_the_default(cli: Cli, place: P
     assert str(levels[1]) in cli("info", "tuned.onnx").out
 
 
+@pytest.mark.process
 def test_several_samplers_are_tuned_at_once(cli: Cli, place: Path) -> None:
     outcome = cli("tune", "model.onnx", "--steps", "3,2", *PLAIN, "--force")
     assert outcome.code == 0
@@ -168,6 +170,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
+@pytest.mark.process
 def test_without_torch_a_model_is_tuned(place: Path) -> None:
     words = ("tune", "model.onnx", *PLAIN, "--samples", 6, "-o", "t.onnx")
     done = exports.command(*words, cwd=place, start=exports.hiding("torch", "onnx", "pooch"))

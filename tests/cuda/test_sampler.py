@@ -122,6 +122,7 @@ def labels(files: exports.Files, listed: list[int]) -> Any:
     return listed if read_manifest(files.onnx).num_classes else None
 
 
+@pytest.mark.process
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("engine", ["tensorrt", "ort"])
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -154,6 +155,7 @@ def test_it_draws_what_the_host_draws(
         gpu.log.clear()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ["tensorrt", "ort"])
 def test_a_sampler_whose_numbers_are_not_finite_is_an_error(
     gpu: stand_in_gpu.Gpu, edm: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
@@ -171,6 +173,7 @@ def test_a_sampler_whose_numbers_are_not_finite_is_an_error(
             model.draw(noise.normals(0, np.arange(5, dtype=np.uint64), 2, (1, 8, 8)))
 
 
+@pytest.mark.process
 def test_torch_does_so_too(gpu: stand_in_gpu.Gpu, each: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """F by the module, everything else by the kernels."""
     model = opened("torch", gpu, each, each.onnx, monkeypatch)
@@ -179,6 +182,7 @@ def test_torch_does_so_too(gpu: stand_in_gpu.Gpu, each: exports.Files, monkeypat
     assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("precision", ["fp16"])
 def test_a_network_in_half_types_reads_half_types(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, precision: Any
@@ -191,6 +195,7 @@ def test_a_network_in_half_types_reads_half_types(
     assert (found != wanted).mean() < 0.5
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("graph", ["denoiser", "network"])
 def test_noise_levels_clip_and_output_arrive(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, graph: str
@@ -208,6 +213,7 @@ def test_noise_levels_clip_and_output_arrive(
     assert len([line for line in gpu.log if line.startswith("capture")]) == 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_the_callers_noise_is_used(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, graph: str
@@ -218,6 +224,7 @@ def test_the_callers_noise_is_used(
     assert np.abs(found.astype(int) - cm.sample(OrtBackend(boundary.onnx), noise=z)).max() <= 1
 
 
+@pytest.mark.process
 def test_a_thread_that_draws_ahead_has_the_context(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +254,7 @@ def edits(model: Any, rng: np.random.Generator) -> dict[str, Callable[..., Any]]
     return made
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("engine", "graph"), [("tensorrt", "denoiser"), ("tensorrt", "network"), ("torch", "network")])
 def test_edits_stay_there_too(
@@ -284,6 +292,7 @@ def test_edits_stay_there_too(
             assert gpu.log.count("graph") == 8 - captured
 
 
+@pytest.mark.process
 def test_an_edit_of_a_network_in_half_types_begins_with_what_it_was_given(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, rng: Any
 ) -> None:
@@ -299,6 +308,7 @@ def test_an_edit_of_a_network_in_half_types_begins_with_what_it_was_given(
     assert "cm_step_half_float_nchw" in gpu.log
 
 
+@pytest.mark.process
 def test_patches_are_of_what_the_kernels_have(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +318,7 @@ def test_patches_are_of_what_the_kernels_have(
     assert any(line.startswith("cm_finish_patch") for line in gpu.log)
 
 
+@pytest.mark.process
 def test_a_step_is_one_launch(gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
     cm.sample(model, 4, steps=3, micro_batch=4)
@@ -317,6 +328,7 @@ def test_a_step_is_one_launch(gpu: stand_in_gpu.Gpu, boundary: exports.Files, mo
     assert "capture 8" in gpu.log  # a cleared flag, four kernels, three evaluations
 
 
+@pytest.mark.process
 def test_the_next_batch_is_on_its_way_while_one_leaves(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +345,7 @@ def test_the_next_batch_is_on_its_way_while_one_leaves(
     assert len(rest) == 1
 
 
+@pytest.mark.process
 def test_a_caller_that_stops_early_leaves_nothing_behind(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +358,7 @@ def test_a_caller_that_stops_early_leaves_nothing_behind(
     assert np.array_equal(first.images, again.images)
 
 
+@pytest.mark.process
 def test_images_that_nobody_asks_for_any_more_are_no_error(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +370,7 @@ def test_images_that_nobody_asks_for_any_more_are_no_error(
     parts.close()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n", [1, 3, 5])
 def test_an_engine_of_the_network_denoises_as_any_other(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, n: int
@@ -369,6 +384,7 @@ def test_an_engine_of_the_network_denoises_as_any_other(
     assert np.abs(model.denoise(x, sigma, np.arange(n) % exports.CLASSES) - wanted).max() < 1e-5
 
 
+@pytest.mark.process
 def test_an_engine_that_takes_no_fewer_is_given_more(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +398,7 @@ def test_an_engine_that_takes_no_fewer_is_given_more(
 # Failures
 
 
+@pytest.mark.process
 def test_a_model_whose_images_are_not_finite_is_refused(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +414,7 @@ def test_a_model_whose_images_are_not_finite_is_refused(
     assert np.isfinite(cm.sample(model, 4, micro_batch=4)).all()  # the flag is cleared
 
 
+@pytest.mark.process
 def test_where_memory_does_not_last_the_batch_halves_and_says_so(
     gpu: stand_in_gpu.Gpu,
     boundary: exports.Files,
@@ -416,6 +434,7 @@ def test_where_memory_does_not_last_the_batch_halves_and_says_so(
         cm.sample(model, 1, steps=4)
 
 
+@pytest.mark.process
 def test_a_capture_that_fails_is_one_line(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +451,7 @@ def load(gpu: stand_in_gpu.Gpu) -> Any:
     return context.module()
 
 
+@pytest.mark.process
 def test_a_gpu_or_a_driver_too_old_for_the_kernels_is_named(gpu: stand_in_gpu.Gpu) -> None:
     gpu.capability = 7, 5
     with pytest.raises(EngineError, match=r"compute capability 7\.5; the kernels need 8\.0 \(Ampere\) or newer"):
@@ -449,6 +469,7 @@ def test_a_gpu_or_a_driver_too_old_for_the_kernels_is_named(gpu: stand_in_gpu.Gp
     assert load(gpu).get_function("cm_step_float_nchw")
 
 
+@pytest.mark.process
 def test_what_is_missing_is_named(
     gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -265,6 +265,7 @@ def test_the_shipped_extractor_is_small_and_knows_garments() -> None:
     assert (made.logits.argmax(1) == data.labels).mean() > 0.9
 
 
+@pytest.mark.process
 def test_a_classifier_can_be_made_into_an_extractor_again(script: ModuleType, tmp_path: Path) -> None:
     """What the script exports equals torch on real images, for awkward batches, and says what it takes."""
     torch.manual_seed(0)

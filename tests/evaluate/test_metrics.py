@@ -113,6 +113,7 @@ def test_another_extractors_reference_is_refused_at_the_first_batch(toy: Extract
             observe(batches(), toy, reference=reference)
 
 
+@pytest.mark.process
 def test_real_images_are_near_and_noise_is_far(rng: np.random.Generator) -> None:
     """Under the shipped extractor; few images lie farther off than many, so 128 real ones are not at zero."""
     extractor = Extractor(threads=1)
@@ -145,6 +146,7 @@ print(seen.statistics.count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.process
 def test_fifty_thousand_images_take_the_memory_of_five_thousand(tmp_path: Path) -> None:
     """39 MB of pixels go through; measured from outside, in processes of their own."""
     matrix = np.random.default_rng(0).standard_normal((784, 32)).astype(np.float32) / 784

@@ -67,6 +67,7 @@ def test_too_few_points_have_no_neighbours() -> None:
         precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
 
 
+@pytest.mark.process
 def test_memory_is_that_of_a_block(rng: np.random.Generator) -> None:
     """All distances of 4000 points would take 128 MB."""
     points = rng.standard_normal((4000, 2))

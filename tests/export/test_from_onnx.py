@@ -38,6 +38,7 @@ def test_every_tensor_comes_back_as_it_was_stored(each: exports.Files, form: str
     found.model()
 
 
+@pytest.mark.process
 def test_the_bundled_model_is_what_its_file_computes() -> None:
     """It says its own network: its training is recorded."""
     found, ort = recover(DEFAULT_MODEL), cm.load()
@@ -121,6 +122,7 @@ def test_only_the_manifests_data_file_is_opened(boundary: exports.Files, tmp_pat
         recover(path, network_of(boundary))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", [{"graph": "sampler"}, {"precision": "fp16"}])
 def test_a_file_without_all_of_the_weights_is_refused(boundary: exports.Files, how: dict[str, Any]) -> None:
     path = boundary.exported(**how)

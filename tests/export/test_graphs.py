@@ -36,6 +36,7 @@ def labels(manifest: Manifest, n: int) -> np.ndarray[Any, Any] | None:
 # Samplers
 
 
+@pytest.mark.process
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("steps", LEVELS)
@@ -53,6 +54,7 @@ def test_a_sampler_draws_what_the_loop_draws_with_a_denoiser(each: exports.Files
         assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
+@pytest.mark.process
 def test_the_public_functions_draw_by_seed_and_index_from_a_sampler_file(boundary: exports.Files) -> None:
     sampler = cm.load(boundary.exported(graph="sampler", steps=2), backend="ort")
     denoiser = cm.load(boundary.onnx, backend="ort")
@@ -61,6 +63,7 @@ def test_the_public_functions_draw_by_seed_and_index_from_a_sampler_file(boundar
         assert np.abs(cm.sample(sampler, count=7, **how).astype(int) - wanted).max() <= 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("steps", [1, 3])
 def test_inlined_it_has_standard_ops_alone_and_no_function(each: exports.Files, steps: int) -> None:
     plain, inline = (each.exported(graph="sampler", steps=steps, inline=inline) for inline in (False, True))
@@ -84,6 +87,7 @@ def dependent(model: onnx.ModelProto, *inputs: str) -> set[str]:
     return found
 
 
+@pytest.mark.process
 def test_nothing_of_the_noise_level_is_computed_in_a_sampler(each: exports.Files) -> None:
     """No logarithm, sine or time embedding; and what does not depend on noise or label is weights alone."""
     path = each.exported(graph="sampler", steps=2)
@@ -101,6 +105,7 @@ def test_nothing_of_the_noise_level_is_computed_in_a_sampler(each: exports.Files
             assert made_of_weights, f"{node.name} computes a constant"
 
 
+@pytest.mark.process
 def test_a_sampler_file_is_hardly_larger_than_the_denoisers(each: exports.Files) -> None:
     for steps in LEVELS:
         path = each.exported(graph="sampler", sigmas=LEVELS[steps])
@@ -109,6 +114,7 @@ def test_a_sampler_file_is_hardly_larger_than_the_denoisers(each: exports.Files)
     assert len(names) == len(set(names))
 
 
+@pytest.mark.process
 def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: exports.Files) -> None:
     """5 classes at 2 steps are fewer than the 128 numbers of an embedding; at 40 steps they are more."""
     few = {t.name for t in onnx.load(boundary.exported(graph="sampler", steps=2)).graph.initializer}
@@ -120,6 +126,7 @@ def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: expo
     assert not [name for name in many.weights if "time_embed" in name]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -141,6 +148,7 @@ def test_a_sampler_file_refuses_what_it_was_not_made_for(
         sampler.denoise(np.zeros((1, 3, 8, 8), np.float32), 1.0, 0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shape", [(1, 3, 3, 8, 8), (2, 3, 3, 8, 9), (2, 0, 3, 8, 8), (2, 3, 8, 8)])
 def test_noise_of_another_shape_is_refused(boundary: exports.Files, shape: tuple[int, ...]) -> None:
     sampler = OrtBackend(boundary.exported(graph="sampler", steps=2))
@@ -178,6 +186,7 @@ PRECISIONS = {
 ON_ENGINES = [pytest.param(name, marks=exports.needs_bf16 if "bf16" in name else ()) for name in PRECISIONS]
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("engine", ON_ENGINES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -190,6 +199,7 @@ def test_one_weight_that_is_not_finite_is_an_error_and_no_image(
         cm.sample(PRECISIONS[engine](path), 3)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ON_ENGINES)
 @pytest.mark.parametrize("step", [0, 1])
 def test_an_image_is_not_finite_by_itself_at_any_step(edm: exports.Files, engine: str, step: int) -> None:
@@ -202,6 +212,7 @@ def test_an_image_is_not_finite_by_itself_at_any_step(edm: exports.Files, engine
         sampler.draw(z)
 
 
+@pytest.mark.process
 def test_what_overflows_float16_inside_is_an_error_and_no_image(boundary: exports.Files, tmp_path: Path) -> None:
     """Where the engine computes in float16; OpenVINO does not, and its images of the same file are sound."""
     path = exports.with_weight(boundary.half_sampler, tmp_path / "m.onnx", exports.FIRST, 6e4)
@@ -210,12 +221,14 @@ def test_what_overflows_float16_inside_is_an_error_and_no_image(boundary: export
     assert cm.sample(OpenVinoBackend(path), 2).std() > 10
 
 
+@pytest.mark.process
 def test_an_export_whose_images_are_not_finite_is_not_written(boundary: exports.Files, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="not finite"):
         export.onnx(loud(boundary, 1e5), tmp_path / "m.onnx", graph="sampler", steps=2, precision="fp16")
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_sampler_of_before_draws_the_same_bytes_and_says_once_what_it_cannot(
     each: exports.Files, tmp_path: Path, engine: str, caplog: pytest.LogCaptureFixture
@@ -235,6 +248,7 @@ def test_a_sampler_of_before_draws_the_same_bytes_and_says_once_what_it_cannot(
 # The network alone
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_network_graph_is_F(each: exports.Files, precision: str) -> None:
     path = each.exported(graph="network", precision=precision)
@@ -252,6 +266,7 @@ def test_the_network_graph_is_F(each: exports.Files, precision: str) -> None:
     assert np.abs(F - wanted.numpy()).max() < (1e-5 if precision == "fp32" else 2e-2)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_with_its_coefficients_around_it_the_network_graph_is_f(each: exports.Files, precision: str) -> None:
     path = each.exported(graph="network", precision=precision)
@@ -268,6 +283,7 @@ def test_with_its_coefficients_around_it_the_network_graph_is_f(each: exports.Fi
             assert np.abs(images.astype(int) - cm.sample(OrtBackend(each.onnx), 5)).max() <= 1
 
 
+@pytest.mark.process
 @exports.needs_bf16
 def test_what_numpy_cannot_feed_is_refused(boundary: exports.Files) -> None:
     engine = OpenVinoBackend(boundary.exported(graph="network", precision="bf16"))
@@ -278,6 +294,7 @@ def test_what_numpy_cannot_feed_is_refused(boundary: exports.Files) -> None:
 # Half precision
 
 
+@pytest.mark.process
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("graph", ["denoiser", "sampler"])
 @pytest.mark.parametrize("precision", exports.HALVES)
@@ -299,6 +316,7 @@ def test_half_precision_keeps_40_dB_at_every_noise_level(each: exports.Files, pr
     assert path.stat().st_size < 0.7 * each.exported(graph=graph).stat().st_size
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("precision", exports.HALVES)
 def test_the_islands_are_float32(each: exports.Files, precision: str) -> None:
     """Every normalisation's statistics, and the last convolution's weights."""
@@ -324,6 +342,7 @@ def loud(files: exports.Files, factor: float) -> Checkpoint:
     return ours
 
 
+@pytest.mark.process
 def test_float16_stays_finite_where_sums_of_squares_do_not(boundary: exports.Files, tmp_path: Path) -> None:
     """Activations of some thousands, whose squares float16 cannot hold, at sigma 80 too."""
     checkpoint = loud(boundary, 2000.0)
@@ -336,6 +355,7 @@ def test_float16_stays_finite_where_sums_of_squares_do_not(boundary: exports.Fil
         assert np.isfinite(engine(path).denoise(x, 80.0, 0)).all(), name
 
 
+@pytest.mark.process
 def test_activations_that_float16_cannot_hold_are_refused_not_written(boundary: exports.Files, tmp_path: Path) -> None:
     with pytest.raises(ParityError, match=r"fp16 export differs .* \(-inf dB\)"):
         export.onnx(loud(boundary, 1e5), tmp_path / "m.onnx", precision="fp16")

@@ -58,6 +58,7 @@ def test_the_recorded_parity_covers_the_whole_range_of_noise_and_two_batch_sizes
     assert 0 < parity.max_abs < 1e-5  # float32 against float32, outputs of order 1
 
 
+@pytest.mark.process
 def test_an_error_of_known_size_is_recorded_as_that_size(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +69,7 @@ def test_an_error_of_known_size_is_recorded_as_that_size(
     assert parity.max_abs == pytest.approx(0.49998e-4, rel=0.1)
 
 
+@pytest.mark.process
 def test_an_error_above_the_tolerance_is_refused_by_its_size_and_nothing_is_written(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +78,7 @@ def test_an_error_above_the_tolerance_is_refused_by_its_size_and_nothing_is_writ
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_an_export_that_misses_leaves_the_file_it_was_to_replace(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +90,7 @@ def test_an_export_that_misses_leaves_the_file_it_was_to_replace(
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("by", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_are_refused(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: float
@@ -96,6 +100,8 @@ def test_outputs_that_are_not_finite_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.quick("0", "4")
+@pytest.mark.process
 @pytest.mark.parametrize("label", range(exports.CLASSES))
 def test_a_wrong_embedding_of_any_one_class_is_noticed(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: int
@@ -104,6 +110,7 @@ def test_a_wrong_embedding_of_any_one_class_is_noticed(
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, shifted("label_emb.weight", 1.0, row=label))
 
 
+@pytest.mark.process
 def test_a_graph_that_mixes_the_noise_levels_of_a_batch_is_noticed(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +127,7 @@ def test_a_graph_that_mixes_the_noise_levels_of_a_batch_is_noticed(
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, mixing)
 
 
+@pytest.mark.process
 def test_a_graph_of_another_boundary_is_noticed(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +144,7 @@ def test_a_graph_of_another_boundary_is_noticed(
         exporting(boundary, tmp_path / "m.onnx", monkeypatch, edm)
 
 
+@pytest.mark.process
 def test_an_error_in_weights_beside_the_file_is_noticed_and_neither_is_written(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

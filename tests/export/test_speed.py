@@ -18,6 +18,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "SECONDS", 0.0)
 
 
+@pytest.mark.quick("denoiser")
+@pytest.mark.process
 @pytest.mark.parametrize("graph", ["denoiser", "sampler"])
 def test_both_draw_and_take_turns(boundary: exports.Files, tmp_path: Path, graph: Any) -> None:
     ours = read_checkpoint(boundary.checkpoint)
@@ -29,6 +31,7 @@ def test_both_draw_and_take_turns(boundary: exports.Files, tmp_path: Path, graph
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", [{"graph": "network"}, {"precision": "fp16"}])
 def test_what_a_plain_export_has_no_match_for_is_not_compared(
     boundary: exports.Files, tmp_path: Path, how: dict[str, Any]

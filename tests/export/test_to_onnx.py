@@ -104,6 +104,7 @@ def without_metadata(path: Path) -> bytes:
 # What the file computes
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
 def test_a_stock_onnx_runtime_without_our_code_computes_what_the_torch_model_computes(
@@ -134,6 +135,7 @@ def test_every_input_matters(each: exports.Files) -> None:
         assert (changed[np.array(LEVELS) > 0.01] > 1e-3).all(), name
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("form", ["inline", "half", "inline_apart"])
 def test_openvino_runs_the_inlined_file(each: exports.Files, form: str) -> None:
@@ -201,6 +203,7 @@ def test_only_the_plain_file_has_a_function_and_only_the_half_file_has_casts_of_
     assert halves[2] > 20
 
 
+@pytest.mark.process
 def test_the_manifest_is_json_that_any_onnx_reader_finds(each: exports.Files) -> None:
     (entry,) = onnx.load(each.onnx).metadata_props
     assert entry.key == "cm_runtime"
@@ -230,6 +233,7 @@ def test_the_manifest_is_json_that_any_onnx_reader_finds(each: exports.Files) ->
     assert json.loads(read_manifest(each.onnx).model_dump_json()) == said
 
 
+@pytest.mark.process
 def test_export_returns_the_manifest_it_wrote(boundary: exports.Files, tmp_path: Path) -> None:
     manifest = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx").manifest
     assert manifest == read_manifest(tmp_path / "m.onnx")
@@ -241,6 +245,7 @@ def test_the_file_names_no_folder_of_the_machine_that_made_it(boundary: exports.
         assert trace.encode() not in content
 
 
+@pytest.mark.process
 def test_exporting_twice_gives_the_same_bytes(boundary: exports.Files, tmp_path: Path) -> None:
     """With torch's exporter run anew; also when nothing of it is remembered."""
     export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "again.onnx")
@@ -268,6 +273,7 @@ def test_the_float16_file_computes_in_float32_to_the_last_bit(each: exports.File
     assert np.array_equal(full, half)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("inside", "apart"), [("onnx", "apart"), ("half", "half_apart"), ("inline", "inline_apart")])
 def test_weights_beside_the_file_are_those_inside_it(each: exports.Files, inside: str, apart: str) -> None:
     """The onnx package joins the two to the same graph, and an engine computes the same to the last bit."""
@@ -348,6 +354,7 @@ def test_another_ending_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_an_existing_file_is_replaced_only_with_force(boundary: exports.Files, tmp_path: Path) -> None:
     target = tmp_path / "m.onnx"
     target.write_bytes(b"somebody's work")
@@ -386,6 +393,7 @@ def test_a_disk_that_fills_up_leaves_nothing(boundary: exports.Files, tmp_path: 
     fails_where_files_are_small(boundary, tmp_path, boundary.onnx.stat().st_size // 2)
 
 
+@pytest.mark.process
 def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +427,7 @@ def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
     assert without_metadata(tmp_path / "m.onnx") == without_metadata(boundary.onnx)
 
 
+@pytest.mark.process
 def test_torch_has_let_go_of_the_weights_when_the_engine_loads_them(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,6 +472,7 @@ def names(folder: Path) -> set[str]:
     return set(os.listdir(folder))
 
 
+@pytest.mark.process
 def test_the_weights_go_into_one_file_named_after_the_export_and_its_content(
     boundary: exports.Files, tmp_path: Path, apart: None
 ) -> None:
@@ -473,6 +483,7 @@ def test_the_weights_go_into_one_file_named_after_the_export_and_its_content(
     assert manifest.data_file == f"m-{checksum[:12]}.data"
 
 
+@pytest.mark.process
 def test_force_replaces_both_files_and_the_older_data_file_goes(
     boundary: exports.Files, tmp_path: Path, apart: None
 ) -> None:
@@ -489,6 +500,7 @@ def test_force_replaces_both_files_and_the_older_data_file_goes(
     assert names(tmp_path) == {"m.onnx", second.data_file}
 
 
+@pytest.mark.process
 def test_force_back_to_weights_inside_removes_the_data_file(
     boundary: exports.Files, tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +510,7 @@ def test_force_back_to_weights_inside_removes_the_data_file(
     assert names(tmp_path) == {"m.onnx"}
 
 
+@pytest.mark.process
 def test_a_data_file_that_another_export_names_stays(boundary: exports.Files, tmp_path: Path, apart: None) -> None:
     first = export.onnx(read_checkpoint(boundary.checkpoint), tmp_path / "m.onnx").manifest
     write_manifest(tmp_path / "m.onnx", tmp_path / "tuned.onnx", first)
@@ -506,6 +519,7 @@ def test_a_data_file_that_another_export_names_stays(boundary: exports.Files, tm
     session(tmp_path / "tuned.onnx")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("step", ["write", "check", "parity", "manifest"])
 def test_whatever_fails_leaves_nothing_and_keeps_what_was_there(
     boundary: exports.Files, tmp_path: Path, apart: None, monkeypatch: pytest.MonkeyPatch, step: str
@@ -533,6 +547,7 @@ def test_a_disk_that_fills_up_with_weights_leaves_nothing(boundary: exports.File
     fails_where_files_are_small(boundary, tmp_path, exports.data_file(boundary.apart).stat().st_size // 2)
 
 
+@pytest.mark.process
 def test_of_several_exports_at_once_the_one_that_stays_has_its_weights(
     boundary: exports.Files, tmp_path: Path, apart: None
 ) -> None:

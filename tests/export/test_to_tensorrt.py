@@ -115,6 +115,7 @@ def left(folder: Path) -> set[str]:
 # Real builds
 
 
+@pytest.mark.process
 @pytest.mark.quick("edm")
 def test_every_form_builds_for_two_gpus(each: exports.Files, no_gpu: None, tmp_path: Path) -> None:
     """Local functions, classes and a dynamic batch are read; the engine and its manifest fit each other."""
@@ -137,6 +138,7 @@ def test_every_form_builds_for_two_gpus(each: exports.Files, no_gpu: None, tmp_p
     assert "[ERROR]" not in log
 
 
+@pytest.mark.process
 @pytest.mark.quick("half_apart")
 @pytest.mark.parametrize("name", ["apart", "half", "half_apart", "inline"])
 def test_weights_beside_the_graph_and_stored_as_halves_build(

@@ -136,6 +136,7 @@ def _write_and_hang(target, ready):
         threading.Event().wait()
 
 
+@pytest.mark.process
 def test_a_killed_writer_leaves_the_final_name_alone(tmp_path):
     target = tmp_path / "out.bin"
     target.write_bytes(b"old")
@@ -159,6 +160,7 @@ def _write_folder(target, word, existing="replaced"):
             (folder / name).write_text(word)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("is_exchanged", [True, False])
 def test_a_folder_is_replaced_by_a_whole_one_at_every_moment_or_comes_back(tmp_path, monkeypatch, is_exchanged):
     """Where the file system cannot swap two folders, there may be none for a moment; the next run restores it."""
@@ -202,6 +204,7 @@ def test_a_folder_that_must_not_be_replaced_is_not(tmp_path):
     assert kills.contents(tmp_path) == {"m/a": b"old", "m/inside/b": b"old"}
 
 
+@pytest.mark.process
 def test_a_kill_at_any_moment_leaves_a_file_whole_and_its_litter_to_the_next(tmp_path, name="x.npz"):
     def write(folder, word=b"new"):
         with write(folder / name) as temporary:

@@ -79,6 +79,7 @@ def test_16_bits_are_refused_and_8_are_not(tmp_path: Path, colour: int, channels
     assert (image_reader.read(tmp_path / "x.png", 3) == 255).all()
 
 
+@pytest.mark.process
 def test_a_bmp_of_16_bits_a_pixel_is_read(tmp_path: Path) -> None:
     head = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 58, 0, 54, 40, 1, 1, 1, 16, 0, 4, 0, 0, 0, 0)
     (tmp_path / "x.bmp").write_bytes(head + struct.pack("<HH", 0x7FFF, 0))

@@ -80,6 +80,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_torch_would_follow_is_refused_before(tmp_path: Path, kind: str) -> None:
     instructions, words = HOSTILE[kind]

@@ -33,6 +33,7 @@ def left(tmp_path: Path) -> str:
     return name
 
 
+@pytest.mark.process
 def test_the_next_writer_of_the_kind_sweeps_and_others_do_not(tmp_path: Path, left: str) -> None:
     with write(tmp_path / "y.onnx") as temporary:
         temporary.touch()
@@ -43,6 +44,7 @@ def test_the_next_writer_of_the_kind_sweeps_and_others_do_not(tmp_path: Path, le
     assert litter(tmp_path) == [] and {path.name for path in tmp_path.iterdir()} == {"y.onnx", "y.npz"}
 
 
+@pytest.mark.process
 def test_what_a_living_process_writes_is_never_swept(tmp_path: Path) -> None:
     with write(tmp_path / "x.npz") as temporary:
         temporary.write_bytes(b"mine")
@@ -74,6 +76,7 @@ def test_a_workspace_whose_lock_was_never_made_is_dead(tmp_path: Path) -> None:
     assert litter(tmp_path) == []
 
 
+@pytest.mark.process
 def test_where_no_locks_work_files_are_written_and_nothing_is_swept(
     tmp_path: Path, left: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +98,7 @@ def test_what_was_moved_aside_comes_back_unless_it_was_replaced(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "of.cm-01234567", "of.cm-89abcdef"]
 
 
+@pytest.mark.process
 def test_scratch_folders_of_the_dead_go_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 

@@ -16,6 +16,7 @@ EACH = {"quick": 3, "slow": 10}
 GROUPS = 2  # each a process, for as many workers
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("tier", ["quick", pytest.param("slow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_readers_take_mutated_files_or_refuse_them_in_a_line(group: int, tier: str, tmp_path: Path) -> None:

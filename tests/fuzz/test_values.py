@@ -43,6 +43,7 @@ def one_line(act: Callable[[], Any]) -> Any:
         return None
 
 
+@pytest.mark.process
 @QUICK
 @given(st.dictionaries(st.sampled_from(sorted(Manifest.model_fields)), JSON, max_size=3))
 def test_manifests(changes: dict[str, Any]) -> None:

@@ -147,6 +147,7 @@ def test_the_last_index_there_is_has_a_name(tmp_path: Path) -> None:
         assert next(READERS[kind](where))[0] == 2**64 - 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_images_are_the_same_bytes_later_and_elsewhere(tmp_path: Path, kind: str) -> None:
     folders = [tmp_path / name for name in ("one", "other")]
@@ -253,6 +254,7 @@ def test_a_folder_that_another_process_made_first_stays(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.process
 def test_other_programs_list_the_archive(tmp_path: Path) -> None:
     """The system's tar and unzip, where they are installed."""
     where = written("wds", contents(3), tmp_path)

@@ -147,6 +147,7 @@ def test_an_engine_that_goes_on_with_smaller_micro_batches_is_stopped(
 # Going on
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["npz", "png", "wds", "parquet"])
 def test_only_what_is_missing_is_drawn_again_to_the_same_bytes(
     engine: OrtBackend, make_job: Make, tmp_path: Path, kind: str
@@ -196,6 +197,7 @@ def test_what_a_kill_left_behind_is_removed(engine: OrtBackend, make_job: Make, 
     ]
 
 
+@pytest.mark.process
 def test_a_full_disk_keeps_finished_shards_and_a_later_run_goes_on(
     engine: OrtBackend, make_job: Make, tmp_path: Path
 ) -> None:
@@ -378,6 +380,8 @@ def test_a_folder_grows_to_the_bytes_of_one_that_had_the_size_from_the_start(
         finished(engine, make_job(counts[0], 4, kind), tmp_path / "grown")
 
 
+@pytest.mark.quick("npz")
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["npz", "png"])
 def test_a_kill_during_growth_leaves_a_folder_that_either_command_completes(
     engine: OrtBackend, make_job: Make, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

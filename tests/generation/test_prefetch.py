@@ -31,6 +31,7 @@ def test_all_parts_come_in_order(most: int) -> None:
     assert list(prefetch(iter([]), most)) == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("most", [1, 3])
 def test_no_more_are_made_than_asked_for_and_none_for_a_reader_that_left(most: int) -> None:
     made: list[int] = []

@@ -162,6 +162,7 @@ def test_workers_that_keep_dying_end_the_run(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.process
 @pytest.mark.quick("no folder")
 @pytest.mark.parametrize(
     ("model", "folder", "changed", "line"),
@@ -203,6 +204,7 @@ def test_a_worker_says_what_it_could_not_do(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.process
 def test_the_command_line_joins_a_cluster(address: str, tmp_path: Path) -> None:
     """It makes what it makes without."""
     words = [
@@ -396,6 +398,7 @@ def test_an_address_without_a_cluster(
     assert time.perf_counter() - began < 2 * ray_runner.PATIENCE
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("package", ray_runner.PACKAGES)
 def test_without_ray(package: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)

@@ -61,6 +61,7 @@ def test_a_mapping_of_labels_ends_a_stream(engine: OrtBackend) -> None:
         cm.stream(engine, 6, labels={4: 3, 1: 2})
 
 
+@pytest.mark.process
 def test_sample_opens_a_path_and_by_default_the_bundled_model(
     path: Path, engine: OrtBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_reader_that_stops_leaves_no_thread(engine: OrtBackend) -> None:
     assert threads() == []
 
 
+@pytest.mark.process
 def test_no_more_batches_are_drawn_than_prefetched(engine: OrtBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     evaluate = engine.evaluate
@@ -148,6 +150,7 @@ def test_a_wrong_request_is_refused_at_once(engine: OrtBackend, path: Path, opti
             cm.stream(model, **options)
 
 
+@pytest.mark.process
 def test_ctrl_c_ends_a_program_that_reads_a_stream(path: Path, tmp_path: Path) -> None:
     script = (
         "import sys, cm_runtime as cm\n"
@@ -171,6 +174,7 @@ def test_ctrl_c_ends_a_program_that_reads_a_stream(path: Path, tmp_path: Path) -
 # torch
 
 
+@pytest.mark.process
 def test_items_are_an_image_and_its_label(engine: OrtBackend, grey: Path) -> None:
     items = list(cm.stream(engine, 5, steps=1, micro_batch=2).dataset())
     images = cm.sample(engine, 5, 1, micro_batch=2)
@@ -199,6 +203,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 @pytest.mark.quick("openvino-1-context2")
 @pytest.mark.parametrize(
     ("before", "workers", "context"), [("", 3, []), ("ort", 1, []), ("openvino", 1, []), ("openvino", 2, ["spawn"])]
@@ -230,6 +235,7 @@ def test_a_loaded_model_does_not_go_to_workers(engine: OrtBackend) -> None:
     assert "\n" not in str(one.value)
 
 
+@pytest.mark.process
 def test_without_torch_a_dataset_is_an_extra(path: Path, tmp_path: Path) -> None:
     hide = exports.hiding("torch")[2].rpartition("from cm_runtime.cli")[0]
     script = (

@@ -69,6 +69,7 @@ ptxas info    : Used 255 registers, used 0 barriers, 8 bytes cumulative stack si
 """
 
 
+@pytest.mark.process
 def test_a_spill_is_an_error(tmp_path: Path) -> None:
     """The log is one that ptxas could have written."""
     (tmp_path / "build.log").write_text(LOG)
@@ -87,6 +88,7 @@ def test_a_spill_is_an_error(tmp_path: Path) -> None:
 # The PTX for TensorRT
 
 
+@pytest.mark.process
 @needs_nvcc
 def test_the_committed_ptx_is_what_the_source_compiles_to(tmp_path: Path) -> None:
     for name in ("skip_scale.cu", "portable.h", "Makefile"):
@@ -95,6 +97,7 @@ def test_the_committed_ptx_is_what_the_source_compiles_to(tmp_path: Path) -> Non
     assert (tmp_path / "skip_scale.ptx").read_text() == kernels.ptx("skip_scale")
 
 
+@pytest.mark.process
 @needs_nvcc
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_gpu_has_code_for_the_ptx(gpu: str, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def run(shape: tuple[int, ...], type: Any, given: dict[str, Array], has_scale: b
     return y
 
 
+@pytest.mark.process
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("has_scale", [True, False])
@@ -73,6 +74,7 @@ def test_in_float32_it_is_its_formula_to_one_in_a_hundred_thousand(shape: Any, h
     assert (np.abs(found - wanted) <= 1e-5 * np.maximum(np.abs(wanted), 1)).all()
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("type", ["fp16", "bf16"])
@@ -100,6 +102,7 @@ def test_a_mean_far_from_0_costs_nothing(type: Any) -> None:
     assert np.abs(found - wanted).max() <= 3e-5 * np.abs(wanted).max() + rounding * np.abs(wanted).max()
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] < 255], ids=str)
 @pytest.mark.parametrize("type", TYPES)

@@ -215,6 +215,7 @@ def cases(type: torch.dtype, layout: Any, shape: Any = (3, 4, 4, 6)) -> dict[str
     }
 
 
+@pytest.mark.process
 @pytest.mark.covering(1)
 @every_layout
 @every_type
@@ -268,6 +269,7 @@ def test_the_gradients_are_those_of_the_formula(type: torch.dtype, layout: Any, 
         ops.step(x, F, None, 1.0, 1.0, 1.0, 1.0, True, 0, 0, 1)[0].sum().backward()
 
 
+@pytest.mark.process
 @every_layout
 def test_a_function_of_them_compiles_whole(layout: Any) -> None:
     def sample(x: Tensor, F: Tensor, sigma: Tensor, gamma: Tensor, beta: Tensor, seed: int) -> tuple[Tensor, ...]:

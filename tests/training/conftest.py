@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 TINY_NETWORK = {"channels": 32, "channel_mult": [1, 2], "res_blocks": 1, "head_channels": 32}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def real_commit() -> Iterator[Callable[[], str | None]]:
+    """Runs here do not ask git where they come from, which takes as long as a tiny run; the function that does."""
+    from cm_runtime.training import provenance
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = provenance._commit
+        patch.setattr(provenance, "_commit", lambda: None)
+        yield real
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch on one thread, as bit-for-bit comparisons want it."""

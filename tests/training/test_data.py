@@ -278,6 +278,7 @@ def tar_head(size: int, kind: bytes, name: str = "x") -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
+@pytest.mark.process
 def test_cifar_archive_of_extended_headers(tmp_path: Path) -> None:
     """Those that tarfile takes squared time, its whole stack, or all memory for."""
     archive = tmp_path / "c.tar"
@@ -850,6 +851,7 @@ def start_fetch(target: Path, remote: RemoteFile) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.process
 def test_download_by_two_processes_at_once(tmp_path: Path, server: Server) -> None:
     content = RNG.bytes(300_000)
     both_ask = threading.Barrier(2, timeout=30)
@@ -867,6 +869,7 @@ def test_download_by_two_processes_at_once(tmp_path: Path, server: Server) -> No
     assert (tmp_path / "x").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_download_killed_half_way(tmp_path: Path, server: Server) -> None:
     content = RNG.bytes(300_000)

@@ -168,6 +168,7 @@ def test_two_workers_equal_one_after_20_steps(method: str, tmp_path: Path) -> No
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
+@pytest.mark.process
 def test_two_workers_equal_one_through_every_method(in_double: Path) -> None:
     train_two(in_double / "fp64.toml", in_double / "two")
     assert_equal_runs(in_double / "two", in_double / "one", weights=1e-9, losses=1e-9)

@@ -49,6 +49,7 @@ def teacher(tmp_path: Path) -> Path:
     return tmp_path / "edm_imagenet64_ema.pt"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["cd", "ect"])
 def test_a_run_starts_from_a_teacher_of_openais(
     method: str, teacher: Path, tmp_path: Path, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch
@@ -80,6 +81,7 @@ def test_a_run_starts_from_a_teacher_of_openais(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before["ema"]["0.5"].items())
 
 
+@pytest.mark.process
 def test_a_run_starts_from_a_folder_of_diffusers(tmp_path: Path, toy_images: ImageSet) -> None:
     folder = save_pipeline(tmp_path / "pipe", {**GREY, "sample_size": 8, "num_class_embeds": 3})
     train(config(folder, "ect", precond="boundary"), toy_images, tmp_path / "run")
@@ -88,6 +90,7 @@ def test_a_run_starts_from_a_folder_of_diffusers(tmp_path: Path, toy_images: Ima
     assert found.training.config["init"] == start.sha256
 
 
+@pytest.mark.process
 def test_what_the_file_does_not_say_is_told(teacher: Path, tmp_path: Path, toy_images: ImageSet) -> None:
     renamed = teacher.rename(tmp_path / "mine.pt")
     told = {"init_head_channels": 32, "init_image_size": 8}

@@ -132,6 +132,7 @@ def test_every_image_of_a_batch_is_by_itself(small: Lpips, n: int) -> None:
     torch.testing.assert_close(d, one_by_one, rtol=1e-5, atol=0)
 
 
+@pytest.mark.process
 def test_small_images_are_seen_at_224_pixels(full: Lpips) -> None:
     for channels, side in ((1, 28), (3, 32)):
         a, b = pictures(1, channels, side, side), pictures(1, channels, side, side, seed=1)
@@ -148,6 +149,7 @@ def test_large_images_are_left_as_they_are(full: Lpips, weights: Weights, monkey
     assert full.size == 224
 
 
+@pytest.mark.process
 def test_it_is_a_distance(small: Lpips) -> None:
     a, b = pictures(3, 3, 32, 32), pictures(3, 3, 32, 32, seed=1)
     assert torch.equal(small(a, a), torch.zeros(3))
@@ -275,6 +277,7 @@ def test_published_files_are_read(folder: Path, small: Lpips, weights: Weights, 
     assert torch.equal(loaded(a, b), small(a, b))
 
 
+@pytest.mark.process
 def test_safetensors_are_read(tmp_path: Path, vgg: Weights, heads: Weights, weights: Weights) -> None:
     from safetensors.torch import save_file
 

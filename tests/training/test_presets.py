@@ -198,6 +198,7 @@ def test_spans_published_in_images() -> None:
     assert phase.ema == pytest.approx((0.5 ** (512 / 500e3),), abs=1e-6)
 
 
+@pytest.mark.process
 @pytest.mark.quick("fashion-mnist")
 @pytest.mark.parametrize("data", [*list(SIZES)[:3], pytest.param("lsun256", marks=pytest.mark.slow)])
 def test_two_steps_of_each_made_small(data: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -83,6 +84,7 @@ def test_a_fresh_folder_is_made_with_its_parents_and_holds_the_whole_configurati
     assert load_config(tmp_path / "a" / "b" / "config.toml") == config
 
 
+@pytest.mark.process
 def test_what_a_run_writes_can_be_read_back(tmp_path: Path, tiny_config: Config, finished: Finished) -> None:
     finished(tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
@@ -122,6 +124,7 @@ def _moments(state: dict[str, Any], **changes: Any) -> None:
     state["optimizer"]["state"][0] |= changes
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("damage", "wrong"),
     [
@@ -223,6 +226,7 @@ def test_the_lock_empties_no_file_that_it_is_a_link_to(tmp_path: Path, tiny_conf
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+@pytest.mark.process
 def test_random_damage_ends_in_one_line_or_in_a_run(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,3 +570,12 @@ def test_a_state_that_is_no_checkpoint_is_told_with_the_cure(
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04")
     with pytest.raises(TrainingError, match="not a torch checkpoint, or is damaged; put a copy back"):
         opened(tmp_path, tiny_config(), resume=True)
+
+
+@pytest.mark.process
+def test_the_commit_is_that_of_the_checkout(real_commit: Callable[[], str | None]) -> None:
+    root = Path(provenance.__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("no checkout")
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert head and real_commit() in (head, f"{head}+")

@@ -111,6 +111,7 @@ def test_weights_take_the_optimizers_step_by_hand(randomised: Any, optimizer: st
     torch.testing.assert_close(stepper.model.state_dict()[name], at - 0.01 / 2 * step, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["cd", "ct", "ict"])
 @pytest.mark.parametrize("optimizer", ["adam", "radam"])
 def test_a_stepper_put_back_goes_on_to_the_bit(randomised: Any, method: str, optimizer: str) -> None:

@@ -181,6 +181,7 @@ def test_a_run_killed_again_and_again_ends_as_the_one_never_killed(config: Path,
     assert_same(left_behind(tmp_path / "killed"), left_behind(tmp_path / "whole"))
 
 
+@pytest.mark.process
 def test_two_processes_do_not_train_in_one_folder(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(command(config, "--out", out), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -242,6 +243,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert everything(tmp_path) == before
 
 
+@pytest.mark.process
 @pytest.mark.quick("words1")
 @pytest.mark.parametrize(
     "words", [["no-such-preset"], ["CONFIG", "--data", "nowhere.npz"], ["CONFIG", "--set", "garbage"]]
@@ -262,6 +264,7 @@ def test_a_loss_that_is_not_finite_is_one_line(
     assert error.count("\n") == 1 and "not finite at phase 0 step " in error
 
 
+@pytest.mark.process
 def test_debug_shows_the_traceback(config: Path, tmp_path: Path) -> None:
     done = run(config, "--set", "garbage", "--debug", cwd=tmp_path)
     assert done.returncode != 0 and "Traceback" in done.stderr and "garbage" in done.stderr
@@ -272,6 +275,7 @@ def test_debug_shows_the_traceback(config: Path, tmp_path: Path) -> None:
 QUICK = [word for i in (0, 1) for word in ("--set", f"phase.{i}.steps=1")]
 
 
+@pytest.mark.process
 def test_a_run_goes_to_a_folder_named_after_its_configuration(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,6 +306,7 @@ def test_a_run_goes_to_a_folder_named_after_its_configuration(
     assert in_process(config, *QUICK, "--force") == 0
 
 
+@pytest.mark.process
 def test_the_configuration_that_a_run_writes_starts_the_same_run(config: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert in_process(config, "--out", first, *QUICK, "--set", "seed=3", "--set", "precond=boundary") == 0
@@ -312,6 +317,7 @@ def test_the_configuration_that_a_run_writes_starts_the_same_run(config: Path, t
 PATHS = ["plain.npz", "sp ace.npz", "it's.npz", 'a "quoted".npz', 'it\'s "both".npz', "back\\slash.npz", "päth.npz"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", PATHS)
 def test_data_may_lie_at_any_path(config: Path, tmp_path: Path, name: str) -> None:
     os.rename(tmp_path / "data.npz", tmp_path / name)
@@ -319,11 +325,13 @@ def test_data_may_lie_at_any_path(config: Path, tmp_path: Path, name: str) -> No
     assert read_checkpoint(tmp_path / "out" / "ckpt.pt").training.data == name
 
 
+@pytest.mark.process
 def test_data_overrides_the_configuration_and_every_setting(config: Path, tmp_path: Path) -> None:
     other = ["--set", "data.source=/nowhere", "--data", tmp_path / "data.npz"]
     assert in_process(config, "--out", tmp_path / "out", *QUICK, *other) == 0
 
 
+@pytest.mark.process
 def test_the_excerpt_of_real_images_trains_from_the_preset(tmp_path: Path) -> None:
     excerpt = Path(__file__).parents[1] / "data" / "fashion-mnist"
     tiny = ["network.channels=32", "network.res_blocks=1", "network.head_channels=32", "network.attention=[]"]
@@ -335,6 +343,7 @@ def test_the_excerpt_of_real_images_trains_from_the_preset(tmp_path: Path) -> No
     assert [line["images"] for line in log_of(tmp_path / "out")] == [8, 16]
 
 
+@pytest.mark.process
 def test_a_terminal_sees_a_progress_bar(config: Path, tmp_path: Path) -> None:
     controller, terminal = os.openpty()
     drawn = bytearray()

@@ -207,6 +207,10 @@ IMPORTED = {"init_precond", "init_head_channels", "init_image_size"}
 CHANGES = [("ict", key, value) for key, value in RUN.items()] + [
     (method, f"phase.0.{key}", value) for method, keys in PHASE.items() for key, value in keys.items()
 ]
+# Of the methods that have a key one is quick, each in its turn
+HAVE = {key: [method for method in PHASE if key in PHASE[method]] for keys in PHASE.values() for key in keys}
+QUICK = {(methods[n % len(methods)], f"phase.0.{key}") for n, (key, methods) in enumerate(HAVE.items())}
+CASES = [pytest.param(*case, marks=() if case[1] in RUN or case[:2] in QUICK else pytest.mark.slow) for case in CHANGES]
 # What must be there, changed or not, for a key to have a meaning
 BESIDE = {
     "phase.0.huber_c": ["phase.0.distance=huber"],
@@ -308,12 +312,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_configuration_gives_the_same_run(trained: Trained, method: str) -> None:
     assert trained(method, ["seed=0"]) == trained(method, [])  # 0 is the default, and both are run
 
 
-@pytest.mark.parametrize(("method", "key", "value"), CHANGES)
+@pytest.mark.process
+@pytest.mark.parametrize(("method", "key", "value"), CASES)
 def test_every_key_changes_what_a_run_leaves_behind(trained: Trained, method: str, key: str, value: str) -> None:
     beside = BESIDE.get(key, [])
     before, after = trained(method, beside), trained(method, [*beside, f"{key}={value}"])
@@ -331,11 +337,13 @@ def test_no_key_is_left_out_above() -> None:
     assert set(METHODS.values()) == set(get_args(Phase)) | set(get_args(ConsistencyPhase)) - {ConsistencyPhase}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["edm", "cd", "ict", "ect"])
 def test_every_phase_computes_in_float64_when_asked(trained: Trained, method: str) -> None:
     assert trained(method, ["phase.0.precision=fp64"])["weights"] != trained(method, [])["weights"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("method", "networks"), [("cd", 3), ("ct", 2), ("ict", 1), ("ect", 1), ("edm", 1)])
 def test_student_target_and_teacher_are_each_compiled_once(trained: Trained, method: str, networks: int) -> None:
     """A real compilation takes minutes, so that only the calls are counted."""

@@ -94,6 +94,7 @@ def test_the_first_step_is_the_clipped_gradient_times_the_learning_rate(
 # a run
 
 
+@pytest.mark.process
 def test_averages_follow_the_weights_and_a_phase_starts_from_those_of_the_one_before(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, seen: list[Seen]
 ) -> None:
@@ -114,6 +115,7 @@ def test_averages_follow_the_weights_and_a_phase_starts_from_those_of_the_one_be
         assert torch.equal(state["ema"]["0.2"][name], found)
 
 
+@pytest.mark.process
 def test_phases_walk_on_through_the_data(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, seen: list[Seen]
 ) -> None:
@@ -128,6 +130,7 @@ def test_phases_walk_on_through_the_data(
     assert torch.cat([call.batch.draws.place for call in seen]).tolist() == list(range(100))
 
 
+@pytest.mark.process
 def test_every_step_of_every_phase_and_seed_has_its_own_randomness(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, seen: list[Seen]
 ) -> None:
@@ -138,6 +141,7 @@ def test_every_step_of_every_phase_and_seed_has_its_own_randomness(
     assert len({z for one in draws[:12] for z in one}) == 12 * 4
 
 
+@pytest.mark.process
 def test_every_step_is_reported_and_every_tenth_is_logged(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -171,6 +175,7 @@ def test_every_step_is_reported_and_every_tenth_is_logged(
     assert (teacher.method, teacher.steps, teacher.images) == ("edm", 23, 46)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_grids_are_pictures_of_the_right_size_at_the_right_steps(
     tmp_path: Path,
@@ -213,6 +218,7 @@ def cells(path: Path) -> np.ndarray:
         return np.asarray(picture, np.float64).reshape(2, 8, 2, 8).swapaxes(1, 2).reshape(4, 8, 8)
 
 
+@pytest.mark.process
 def test_grids_are_what_the_averaged_weights_draw_from_the_seeds_noise(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -251,6 +257,7 @@ def test_grids_are_what_the_averaged_weights_draw_from_the_seeds_noise(
     assert np.abs(drawn - teacher).max() > 1  # so the two are not the same picture
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("weights", ["float32", "float16"])
 def test_checkpoints_are_stored_as_asked(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, weights: str
@@ -264,6 +271,7 @@ def test_checkpoints_are_stored_as_asked(
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", ["edm", "boundary", "piecewise"])
 def test_every_form_of_preconditioning_trains(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, form: str
@@ -274,12 +282,14 @@ def test_every_form_of_preconditioning_trains(
     assert found.sigma_boundary == (0.0 if form == "edm" else 0.002)
 
 
+@pytest.mark.process
 def test_images_without_labels_make_a_model_without_classes(tmp_path: Path, tiny_config: Config) -> None:
     data = ImageSet(np.random.default_rng(0).integers(0, 256, (9, 1, 8, 8)).astype(np.uint8), None, 0, "bare")
     train(tiny_config(), data, tmp_path)
     assert read_checkpoint(tmp_path / "ckpt.pt").config.network.num_classes == 0
 
 
+@pytest.mark.process
 def test_images_of_any_number_of_channels_train_or_are_refused_before_the_run(
     tmp_path: Path, tiny_config: Config
 ) -> None:
@@ -292,6 +302,7 @@ def test_images_of_any_number_of_channels_train_or_are_refused_before_the_run(
         assert read_checkpoint(tmp_path / "run" / "ckpt.pt").config.image_shape == (2, 8, 8)
 
 
+@pytest.mark.process
 def test_another_thread_can_train(tmp_path: Path, tiny_config: Config, toy_images: ImageSet) -> None:
     config = tiny_config(phases=1)
     train(config, toy_images, tmp_path / "main")
@@ -304,6 +315,7 @@ def test_another_thread_can_train(tmp_path: Path, tiny_config: Config, toy_image
 # learning
 
 
+@pytest.mark.process
 def test_the_loss_on_real_images_falls(tmp_path: Path, tiny_config: Config) -> None:
     config = tiny_config(
         edm={"steps": 40, "batch": 16, "learning_rate": 3e-3, "ema": [0.9], "P_mean": -1.0, "P_std": 1.4},
@@ -315,6 +327,7 @@ def test_the_loss_on_real_images_falls(tmp_path: Path, tiny_config: Config) -> N
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
+@pytest.mark.process
 def test_gaussian_data_teach_the_exact_denoiser_and_then_ects_fixed_point(
     tmp_path: Path, tiny_config: Config, ect_fixed_point: Callable[[Tensor, float, int], Tensor]
 ) -> None:
@@ -361,6 +374,7 @@ def stop_at(phase: int, at: int, kind: signal.Signals = signal.SIGINT) -> Callab
     return report
 
 
+@pytest.mark.process
 def test_a_run_stopped_at_every_step_ends_as_the_one_never_stopped(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -401,6 +415,8 @@ def distilling(**top: Any) -> TrainConfig:
     return parse_config(tree, "distilling")
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_run_with_targets_and_a_teacher_stopped_at_every_step_ends_as_the_one_never_stopped(
     tmp_path: Path, toy_images: ImageSet
 ) -> None:
@@ -419,6 +435,7 @@ def test_a_run_with_targets_and_a_teacher_stopped_at_every_step_ends_as_the_one_
     assert [session["from_images"] for session in sessions] == [0, 3, 6, 9, 12, 15, 18]
 
 
+@pytest.mark.process
 def test_cds_teacher_is_the_file_of_the_phase_before(
     tmp_path: Path, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,6 +472,7 @@ def ended(folder: Path, toy_images: ImageSet, **top: Any) -> str:
     return str(train(distilling(phase=[phase], **top), toy_images, folder))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["edm", "cd", "ct", "ict", "ect"])
 def test_every_method_starts_from_the_checkpoint_given(
     tmp_path: Path, toy_images: ImageSet, seen: list[Seen], method: str
@@ -470,6 +488,7 @@ def test_every_method_starts_from_the_checkpoint_given(
     assert json.loads((out / "run.json").read_text())[0]["inputs"]["init"] == digest
 
 
+@pytest.mark.process
 def test_a_run_goes_on_from_the_same_start_wherever_it_lies_and_from_no_other(
     tmp_path: Path, toy_images: ImageSet
 ) -> None:
@@ -513,6 +532,7 @@ def curves(folder: Path) -> EventAccumulator:
     return found.Reload()
 
 
+@pytest.mark.process
 def test_tensorboard_has_the_logs_curves_and_the_grids_and_a_resumed_run_hides_what_was_lost(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -544,6 +564,7 @@ def test_tensorboard_has_the_logs_curves_and_the_grids_and_a_resumed_run_hides_w
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.process
 def test_without_tensorboard_there_is_no_folder_for_it(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -553,6 +574,7 @@ def test_without_tensorboard_there_is_no_folder_for_it(
     assert not (tmp_path / "tensorboard").exists()
 
 
+@pytest.mark.process
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, tiny_config: Config, toy_images: ImageSet) -> None:
     train(tiny_config(), toy_images, tmp_path)
     before = left_behind(tmp_path)
@@ -562,6 +584,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, tiny_config: Co
     assert_same(left_behind(tmp_path), before)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_a_run_and_their_handlers_come_back(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, kind: signal.Signals
@@ -574,6 +597,7 @@ def test_signals_stop_a_run_and_their_handlers_come_back(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.process
 def test_a_second_interrupt_does_not_wait(tmp_path: Path, tiny_config: Config, toy_images: ImageSet) -> None:
     def twice(where: Report) -> None:
         if where.step == 2:
@@ -651,6 +675,7 @@ def full_disk(at: int, room: int) -> Iterator[Callable[[Report], None]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.process
 def test_a_run_whose_disk_fills_up_ends_in_one_line_and_goes_on_as_the_one_that_had_room(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -676,6 +701,7 @@ def test_a_run_whose_disk_fills_up_ends_in_one_line_and_goes_on_as_the_one_that_
         assert_same(left_behind(out), whole, named)
 
 
+@pytest.mark.process
 def test_a_log_holds_every_step_once_though_a_run_was_killed(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -692,6 +718,7 @@ def test_a_log_holds_every_step_once_though_a_run_was_killed(
     assert [line["step"] for line in log_of(tmp_path)] == [10, 20]
 
 
+@pytest.mark.process
 def test_moved_data_and_other_saving_may_be_given_when_a_run_goes_on(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -705,6 +732,7 @@ def test_moved_data_and_other_saving_may_be_given_when_a_run_goes_on(
         assert found[name]["ema"] == whole[name]["ema"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("changed", ["size", "classes", "channels"])
 def test_a_run_does_not_go_on_with_other_images(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, changed: str
@@ -723,6 +751,7 @@ def test_a_run_does_not_go_on_with_other_images(
     train(tiny_config(network={"patch": 2, "channel_mult": [1]}), toy_images, tmp_path, resume=True)
 
 
+@pytest.mark.process
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -753,6 +782,7 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Tensor
     monkeypatch.setattr(stepper, "loss_of", spoilt)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "spoil",
     [lambda loss: loss * float("nan"), lambda loss: loss * float("inf"), lambda loss: (loss - loss.detach()).sqrt()],
@@ -897,6 +927,7 @@ def test_devices_that_can() -> None:
     assert chosen_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.process
 def test_a_run_that_exists_is_refused_and_force_starts_it_over(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet
 ) -> None:
@@ -913,6 +944,7 @@ def test_a_run_that_exists_is_refused_and_force_starts_it_over(
     assert_same(left_behind(tmp_path), before)
 
 
+@pytest.mark.process
 def test_a_run_owns_its_folder_only_while_it_trains(tmp_path: Path, tiny_config: Config, toy_images: ImageSet) -> None:
     train(tiny_config(), toy_images, tmp_path)
     inputs = {"data": provenance.fingerprint(toy_images), "init": ""}
