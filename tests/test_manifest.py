@@ -466,6 +466,7 @@ def test_a_file_that_cannot_be_read_gets_no_manifest(tmp_path, content, damage):
     assert not target.exists() and not list(tmp_path.glob(".cm-*"))
 
 
+@pytest.mark.process
 def test_a_large_file_is_copied_in_pieces(tmp_path, content):
     """A graph of 64 MB takes a few."""
     path = tmp_path / "m.onnx"

@@ -306,6 +306,7 @@ def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return exports.Files(request.param, tmp_path_factory)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["denoiser", "sampler", "network"])
 def test_what_export_writes_runs_on_every_engine(each: exports.Files, kind: Any) -> None:
     """In each precision, and inline; without an engine, so that the forms that none here runs are seen too."""

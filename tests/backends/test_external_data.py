@@ -47,6 +47,7 @@ def linked(boundary: exports.Files, tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_behind_links_draws_what_it_draws_without(

@@ -93,6 +93,7 @@ def test_what_an_engine_cannot_compute_in_is_refused_by_what_can(boundary: expor
         cm.load(boundary.onnx, precision="half")  # type: ignore[arg-type]
 
 
+@pytest.mark.process
 @exports.needs_bf16
 def test_bf16_on_the_cpu_is_openvinos(boundary: exports.Files) -> None:
     assert cm.load(boundary.onnx, precision="bf16").name == "openvino"

@@ -77,6 +77,7 @@ def image(n: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     return np.random.default_rng(n).standard_normal((n, *shape)).astype(np.float32)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8])
 def test_inputs_reach_the_engine_and_outputs_come_back(
     backend: TensorRtBackend, boundary: exports.Files, n: int
@@ -106,6 +107,7 @@ def test_batches_of_other_sizes_in_turn_do_not_mix(backend: TensorRtBackend) -> 
     assert np.array_equal(backend.denoise(image(3), 2.0, 1), kept)
 
 
+@pytest.mark.process
 def test_memory_is_taken_once_and_used_again(backend: TensorRtBackend, gpu: stand_in_gpu.Gpu) -> None:
     """Only a larger batch takes more, and what it outgrew is given back."""
     backend.denoise(image(4), 1.0, 0)
@@ -227,6 +229,7 @@ def test_tensorrt_sees_no_byte_of_what_is_refused(trt: stand_in_gpu.TensorRt, en
     assert "cm-runtime export CKPT --format tensorrt-rtx" in str(caught.value)
 
 
+@pytest.mark.process
 def test_bytes_are_checked_as_files_are(trt: stand_in_gpu.TensorRt, engine: Path) -> None:
     manifest = engine_file.read_engine_manifest(engine)
     with pytest.raises(ArtifactError, match="the built engine is not the engine"):

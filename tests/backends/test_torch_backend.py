@@ -23,6 +23,7 @@ def image(n: int = 3) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((n, 3, 8, 8)).astype(np.float32)
 
 
+@pytest.mark.process
 def test_it_computes_c_skip_x_plus_c_out_F_in_float64(backend: TorchBackend, boundary: exports.Files) -> None:
     """The network itself in float64, and arXiv 2303.01469's coefficients written out."""
     sigma, label = np.array([80.0, 1.5, 0.01]), np.array([4, 0, 2])

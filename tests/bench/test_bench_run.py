@@ -330,6 +330,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".cm-*"))
 
 
+@pytest.mark.process
 def test_two_runs_into_one_file(tmp_path: Path) -> None:
     with (tmp_path / "bench.samples.jsonl").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -350,6 +351,7 @@ def test_models_that_are_not_there_or_not_models(tmp_path: Path) -> None:
         run([one()], tmp_path / "y.json", SMALL, against="no-such-revision")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "wrong"),
     [
@@ -378,6 +380,7 @@ def test_bad_requests(cli: Callable[..., Any], words: list[str], wrong: str) -> 
     assert outcome.code == 1 and wrong in outcome.err and outcome.err.count("\n") == 1, outcome.err
 
 
+@pytest.mark.process
 def test_compare_exit_status(cli: Callable[..., Any], tmp_path: Path) -> None:
     """0, 3 and 4 from files; 1 for what cannot be compared; 2 for usage."""
     from bench import example_results

@@ -90,6 +90,7 @@ def test_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(peaks._copies(2, 0.0)) == {8000 / 1e9}
 
 
+@pytest.mark.process
 def test_a_rate_is_the_amount_over_the_seconds_and_the_first_run_does_not_count() -> None:
     taken = iter([99.0, 2.0, 4.0, 2.0, 2.0, 2.0, 2.0])
     assert peaks._rates(lambda: next(taken), 10.0, 0.0) == [5.0, 2.5, 5.0, 5.0, 5.0, 5.0]

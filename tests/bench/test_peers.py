@@ -110,6 +110,7 @@ def test_many_steps_on_the_sampler_grid(boundary: exports.Files, tmp_path: Path)
     assert apart(model, drawer, z, sigmas, label) < 1e-4
 
 
+@pytest.mark.process
 def test_diffusers_is_left_as_it_was(boundary: exports.Files, tmp_path: Path) -> None:
     modules = [importlib.import_module(f"diffusers.{name}") for name in peers.RANDN]
     before = [module.randn_tensor for module in modules]

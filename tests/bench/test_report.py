@@ -216,6 +216,7 @@ def test_figures_have_their_numbers_in_words(full: Page) -> None:
     assert "1 step: 1: 3.210 [3.178, 3.242]" in (full.images[0]["alt"] or "")
 
 
+@pytest.mark.process
 def test_a_value_that_no_axis_can_hold_is_left_out() -> None:
     """Numbers of a file are anybody's: zero, negative, huge."""
     huge, odd = (

@@ -43,6 +43,7 @@ def test_committed_results_stay_readable(path: Path) -> None:
     jsonschema.validate(json.loads(path.read_text()), json.loads(results.schema()))
 
 
+@pytest.mark.process
 def test_the_readmes_table_is_that_of_the_committed_results() -> None:
     assert COMMITTED
     call = [sys.executable, str(ROOT / "benchmarks" / "table.py"), *map(str, COMMITTED)]

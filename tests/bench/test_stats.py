@@ -33,6 +33,7 @@ def series(rng: np.random.Generator, blocks: int, size: int, alike: float) -> li
     return [np.exp(each + 0.05 * np.abs(rng.standard_t(3, size))) for each in common]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("q", [0.5, 0.9, 0.95])
 @pytest.mark.parametrize("alike", [0.0, 0.5])
 def test_quantile_intervals_hold_the_quantile_as_often_as_they_say(q: float, alike: float) -> None:

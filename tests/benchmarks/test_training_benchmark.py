@@ -118,6 +118,7 @@ def test_the_whole_program(method: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "missed" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_a_disagreement_stops_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     grid = training.grid
     monkeypatch.setattr(training, "grid", lambda N, device: grid(N, device) * (1 + 2e-3))

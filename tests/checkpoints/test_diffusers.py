@@ -346,6 +346,7 @@ def test_another_scheduler_is_refused_by_its_option(copy: Path, changes: Any, co
         cm.load_checkpoint(copy)
 
 
+@pytest.mark.process
 def test_tensors_that_do_not_fit_are_listed_by_their_own_names(copy: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -551,6 +552,7 @@ def test_export_to_diffusers_and_back_by_the_command_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "other"]
 
 
+@pytest.mark.process
 def test_a_full_disk_leaves_no_half_folder(imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
 

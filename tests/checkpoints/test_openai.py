@@ -160,6 +160,7 @@ def test_the_form_is_decided_by_the_name_or_told_and_never_guessed(tmp_path: Pat
     assert "does not say its preconditioning form" in refusal(similar, head_channels=16)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "sigma"),
     [
@@ -327,6 +328,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_file_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, complaint = WRONG[name]

@@ -154,6 +154,7 @@ def test_an_error_in_weights_beside_the_file_is_noticed_and_neither_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_the_model_answers_all_that_the_export_is_asked(boundary: exports.Files) -> None:
     """Its answers are kept, so that it need not be: seven batches of 1 and one of 7."""
     manifest = read_manifest(boundary.onnx)

@@ -266,6 +266,7 @@ def test_a_float16_checkpoint_makes_a_file_of_half_the_weights(each: exports.Fil
     assert saved == pytest.approx(2 * count, rel=0.03)
 
 
+@pytest.mark.process
 def test_the_float16_file_computes_in_float32_to_the_last_bit(each: exports.Files) -> None:
     """The numbers are the same, so stored halves must give what stored floats give."""
     given = inputs(each, 7)

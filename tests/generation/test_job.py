@@ -73,6 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # The images
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("count", [1, 3, 7, 255])
 @pytest.mark.parametrize("shard_size", [2, 100])
 def test_shards_together_are_what_sample_draws(
@@ -166,6 +167,7 @@ def test_only_what_is_missing_is_drawn_again_to_the_same_bytes(
     assert listed == set(whole) - {"manifest.json", "SHA256SUMS"}
 
 
+@pytest.mark.process
 def test_a_shard_is_the_same_alone_in_any_order_and_in_many_threads_at_once(
     engine: OrtBackend, make_job: Make, tmp_path: Path
 ) -> None:

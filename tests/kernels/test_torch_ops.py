@@ -146,6 +146,7 @@ NORMS = [
 ]
 
 
+@pytest.mark.process
 @by_kernels
 @every_type
 @pytest.mark.parametrize("shape", NORMS, ids=str)

@@ -465,6 +465,7 @@ def test_npz_damaged_archives(tmp_path: Path) -> None:
     refuse(file, "no test split", split="test")
 
 
+@pytest.mark.process
 def test_npz_flipped_bytes_never_raise_anything_else(tmp_path: Path) -> None:
     file = tmp_path / "odd.npz"
     np.savez_compressed(file, images=RNG.integers(0, 256, (2, 1, 4, 4), np.uint8), labels=np.array([0, 1]))

@@ -112,6 +112,7 @@ def test_edm_loss_of_the_exact_gaussian_denoiser_is_the_integral_of_its_closed_f
     assert found == pytest.approx(float(weights @ per_level / weights.sum()), rel=0.01)
 
 
+@pytest.mark.process
 def test_edm_is_least_at_the_exact_denoiser() -> None:
     s = 0.3
 
@@ -235,6 +236,7 @@ def on_table(levels: np.ndarray, g: np.ndarray) -> Callable[[Tensor, Tensor], Te
     return scaled(c)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("stage", "ratio"), [(2, 0.840), (3, 0.928), (4, 0.966)])
 def test_ect_is_least_at_its_known_fixed_point_on_gaussian_data(
     ect_fixed_point: Callable[[Tensor, float, int], Tensor], stage: int, ratio: float
@@ -299,6 +301,7 @@ def discrete(method: str, N: int, s: float, **keys: Any) -> tuple[Loss, int]:
     return loss_of(phase, 0.5, teacher, CPU), k
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("method", "N", "ratio"),
     [

@@ -115,6 +115,7 @@ def reference(weights: Weights, a: Tensor, b: Tensor, size: int) -> float:
     return float(total)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (3, 1, 28, 28), (1, 3, 32, 32), (1, 3, 39, 33)], ids=str)
 def test_it_is_the_formula_of_the_paper(small: Lpips, weights: Weights, shape: Sequence[int]) -> None:
     a, b = pictures(*shape), pictures(*shape, seed=1)
@@ -123,6 +124,7 @@ def test_it_is_the_formula_of_the_paper(small: Lpips, weights: Weights, shape: S
     assert min(expected) > 0.01
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n", [1, 3, 7])
 def test_every_image_of_a_batch_is_by_itself(small: Lpips, n: int) -> None:
     a, b = pictures(n, 3, 32, 32), pictures(n, 3, 32, 32, seed=1)
@@ -159,6 +161,7 @@ def test_it_is_a_distance(small: Lpips) -> None:
     assert bool((by_noise.diff(dim=0) > 0).all())
 
 
+@pytest.mark.process
 def test_the_gradient_is_that_of_the_formula(weights: Weights) -> None:
     lpips = Lpips(weights, size=16).double()
     a, b = pictures(1, 3, 16, 16).double().requires_grad_(), pictures(1, 3, 16, 16, seed=1).double().requires_grad_()
@@ -191,6 +194,7 @@ def test_silent_features_send_back_no_nan(weights: Weights) -> None:
             assert bool(torch.isfinite(d).all()) and torch.equal(gradient, torch.zeros_like(black))
 
 
+@pytest.mark.process
 def test_autocast_changes_nothing(small: Lpips) -> None:
     a, b = pictures(1, 3, 32, 32).requires_grad_(), pictures(1, 3, 32, 32, seed=1)
     plain = small(a, b)
@@ -264,6 +268,7 @@ def equal(found: Weights, expected: Weights) -> bool:
     return sorted(found) == sorted(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "names", [("vgg16.pth", "vgg.pth"), ("lpips_weights.pt", "vgg16.pth"), ("merged.pt",)], ids=" and ".join
 )
@@ -433,6 +438,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, hollow: Weights, chan
     assert said in message and "vgg16-397923af.pth" in message
 
 
+@pytest.mark.process
 def test_a_tensor_in_two_files_and_a_sixth_head_are_named(tmp_path: Path, hollow: Weights, heads: Weights) -> None:
     torch.save(hollow, tmp_path / "merged.pt")
     torch.save([*heads.values(), torch.zeros(1, 7, 1, 1)], tmp_path / "heads.pt")

@@ -175,6 +175,7 @@ def test_a_damaged_state_is_refused_before_anything_is_written(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("lines", "wrong"),
     [
@@ -469,6 +470,7 @@ def test_every_session_is_noted_with_what_it_takes_to_repeat_it(
     assert second["device"] == "cpu" and second["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("content", ["", "{}", "[1", "\x00"])
 def test_a_damaged_run_json_is_refused_by_name(
     tmp_path: Path, tiny_config: Config, finished: Finished, content: str
@@ -484,6 +486,7 @@ def test_a_damaged_run_json_is_refused_by_name(
 # one at a time
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", [{}, {"resume": True}, {"force": True}])
 def test_only_one_run_is_in_a_folder_at_a_time(
     tmp_path: Path, tiny_config: Config, finished: Finished, how: dict[str, bool]

@@ -256,6 +256,7 @@ def test_another_process_ends_the_same_way(config: Path, tmp_path: Path, words: 
     assert everything(tmp_path) == before
 
 
+@pytest.mark.process
 def test_a_loss_that_is_not_finite_is_one_line(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

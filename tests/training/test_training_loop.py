@@ -78,6 +78,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 # one step
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("clip", [1e-2, 1e6])
 def test_the_first_step_is_the_clipped_gradient_times_the_learning_rate(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, seen: list[Seen], clip: float
@@ -455,6 +456,7 @@ def test_cds_teacher_is_the_file_of_the_phase_before(
     assert not teachers[1].training and teachers[1].config.precond == "edm"
 
 
+@pytest.mark.process
 def test_a_gaussian_teacher_has_the_datas_deviation(
     tmp_path: Path, toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,6 +521,7 @@ def test_a_run_goes_on_from_the_same_start_wherever_it_lies_and_from_no_other(
     assert found["ckpt.pt"] == whole["ckpt.pt"]  # it knows its start by what that held
 
 
+@pytest.mark.process
 def test_a_start_of_another_network_is_refused_by_name(tmp_path: Path, toy_images: ImageSet) -> None:
     first = ended(tmp_path / "first", toy_images)
     phase = {"method": "ect", "steps": 1, "batch": 3, "learning_rate": 1e-2}
@@ -827,6 +830,7 @@ def test_where_nothing_was_saved_yet_no_checkpoint_is_promised(
     assert "last good checkpoint is of" not in str(caught.value)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("weights", ["float32", "float16"])
 @pytest.mark.parametrize("learning_rate", [1e4, 1e9, 1e38])
 def test_a_run_that_diverges_never_writes_a_checkpoint_that_does_not_load(
