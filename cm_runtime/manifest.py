@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -34,6 +32,7 @@ from cm_runtime.errors import ArtifactError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.files import atomic, protobuf, streams
 from cm_runtime.files.protobuf import MalformedError, fields, read_entry, write_entry
+from cm_runtime.files.records import Record, explain
 from cm_runtime.precond import precond
 from cm_runtime.schedule import LARGEST, SMALLEST, NoiseRange
 
@@ -55,10 +54,6 @@ OUTPUTS: dict[GraphKind, tuple[str, ...]] = {
     "sampler": ("images", "finite"),
     "network": ("F",),
 }
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def check_plain(value: Any) -> None:
@@ -95,7 +90,7 @@ def check_plain(value: Any) -> None:
     raise ValueError(f"it nests over {_PLAIN_LEVELS} levels")
 
 
-class TrainingSummary(_Frozen):
+class TrainingSummary(Record):
     """How a model came to be; ``method`` edm means a teacher, which few steps cannot sample. None: not known."""
 
     method: str
@@ -112,7 +107,7 @@ class TrainingSummary(_Frozen):
         return config
 
 
-class Parity(_Frozen):
+class Parity(Record):
     """How far an export was from its float32 torch model when it was made, and on what that was measured.
 
     Of a sampler graph it is the images that are compared, and ``sigmas`` are its own.
@@ -125,7 +120,7 @@ class Parity(_Frozen):
     psnr: tuple[float, ...] = Field((), description="dB on [-1, 1] data, at each of the sigmas; at most 200")
 
 
-class Manifest(_Frozen):
+class Manifest(Record):
     """What an exported file is; unknown keys are refused."""
 
     format_version: Literal[1] = 1
@@ -211,10 +206,8 @@ def parse_manifest(text: str | bytes, where: str | os.PathLike[str]) -> Manifest
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "manifest"
-        message = first["msg"].removeprefix("Value error, ")
-        raise ArtifactError(f"{where}: its cm_runtime manifest is not valid: {field}: {message}") from error
+        fault = explain(error, "manifest")
+        raise ArtifactError(f"{where}: its cm_runtime manifest is not valid: {fault}") from error
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:

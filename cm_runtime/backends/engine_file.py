@@ -14,10 +14,11 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cm_runtime.errors import ArtifactError, RequestError
 from cm_runtime.files import streams
+from cm_runtime.files.records import Record, explain
 from cm_runtime.manifest import Manifest, Parity
 
 SUFFIX = ".engine"
@@ -31,11 +32,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FORMATS: dict[Package, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # as --format and --backend say
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Profile(_Frozen):
+class Profile(Record):
     """The batch sizes that an engine takes, and the one it is fastest at."""
 
     min: int = Field(ge=1)
@@ -64,7 +61,7 @@ def profile(text: str) -> Profile:
     raise RequestError(f"--batch must be MIN:OPT:MAX, ascending from 1 to {LARGEST_BATCH}, as 1:64:256, not {text!r}")
 
 
-class EngineManifest(_Frozen):
+class EngineManifest(Record):
     """What an engine is, what it was made of, and for which machines; unknown keys are refused."""
 
     format_version: Literal[1] = 1
@@ -124,11 +121,8 @@ def read_engine_manifest(path: str | os.PathLike[str]) -> EngineManifest:
     try:
         return EngineManifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise ArtifactError(
-            f"{where} is not a valid engine manifest: {field}: {first['msg']}; {rebuild('tensorrt-rtx', engine)}"
-        ) from error
+        wrong = f"is not a valid engine manifest: {explain(error, 'manifest')}"
+        raise ArtifactError(f"{where} {wrong}; {rebuild('tensorrt-rtx', engine)}") from error
 
 
 def check_target(

@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import FailFast, Field, ValidationError, model_validator
 
-from cm_runtime.bench.scenario import MOST_SCENARIOS, Backend, Frozen, Kind
+from cm_runtime.bench.scenario import MOST_SCENARIOS, Backend, Kind
 from cm_runtime.errors import ArtifactError
 from cm_runtime.files import atomic, streams
+from cm_runtime.files.records import Record, explain
 
 FORMAT_VERSION = 1
 MOST_BYTES = 16 << 20  # a hundred times what forty scenarios with their peers take
@@ -36,7 +37,7 @@ Quantity = Annotated[float, Field(ge=0, le=1e100)]
 Milliseconds = Annotated[float, Field(ge=1e-6, le=1e9)]  # a nanosecond to eleven days
 
 
-class Estimate(Frozen):
+class Estimate(Record):
     """A value and its 95% interval; no interval where there were too few samples for one."""
 
     value: Quantity
@@ -44,7 +45,7 @@ class Estimate(Frozen):
     high: Quantity | None = None
 
 
-class Latency(Frozen):
+class Latency(Record):
     """Milliseconds a request; a percentile is null where there were too few samples to bound it from above."""
 
     samples: Whole = Field(ge=1)
@@ -55,7 +56,7 @@ class Latency(Frozen):
     p99: Estimate | None = None
 
 
-class Agreement(Frozen):
+class Agreement(Record):
     """How far the first request's images are from those of ``against``, before quantisation, in [-1, 1] units."""
 
     against: str
@@ -70,7 +71,7 @@ class Agreement(Frozen):
         return f"images differ by {self.max_abs:.2g} ({levels}) from those of {self.against}"
 
 
-class Served(Frozen):
+class Served(Record):
     """What a server scenario found."""
 
     rate: float = Field(description="requests a second that arrived")
@@ -79,7 +80,7 @@ class Served(Frozen):
     mean_batch: float = Field(description="images drawn together")
 
 
-class Contender(Frozen):
+class Contender(Record):
     """One side of a scenario: cm-runtime itself, the base it is compared with, or a peer.
 
     Cold start, loading and memory are not told of peers, which make what they run out of our files first.
@@ -116,7 +117,7 @@ class Contender(Frozen):
     served: Served | None = None
 
 
-class ModelFacts(Frozen):
+class ModelFacts(Record):
     """What was run."""
 
     path: str = Field(description="as it was asked for: a path, default, or the name of a standing network")
@@ -133,7 +134,7 @@ class ModelFacts(Frozen):
     )
 
 
-class ScenarioResult(Frozen):
+class ScenarioResult(Record):
     """A scenario's contenders, or why there are none."""
 
     name: str
@@ -158,7 +159,7 @@ class ScenarioResult(Frozen):
         return next((each for each in self.contenders if each.name == name), None)
 
 
-class Processor(Frozen):
+class Processor(Record):
     """The CPU."""
 
     model: str
@@ -173,7 +174,7 @@ class Processor(Frozen):
     memory_bytes: Whole
 
 
-class Gpu(Frozen):
+class Gpu(Record):
     """One NVIDIA GPU, as nvidia-smi tells."""
 
     name: str
@@ -185,7 +186,7 @@ class Gpu(Frozen):
     max_mhz: float | None = None
 
 
-class Machine(Frozen):
+class Machine(Record):
     """What two results must share to be compared."""
 
     processor: Processor
@@ -198,7 +199,7 @@ class Machine(Frozen):
     packages: dict[str, str]
 
 
-class Conditions(Frozen):
+class Conditions(Record):
     """What the machine was seen to do during the run."""
 
     seconds: float
@@ -211,7 +212,7 @@ class Conditions(Frozen):
     gpu_throttled: Many[str] = Field((), max_length=1000, description="reasons that nvidia-smi gave")
 
 
-class Peaks(Frozen):
+class Peaks(Record):
     """What the machine can do, measured before the first scenario and after the last."""
 
     threads: Whole
@@ -230,7 +231,7 @@ class Peaks(Frozen):
         return self
 
 
-class Samples(Frozen):
+class Samples(Record):
     """Where every sample is."""
 
     file: str
@@ -238,7 +239,7 @@ class Samples(Frozen):
     sha256: str
 
 
-class Settings(Frozen):
+class Settings(Record):
     """How the run measured."""
 
     budget_s: float = Field(description="for each contender of a scenario")
@@ -248,7 +249,7 @@ class Settings(Frozen):
     allow_different_images: bool = Field(False, description="whether a base that draws other images is timed too")
 
 
-class Result(Frozen):
+class Result(Record):
     """A whole run."""
 
     format_version: Literal[1] = 1
@@ -311,5 +312,4 @@ def _fault(content: bytes, error: ValidationError) -> str:
         return " is no result of cm-runtime bench run"
     if version > FORMAT_VERSION:
         return f" has format {version}; this cm-runtime reads up to {FORMAT_VERSION}: update it"
-    first = error.errors(include_url=False, include_input=False)[0]
-    return ": ".join(["", ".".join(map(str, first["loc"])) or "the whole", first["msg"].removeprefix("Value error, ")])
+    return f": {explain(error, 'the whole')}"

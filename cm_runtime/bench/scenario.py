@@ -20,11 +20,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cm_runtime.errors import ConfigError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.files import streams, toml
+from cm_runtime.files.records import Record, explain, first_fault
 
 Kind = Literal["single-stream", "offline", "server"]
 Backend = Literal["auto", "ort", "openvino", "torch", "torch.compile"]
@@ -54,13 +55,7 @@ def title(name: str) -> str:
     return ", ".join([*words, *[parts["rest"].strip()] * bool(parts["rest"].strip())])
 
 
-class Frozen(BaseModel):
-    """A checked, immutable record that knows its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Scenario(Frozen):
+class Scenario(Record):
     """One thing to measure, in the sense of MLPerf Inference (arXiv 1911.02549).
 
     single-stream: one request of ``batch`` images after another; its latency counts. offline: ``batch`` images at once,
@@ -102,7 +97,7 @@ class Scenario(Frozen):
         return " ".join(words)
 
 
-class Subset(Frozen):
+class Subset(Record):
     """The part of a group that `--quick` measures; a list left out is the group's own."""
 
     kinds: tuple[Kind, ...] | None = None
@@ -111,7 +106,7 @@ class Subset(Frozen):
     peers: tuple[Peer, ...] | None = None
 
 
-class Group(Frozen):
+class Group(Record):
     """A model and lists of choices."""
 
     model: str = "default"
@@ -141,8 +136,7 @@ class Group(Frozen):
             try:
                 self.scenarios(quick)
             except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from error
+                raise ValueError(" ".join(first_fault(error)).strip()) from error
         return self
 
     def _choices(self, quick: bool) -> tuple[tuple[Any, ...], ...]:
@@ -176,7 +170,7 @@ class Group(Frozen):
         ]
 
 
-class Suite(Frozen):
+class Suite(Record):
     """A suite file."""
 
     description: str = ""
@@ -209,5 +203,4 @@ def read_suite(name: str) -> Suite:
     try:
         return Suite.model_validate(toml.read(path))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ConfigError(f"{path}: {explain(error, 'the whole')}") from error

@@ -22,10 +22,10 @@ from cm_runtime.checkpoints import diffusers_options, diffusers_tensors, publish
 from cm_runtime.checkpoints.native import Checkpoint, load_safetensors, load_torch
 from cm_runtime.checkpoints.openai import EMA
 from cm_runtime.checkpoints.published import Published
-from cm_runtime.checkpoints.validate import reason
 from cm_runtime.choices import Form
 from cm_runtime.errors import CheckpointError
 from cm_runtime.files import atomic, streams
+from cm_runtime.files.records import explain
 from cm_runtime.networks.consistency import ModelConfig
 from cm_runtime.schedule import NoiseRange
 
@@ -64,7 +64,7 @@ def read(folder: Path, precond: Form | None = None, known: Published | None = No
             sigmas=known.sigmas if known and published_range else {},
         )
     except ValidationError as error:
-        raise CheckpointError(f"{folder}: its scheduler: {reason(error)}") from error
+        raise CheckpointError(f"{folder}: its scheduler: {explain(error)}") from error
     except CheckpointError as error:
         raise error if str(where) in str(error) else CheckpointError(f"{folder}: {error}") from error
 

@@ -26,6 +26,7 @@ from cm_runtime.errors import CheckpointError, RequestError
 from cm_runtime.extras import require
 from cm_runtime.files import atomic, pickles, streams
 from cm_runtime.files.pickles import Allowance, RefusedError, check_pickle
+from cm_runtime.files.records import explain
 from cm_runtime.manifest import Manifest, TrainingSummary
 from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
 
@@ -130,9 +131,7 @@ def parse_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
     except KeyError as error:
         raise CheckpointError(f"{where} is damaged: it has no {error}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "config"
-        raise CheckpointError(f"{where} is damaged: {field}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise CheckpointError(f"{where} is damaged: {explain(error, 'config')}") from error
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where} is damaged: sigmas: they are not levels by the number of steps") from error
     if not isinstance(checkpoint.ema, Mapping) or not all(isinstance(rate, str) for rate in checkpoint.ema):

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cm_runtime.errors import CheckpointError
+from cm_runtime.files.records import explain
 from cm_runtime.networks.unet import UNetConfig
 
 
@@ -15,11 +16,4 @@ def checked(**options: Any) -> UNetConfig:
     try:
         return UNetConfig(**options)
     except ValidationError as error:
-        raise CheckpointError(f"no network of ours: {reason(error)}") from error
-
-
-def reason(error: ValidationError) -> str:
-    """The first complaint, after the name of its field where it has one."""
-    first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(map(str, first['loc']))}: {message}" if first["loc"] else message
+        raise CheckpointError(f"no network of ours: {explain(error)}") from error

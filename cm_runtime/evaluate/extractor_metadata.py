@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cm_runtime.errors import ArtifactError, RequestError
+from cm_runtime.files.records import Record, explain
 
 METADATA_KEY = "cm_runtime_extractor"
 
@@ -17,13 +18,11 @@ Range = Literal["-1:1", "0:1", "0:255"]
 RANGES: dict[Range, tuple[float, float]] = {"-1:1": (-1, 1), "0:1": (0, 1), "0:255": (0, 255)}
 
 
-class Preparation(BaseModel):
+class Preparation(Record):
     """How images become an extractor's input, and the outputs to take; JSON under the key cm_runtime_extractor.
 
     value_range: what black and white are; resize: what to do with images of another size than a fixed input's.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: Literal[1] = 1
     layout: Layout
@@ -38,9 +37,7 @@ def own(path: Path, said: str, shape: Sequence[Any], outputs: Sequence[str]) -> 
     try:
         found = Preparation.model_validate_json(said)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or METADATA_KEY
-        raise ArtifactError(f"{path}: its extractor metadata is not valid: {field}: {first['msg']}") from error
+        raise ArtifactError(f"{path}: its extractor metadata is not valid: {explain(error, METADATA_KEY)}") from error
     missing = {found.features, found.logits or found.features} - set(outputs)
     if missing or found.layout not in _layouts(shape):
         raise ArtifactError(f"{path}: its extractor metadata does not fit its graph")

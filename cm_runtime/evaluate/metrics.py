@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cm_runtime.errors import DataError
 from cm_runtime.errors.wording import join_words, quantity
@@ -16,6 +16,7 @@ from cm_runtime.evaluate.extractor import Extractor
 from cm_runtime.evaluate.frechet import RunningMoments, frechet_distance
 from cm_runtime.evaluate.precision_recall import K, Reservoir, precision_recall
 from cm_runtime.evaluate.statistics import Statistics
+from cm_runtime.files.records import Record
 from cm_runtime.sampling import Batch
 
 MANIFOLD = 10_000
@@ -36,10 +37,8 @@ class Observation:
     image_shape: tuple[int, int, int] | None = None
 
 
-class Figures(BaseModel):
+class Figures(Record):
     """How far images are from a reference; None is what could not be measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     count: int = Field(description="images measured")
     dimension: int = Field(description="numbers in the features of an image")
@@ -51,10 +50,8 @@ class Figures(BaseModel):
     class_agreement: float | None = Field(ge=0, le=1)
 
 
-class Report(BaseModel):
+class Report(Record):
     """Figures and everything it takes to have them again."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     cm_runtime: str = Field(description="the version")
     images: dict[str, Any]

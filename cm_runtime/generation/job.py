@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import PIL
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cm_runtime import __version__, sampling
 from cm_runtime.backends.base import Backend
@@ -27,6 +27,7 @@ from cm_runtime.errors import DataError, EngineError, OutOfMemoryError, OutputEr
 from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
 from cm_runtime.files import atomic, streams
+from cm_runtime.files.records import Record, explain, first_fault
 from cm_runtime.files.workspaces import sweep
 from cm_runtime.generation import formats
 from cm_runtime.generation.prefetch import prefetch
@@ -49,10 +50,8 @@ class Shards:
     size: int = 1000
 
 
-class Job(BaseModel):
+class Job(Record):
     """The request, the model, the files, and what rounds differently; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: Literal[1] = 1
     model_sha256: str = Field(description="of the checkpoint")
@@ -115,7 +114,7 @@ class Job(BaseModel):
                 threads=threads,
             )
         except ValidationError as error:
-            raise RequestError(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from error
+            raise RequestError(first_fault(error)[1]) from error
 
     @property
     def place(self) -> Literal["cpu", "cuda:0"]:
@@ -212,9 +211,8 @@ def load_job(folder: Path, name: str = MANIFEST) -> Job | None:
     try:
         return Job.model_validate_json(streams.read_bytes(where, DataError, _LARGEST))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-        raise data_error(where, f"is no job of this version of cm-runtime ({wrong})", "give another folder") from error
+        wrong = f"is no job of this version of cm-runtime ({explain(error)})"
+        raise data_error(where, wrong, "give another folder") from error
 
 
 @contextmanager

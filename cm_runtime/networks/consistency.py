@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cm_runtime.choices import Form
+from cm_runtime.files.records import Record
 from cm_runtime.networks.unet import UNet, UNetConfig
 from cm_runtime.precond import Precond, precond
 from cm_runtime.schedule import LARGEST, SMALLEST, NoiseRange
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Record):
     """Everything that fixes f but the weights; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     network: UNetConfig
     precond: Form

@@ -12,18 +12,17 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cm_runtime.files.records import Record
 from cm_runtime.manifest import MOST_PIXELS
 from cm_runtime.networks.dropout import Dropout
 
 
-class NetworkShape(BaseModel):
+class NetworkShape(Record):
     """The choices a UNet leaves open once the images are known; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     channels: int = Field(gt=0, le=4096, description="of the outermost level")
     channel_mult: tuple[int, ...] = Field(min_length=1, max_length=8)

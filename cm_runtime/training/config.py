@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cm_runtime.choices import Form
 from cm_runtime.errors import ConfigError
 from cm_runtime.files import streams, toml
+from cm_runtime.files.records import Record, first_fault
 from cm_runtime.networks.unet import NetworkShape
 from cm_runtime.schedule import GRID_LIMIT
 
@@ -28,11 +29,7 @@ MOST_IMAGES = 1 << 16  # a step
 MOST_PIXELS = 4096  # a side
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DataConfig(_Strict):
+class DataConfig(Record):
     """Which images, and how they are shown to the network."""
 
     source: str = Field(description="a data set's name, or a path; see training.data.open_data")
@@ -48,7 +45,7 @@ LogMean = Annotated[float, Field(ge=-20, le=20)]
 LogDeviation = Annotated[float, Field(gt=0, le=20)]
 
 
-class _Phase(_Strict):
+class _Phase(Record):
     """What every method needs. Rates are per step."""
 
     steps: int = Field(gt=0, le=MOST_STEPS)
@@ -171,7 +168,7 @@ ConsistencyPhase = CdPhase | CtPhase | IctPhase | EctPhase
 Phase = EdmPhase | ConsistencyPhase
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Record):
     """A whole run."""
 
     data: DataConfig
@@ -245,7 +242,7 @@ def parse_config(tree: Mapping[str, Any], where: str) -> TrainConfig:
             loc = (*loc[:2], *loc[3:])
         key = ".".join(map(str, loc)) or "the whole"
         is_unknown = first["type"] == "extra_forbidden"
-        reason = _unknown(first["loc"]) if is_unknown else first["msg"].removeprefix("Value error, ")
+        reason = _unknown(first["loc"]) if is_unknown else first_fault(error)[1]
         raise ConfigError(f"{where}: {key}: {reason}") from error
 
 

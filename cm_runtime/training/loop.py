@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from cm_runtime.checkpoints.load import load_checkpoint
 from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
 from cm_runtime.errors import Interrupted, TrainingError
+from cm_runtime.files.records import first_fault
 from cm_runtime.manifest import TrainingSummary
 from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
 from cm_runtime.networks.unet import NetworkShape, UNetConfig
@@ -122,8 +123,7 @@ def model_config_of(config: TrainConfig, data: ImageSet, phase: Phase | None = N
             num_classes=data.num_classes if config.data.classes else 0,
         )
     except ValidationError as error:
-        reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise TrainingError(f"the network does not fit {data.name}: {reason}") from error
+        raise TrainingError(f"the network does not fit {data.name}: {first_fault(error)[1]}") from error
     form = "edm" if (phase or config.phase[-1]).method == "edm" else config.precond
     return ModelConfig(
         network=network,

@@ -165,6 +165,7 @@ def _chosen(
     from pydantic import ValidationError
 
     from cm_runtime.bench.scenario import PEERS, Group
+    from cm_runtime.files.records import explain
 
     if (kind == "server") != (rate is not None) or (kind == "server") != (bound is not None):
         raise RequestError("--kind server takes --rate and --bound, and no other does")
@@ -183,8 +184,7 @@ def _chosen(
         )
         return group.scenarios()
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise RequestError(f"{'.'.join(map(str, first['loc'])) or 'scenario'}: {first['msg']}") from error
+        raise RequestError(explain(error, "scenario")) from error
 
 
 def _fitting(scenarios: list[Scenario], globs: list[str] | None) -> list[Scenario]:
