@@ -1,1 +1,1 @@
-"""Making consistency models: data, losses, averaging, and one visible loop."""
+"""Training of consistency models: data, losses, averages, and one visible loop."""

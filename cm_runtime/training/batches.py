@@ -1,6 +1,6 @@
-"""The endless sequence of images a run shows the network, resident on the device.
+"""Endless sequence of training images, resident on the device.
 
-Which image is at a place, and what is drawn for it, is a function of (seed, place).
+The image at a place and its noise are functions of (seed, place).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from cm_runtime.training.noise import FLIP, Draws
 
 
 class Stream:
-    """Every epoch a new permutation of the set."""
+    """The images of a data set, in a new permutation every epoch."""
 
     def __init__(self, data: ImageSet, *, seed: int, classes: bool, flip: bool, device: torch.device) -> None:
         self._images = torch.from_numpy(np.ascontiguousarray(data.images)).to(device)
-        labelled = classes and data.labels is not None
-        self._labels = torch.from_numpy(np.asarray(data.labels)).to(device) if labelled else None
+        labels = data.labels if classes else None
+        self._labels = None if labels is None else torch.from_numpy(labels).to(device)
         self._seed, self._flip = seed, flip
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
@@ -33,7 +33,7 @@ class Stream:
         dtype: torch.dtype = torch.float32,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> Batch:
-        """The images at ``first`` to ``first + count - 1``: x (count,C,H,W) in [-1, 1], mirrored where flip says so."""
+        """Images ``first`` to ``first + count - 1``: x (count,C,H,W) in [-1, 1], half of them mirrored under flip."""
         device = self._images.device
         index = torch.from_numpy(self._index(first, count)).to(device)
         draws = Draws(self._seed, torch.arange(first, first + count, device=device))
@@ -46,9 +46,9 @@ class Stream:
         return Batch(x.contiguous(memory_format=layout), label, draws)
 
     def rms(self) -> float:
-        """The root mean square of all pixels in [-1, 1] units: s of the Gaussian N(0, s^2 I) that fits the data."""
+        """Root mean square of all pixels in [-1, 1] units: s of the Gaussian N(0, s^2 I) that fits the data."""
         total = 0.0
-        for part in self._images.split(1024):  # type: ignore[no-untyped-call]
+        for part in torch.split(self._images, 1024):
             x = part.double() / 127.5 - 1 if part.dtype == torch.uint8 else part.double()
             total += x.square().sum().item()
         return math.sqrt(total / self._images.numel())

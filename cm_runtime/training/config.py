@@ -1,8 +1,8 @@
-"""What a training run is: a TOML file, checked whole before anything starts. Unknown keys are refused.
+"""Configuration of a training run: a TOML file, checked whole before anything starts. Unknown keys are refused.
 
 A run is a list of phases, each a method with its own budget. A phase starts from the averaged weights of the one
-before, the first from ``init`` where there is one (anybody's checkpoint, see `checkpoints`); cd takes that same model
-for its teacher.
+before, the first from ``init`` if there is one (any checkpoint, see `checkpoints`); cd takes that same model for its
+teacher.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -30,7 +30,7 @@ MOST_PIXELS = 4096  # a side
 
 
 class DataConfig(Record):
-    """Which images, and how they are shown to the network."""
+    """The images, and their form as the network's input."""
 
     source: str = Field(description="a data set's name, or a path; see training.data.open_data")
     image_size: int | None = Field(
@@ -46,7 +46,7 @@ LogDeviation = Annotated[float, Field(gt=0, le=20)]
 
 
 class _Phase(Record):
-    """What every method needs. Rates are per step."""
+    """Keys of every method. Rates are per step."""
 
     steps: int = Field(gt=0, le=MOST_STEPS)
     batch: int = Field(gt=0, le=MOST_IMAGES, description="images a step, of all workers together")
@@ -80,7 +80,7 @@ class EdmPhase(_Phase):
 
 
 class _ConsistencyPhase(_Phase):
-    """The parts every consistency loss has: lambda(t, r) d(f(x_t, t), f(x_r, r))."""
+    """Parts of every consistency loss lambda(t, r) d(f(x_t, t), f(x_r, r))."""
 
     distance: Literal["l1", "l2", "huber", "lpips"] = "l2"
     huber_c: float | None = Field(
@@ -98,6 +98,9 @@ class _ConsistencyPhase(_Phase):
         return self
 
 
+Growing = TypeVar("Growing", "CtPhase", "IctPhase")
+
+
 class CdPhase(_ConsistencyPhase):
     """Consistency distillation (arXiv 2303.01469, algorithm 2): the second point is the teacher's ODE step."""
 
@@ -110,6 +113,12 @@ class CdPhase(_ConsistencyPhase):
     mu: Rate = Field(0.95, description="decay of the EMA target; 0: the student itself")
 
 
+def _check_growth(phase: Growing) -> Growing:
+    if phase.s1 < phase.s0:
+        raise ValueError(f"s1 {phase.s1} must be at least s0 {phase.s0}")
+    return phase
+
+
 class CtPhase(_ConsistencyPhase):
     """Consistency training (arXiv 2303.01469, algorithm 3): the second point is the data with less of the noise."""
 
@@ -118,11 +127,7 @@ class CtPhase(_ConsistencyPhase):
     s1: int = Field(150, ge=2, le=GRID_LIMIT, description="N - 1 at the end")
     mu0: Rate = Field(0.9, description="decay of the EMA target at the start; 0: the student itself")
 
-    @model_validator(mode="after")
-    def _N_grows(self) -> CtPhase:
-        if self.s1 < self.s0:
-            raise ValueError(f"s1 {self.s1} must be at least s0 {self.s0}")
-        return self
+    _N_grows = model_validator(mode="after")(_check_growth)
 
 
 class IctPhase(_ConsistencyPhase):
@@ -136,11 +141,7 @@ class IctPhase(_ConsistencyPhase):
     P_mean: LogMean = -1.1
     P_std: LogDeviation = 2.0
 
-    @model_validator(mode="after")
-    def _N_grows(self) -> IctPhase:
-        if self.s1 < self.s0:
-            raise ValueError(f"s1 {self.s1} must be at least s0 {self.s0}")
-        return self
+    _N_grows = model_validator(mode="after")(_check_growth)
 
 
 class EctPhase(_ConsistencyPhase):
@@ -169,7 +170,7 @@ Phase = EdmPhase | ConsistencyPhase
 
 
 class TrainConfig(Record):
-    """A whole run."""
+    """Configuration of a whole run."""
 
     data: DataConfig
     network: NetworkShape | None = Field(None, description="None: that of init")
@@ -212,12 +213,12 @@ class TrainConfig(Record):
 
 
 def preset_names() -> list[str]:
-    """The presets that come with the package."""
+    """Names of the presets that come with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
 def load_config(preset_or_path: str | os.PathLike[str], settings: Sequence[str] = ()) -> TrainConfig:
-    """The config of a preset or a TOML file, with ``key=value`` settings laid over it ("phase.0.steps=10").
+    """Load a preset or a TOML file, with ``key=value`` settings laid over it ("phase.0.steps=10").
 
     Values are read as TOML, and as plain text where they are not. Raises ConfigError naming the key.
     """
@@ -232,7 +233,7 @@ def load_config(preset_or_path: str | os.PathLike[str], settings: Sequence[str] 
 
 
 def parse_config(tree: Mapping[str, Any], where: str) -> TrainConfig:
-    """The config in a tree of tables; raises ConfigError naming the first key that does not fit."""
+    """Check a tree of tables; raises ConfigError naming the first key that does not fit."""
     try:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
@@ -247,31 +248,27 @@ def parse_config(tree: Mapping[str, Any], where: str) -> TrainConfig:
 
 
 def _unknown(loc: tuple[int | str, ...]) -> str:
-    """A sentence on an unknown key: the names near it, or all there are in its place."""
+    """Suggest names for an unknown key: those near it, or all there are in its place."""
     models: list[type[BaseModel]] = [TrainConfig]
     for part in loc[:-1]:
         within = [each for model in models if part in model.model_fields for each in _models(model, str(part))]
-        tagged = [each for each in models if part in _tags(each)]
-        models = within or tagged or models
+        models = within or [each for each in models if part in _tags(each)] or models
     names = sorted({name for model in models for name in model.model_fields})
     near = difflib.get_close_matches(str(loc[-1])[:100], names)
     return f"unknown key; did you mean {' or '.join(near)}?" if near else f"unknown key; there are {', '.join(names)}"
 
 
 def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
-    """The methods whose phase the model is."""
+    """Methods that the model is a phase of."""
     return get_args(model.model_fields["method"].annotation) if "method" in model.model_fields else ()
 
 
 def _models(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
-    """The models that a field may hold, inside lists and unions too."""
-    found, left = [], [model.model_fields[field].annotation]
-    while left:
-        each: Any = left.pop()
-        if isinstance(each, type) and issubclass(each, BaseModel):
-            found.append(each)
-        left += get_args(each)
-    return found
+    """Models that a field may hold, inside lists and unions too."""
+    annotations: list[Any] = [model.model_fields[field].annotation]
+    for each in annotations:  # which grows meanwhile
+        annotations += get_args(each)
+    return [each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)]
 
 
 def _lay_over(tree: dict[str, Any], setting: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Distances d(a, b) between images, one number an image: what a consistency loss makes small."""
+"""Distances d(a, b) between images, one number an image, that a consistency loss minimises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def distance_of(phase: ConsistencyPhase, device: torch.device) -> Distance:
-    """The distance of a phase. Raises CheckpointError where LPIPS weights cannot be read."""
+    """Choose the distance of a phase. Raises CheckpointError if LPIPS weights cannot be read."""
     match phase.distance:
         case "l1":
             return l1

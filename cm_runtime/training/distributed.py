@@ -1,12 +1,12 @@
-"""The processes that share a run: one, or as many as torchrun started. They change nothing but its speed."""
+"""Processes that share a run: one, or as many as torchrun started. They change nothing but its speed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,11 +38,11 @@ class Workers:
 
     @property
     def lead(self) -> bool:
-        """True for the one that writes."""
+        """True for the worker that writes."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of ``count`` images of a batch are this worker's."""
+        """This worker's positions in a batch of ``count`` images."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def parallel(self, model: nn.Module) -> nn.Module:
@@ -59,22 +59,23 @@ class Workers:
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def any(self, here: bool) -> bool:
-        """True in every worker where it is true in one."""
-        return self.total(here)[0] > 0
+    def any(self, flag: bool) -> bool:
+        """Return True in every worker if ``flag`` is true in one."""
+        return self.total(flag)[0] > 0
 
-    def from_lead(self, value: T) -> T:
-        """The lead's value, in every worker."""
+    def from_lead(self, compute: Callable[[], T]) -> T:
+        """Compute a value in the lead and return it in every worker."""
         if self.world == 1:
-            return value
-        box = [value]
+            return compute()
+        box: list[Any] = [compute() if self.lead else None]
         dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        value: T = box[0]
+        return value
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Workers]:
-    """The workers of this run, by the environment that torchrun sets; gloo on CPUs, NCCL on GPUs.
+def join_workers(device: str) -> Iterator[Workers]:
+    """Join the workers of this run, by the environment that torchrun sets; gloo on CPUs, NCCL on GPUs.
 
     ``device`` is auto, cpu, cuda or cuda:N; on GPUs worker i of a machine has cuda:i. Raises EngineError for a device
     that is not there, TrainingError where the workers cannot meet.
@@ -83,17 +84,17 @@ def joined(device: str) -> Iterator[Workers]:
     if world == 1:
         yield Workers(0, 1, chosen_device(device))
         return
-    chosen = chosen_device(device)
-    if chosen.type == "cuda":
-        chosen = chosen_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(chosen)
+    worker_device = chosen_device(device)
+    if worker_device.type == "cuda":
+        worker_device = chosen_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(worker_device)
     try:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if worker_device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the {world} workers cannot meet: {str(error).splitlines()[0]}") from error
     try:
-        yield Workers(dist.get_rank(), world, chosen)
-    except RuntimeError as error:  # ours are none of these: what gloo and NCCL raise when another worker has ended
+        yield Workers(dist.get_rank(), world, worker_device)
+    except RuntimeError as error:  # gloo and NCCL raise it when another worker has ended; cm-runtime's errors are none
         raise TrainingError(f"worker {dist.get_rank()} cannot go on: {str(error).splitlines()[0]}") from error
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Exponential moving averages of a model's weights: several rates at once to keep, and one to be a loss's target."""
+"""Exponential moving averages of a model's weights: of several rates for checkpoints, and of one as a loss's target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Averages:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights as they are after ``step`` (from 0)."""
+        """Move the averages towards the weights after ``step`` (from 0)."""
         live = list(self._live.values())
         for rate, copies in self._copies.items():
             torch._foreach_lerp_(copies, live, 1 - min(rate, (1 + step) / (10 + step)))
@@ -30,23 +30,23 @@ class Averages:
         """{rate: state dict}; the tensors are the averages themselves, not copies."""
         return {f"{rate:g}": dict(zip(self._live, copies, strict=True)) for rate, copies in self._copies.items()}
 
-    def stored(self, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-        """``state`` as a checkpoint holds it: in ``dtype``, contiguous."""
+    def weights(self, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+        """{rate: state dict} for a checkpoint: in ``dtype``, contiguous."""
         return {
-            rate: {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
-            for rate, weights in self.state().items()
+            rate: {name: tensor.to(dtype).contiguous() for name, tensor in average.items()}
+            for rate, average in self.state().items()
         }
 
-    def finite(self, dtype: torch.dtype) -> bool:
-        """True where no weight becomes infinite or NaN in ``dtype``."""
-        return all(bool(t.isfinite().all()) for weights in self.stored(dtype).values() for t in weights.values())
+    def is_finite(self, dtype: torch.dtype) -> bool:
+        """Return True if no weight becomes infinite or NaN in ``dtype``."""
+        return all(bool(t.isfinite().all()) for average in self.weights(dtype).values() for t in average.values())
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Puts back what ``state`` gave."""
+        """Restore what ``state`` returned."""
         for rate, copies in self._copies.items():
-            for mine, name in zip(copies, self._live, strict=True):
-                mine.copy_(state[f"{rate:g}"][name])
+            for average, name in zip(copies, self._live, strict=True):
+                average.copy_(state[f"{rate:g}"][name])
 
 
 class Target:
@@ -59,26 +59,26 @@ class Target:
         self._mu = mu
         self.network = student if mu is None else copy.deepcopy(student).requires_grad_(False)
         self._student = list(student.state_dict().values())
-        self._own = list(self.network.state_dict().values())
+        self._weights = list(self.network.state_dict().values())
 
     @torch.no_grad()
     def update(self, k: int) -> None:
-        """Takes in the student's weights as they are after step ``k``."""
+        """Move theta- towards the student's weights after step ``k``."""
         if self._mu is not None:
-            torch._foreach_lerp_(self._own, self._student, 1 - self._mu(k))
+            torch._foreach_lerp_(self._weights, self._student, 1 - self._mu(k))
 
     def state(self) -> dict[str, Tensor]:
-        """The weights of theta-; nothing where they are the student's."""
+        """The weights of theta-; empty if they are the student's."""
         return {} if self._mu is None else self.network.state_dict()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what ``state`` gave."""
+        """Restore what ``state`` returned."""
         if self._mu is not None:
             self.network.load_state_dict(state)
 
 
 def mu_of(phase: Phase) -> Callable[[int], float] | None:
-    """mu(k) of a phase's target; None where the target is the student itself."""
+    """Decay mu(k) of a phase's target; None if the target is the student itself."""
     match phase:
         case CdPhase(mu=mu) if mu > 0:
             return lambda k: mu

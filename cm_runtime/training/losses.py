@@ -1,4 +1,4 @@
-"""The training objectives, each composed once, when a phase starts, of parts that are plain functions."""
+"""Training objectives, each composed of plain functions when a phase starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cm_runtime.training.config import CdPhase, ConsistencyPhase, EdmPhase, Phas
 from cm_runtime.training.distances import Distance, distance_of
 from cm_runtime.training.noise import DROPOUT, NOISE, Draws
 from cm_runtime.training.noise_pairs import Pairs, lognormal, pairs_of
-from cm_runtime.training.second_points import Denoise, Second, from_data, from_teacher, wide
+from cm_runtime.training.second_points import Denoise, Second, expand, from_data, from_teacher
 
 # lambda(t, r): (n,) each
 Weighting = Callable[[Tensor, Tensor], Tensor]
@@ -20,7 +20,7 @@ Weighting = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images of a step: x (n,C,H,W) clean, label (n,) int64 or None, and their randomness."""
+    """Images of a step: x (n,C,H,W) clean, label (n,) int64 or None, and their randomness."""
 
     x: Tensor
     label: Tensor | None
@@ -33,7 +33,7 @@ Loss = Callable[[nn.Module, nn.Module, Batch, int], Tensor]
 
 
 def loss_of(phase: Phase, sigma_data: float, teacher: Denoise | None, device: torch.device) -> Loss:
-    """The objective of a phase; teacher: for cd."""
+    """Compose the objective of a phase; teacher: for cd."""
     if isinstance(phase, EdmPhase):
         return edm(phase.P_mean, phase.P_std, sigma_data)
     second: Second = from_data
@@ -50,7 +50,7 @@ def edm(P_mean: float, P_std: float, sigma_data: float) -> Loss:
         x = batch.x
         sigma = lognormal(batch.draws, P_mean, P_std).to(x.dtype)
         z = batch.draws.normal(NOISE, x.shape[1:]).to(x.dtype)
-        D = student(x + wide(sigma) * z, sigma, batch.label, batch.draws.keys(DROPOUT))
+        D = student(x + expand(sigma) * z, sigma, batch.label, batch.draws.keys(DROPOUT))
         weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
         error: Tensor = (D - x).square().flatten(1).mean(1)
         return weight * error
@@ -69,18 +69,18 @@ def consistency(pairs: Pairs, second: Second, distance: Distance, weighting: Wei
         t, r = (level.to(x.dtype) for level in pairs(batch.draws, k))
         z = batch.draws.normal(NOISE, x.shape[1:]).to(x.dtype)
         key = batch.draws.keys(DROPOUT)
-        x_t = x + wide(t) * z
+        x_t = x + expand(t) * z
         with torch.no_grad():
             x_r = second(x, z, x_t, t, r, label)
             f_r = target(x_r, torch.where(r > 0, r, t), label, key)
-            f_r = torch.where(wide(r) > 0, f_r, x)
+            f_r = torch.where(expand(r) > 0, f_r, x)
         return weighting(t, r) * distance(student(x_t, t, label, key), f_r)
 
     return loss
 
 
 def weighting_of(phase: ConsistencyPhase) -> Weighting:
-    """lambda of a phase."""
+    """Choose lambda(t, r) of a phase."""
     if phase.weighting == "gap":
         return lambda t, r: 1 / (t - r)
     return lambda t, r: torch.ones_like(t)

@@ -22,15 +22,15 @@ EPS = 1e-10
 
 
 class Lpips(nn.Module):
-    """d(a, b): (N,) float32, how different two batches of images look to VGG16. Frozen, and always in evaluation mode.
+    """Distance d(a, b) of two batches of images in VGG16's features: (N,) float32. Frozen, always in evaluation mode.
 
     a, b: (N, C, H, W) floats, C = 1 (repeated) or 3, in units of [-1, 1] and not clipped. Images with a side below
     ``size`` (at least 16) are resized to size x size, bilinearly; others stay as they are (the paper's code also
     shrinks those of 225 to 255 pixels). Always computed in the precision of the weights, float32, under autocast too.
-    Differentiable in a and in b; for a b that asks for no gradient nothing is kept, so pass the target detached. At
-    a = b the gradient is 0.
+    Differentiable in a and in b; a detached b keeps no activations, so pass the target detached. At a = b the gradient
+    is 0.
 
-    ``weights``: what ``read_weights`` returns. Raises RequestError for shapes or types that it cannot compare.
+    ``weights``: from ``read_weights``. Raises RequestError for shapes or types that it cannot compare.
     """
 
     mean: Tensor
@@ -65,7 +65,7 @@ class Lpips(nn.Module):
         return d
 
     def _features(self, x: Tensor) -> Iterator[Tensor]:
-        """The last ReLU of each stage, channels to unit length: (N, C_stage, H / 2^stage, W / 2^stage), one by one."""
+        """Yield the last ReLU of each stage, channels to unit length: (N, C_stage, H / 2^stage, W / 2^stage), one by one."""
         x = x.to(self.mean.dtype)
         if min(x.shape[2:]) < self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
@@ -82,5 +82,5 @@ class Lpips(nn.Module):
 
 
 def load_lpips(paths: Sequence[str | os.PathLike[str]], device: torch.device | str) -> Lpips:
-    """LPIPS on ``device``, from published files, as ``read_weights`` takes them; raises CheckpointError."""
+    """Load LPIPS to ``device`` from published files, see ``read_weights``; raises CheckpointError."""
     return Lpips(read_weights(paths)).to(device)

@@ -1,4 +1,4 @@
-"""The weights of LPIPS, from the files that others publish. Read without unpickling anything but tensors.
+"""Weights of LPIPS, from published files. Read without unpickling anything but tensors.
 
 - VGG16: torchvision's state dict of IMAGENET1K_V1 (vgg16-397923af.pth). Its ``classifier.*`` is not used. The weights
   that torchvision calls IMAGENET1K_FEATURES have the same names and expect other colours: distances would be wrong.
@@ -25,66 +25,65 @@ HINT = "name torchvision's vgg16-397923af.pth and lpips' vgg.pth or piq's lpips_
 
 
 def weight(layer: int) -> str:
-    """The published name of a convolution's kernel (C_out, C_in, 3, 3)."""
+    """Published name of a convolution's kernel (C_out, C_in, 3, 3)."""
     return f"features.{layer}.weight"
 
 
 def bias(layer: int) -> str:
-    """The published name of a convolution's bias (C_out,)."""
+    """Published name of a convolution's bias (C_out,)."""
     return f"features.{layer}.bias"
 
 
 def head(stage: int) -> str:
-    """The published name of a stage's head: stored as (1, C, 1, 1), read as (C,)."""
+    """Published name of a stage's head: stored as (1, C, 1, 1), read as (C,)."""
     return f"lin{stage}.model.1.weight"
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """The shape of each of the 31 tensors, by name."""
-    expected: dict[str, tuple[int, ...]] = {}
+    """Shape of each of the 31 tensors, by name."""
+    sizes: dict[str, tuple[int, ...]] = {}
     inputs = 3
     for stage, (channels, layers) in enumerate(zip(CHANNELS, CONVOLUTIONS, strict=True)):
         for layer in layers:
-            expected |= {weight(layer): (channels, inputs, 3, 3), bias(layer): (channels,)}
+            sizes |= {weight(layer): (channels, inputs, 3, 3), bias(layer): (channels,)}
             inputs = channels
-        expected[head(stage)] = (channels,)
-    return expected
+        sizes[head(stage)] = (channels,)
+    return sizes
 
 
 def read_weights(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Tensor]:
-    """The tensors of ``shapes()``, float32 on the CPU. torchvision's file passes through memory whole, 0.5 GB.
+    """Read the tensors of ``shapes()``, float32 on the CPU. torchvision's file passes through memory whole, 0.5 GB.
 
     Raises CheckpointError, one line: a file missing, truncated, foreign or with code in it; or every tensor (the first
     five) that is missing, there twice, unexpected, misshapen or not finite.
     """
-    expected = shapes()
-    found: dict[str, Tensor] = {}
-    wrong = []
+    sizes = shapes()
+    tensors: dict[str, Tensor] = {}
+    faults = []
     for path in map(Path, paths):
-        for name, tensor in _named(path).items():
-            if name in found:
-                wrong.append(f"{name} is there twice")
-            elif name not in expected:
-                wrong.append(f"unexpected {name}")
+        for name, tensor in _read_tensors(path).items():
+            if name in tensors:
+                faults.append(f"{name} is there twice")
+            elif name not in sizes:
+                faults.append(f"unexpected {name}")
             elif not is_dense(tensor):
-                wrong.append(f"{name} is not a dense tensor of floats")
-            elif (tuple(tensor.squeeze().shape) if name.startswith("lin") else tuple(tensor.shape)) != expected[name]:
-                wrong.append(f"{name} is {tuple(tensor.shape)} and should be of {expected[name]}")
+                faults.append(f"{name} is not a dense tensor of floats")
+            elif (tuple(tensor.squeeze().shape) if name.startswith("lin") else tuple(tensor.shape)) != sizes[name]:
+                faults.append(f"{name} is {tuple(tensor.shape)} and should be of {sizes[name]}")
             elif not bool(torch.isfinite(tensor).all()):
-                wrong.append(f"{name} is not finite")
-            found[name] = tensor
-    missing = [f"missing {name}" for name in expected if name not in found]
-    if wrong or missing:
-        wrong += missing
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+                faults.append(f"{name} is not finite")
+            tensors[name] = tensor
+    faults += [f"missing {name}" for name in sizes if name not in tensors]
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         where = ", ".join(map(str, paths)) or "no file"
-        raise CheckpointError(f"{where}: not the weights of LPIPS: {'; '.join(wrong[:5])}{more}; {HINT}")
-    # Copies: a stored tensor may be a view of something far larger, which it would keep in memory.
-    return {name: found[name].detach().reshape(shape).to(torch.float32, copy=True) for name, shape in expected.items()}
+        raise CheckpointError(f"{where}: not the weights of LPIPS: {'; '.join(faults[:5])}{more}; {HINT}")
+    # Copies: a tensor of a file may be a view of something far larger, which it would keep in memory.
+    return {name: tensors[name].detach().reshape(size).to(torch.float32, copy=True) for name, size in sizes.items()}
 
 
-def _named(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file by their published names, without VGG's classifier."""
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file by their published names, without VGG's classifier."""
     try:
         content = load_safetensors(path) if path.suffix == ".safetensors" else load_torch(path)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Addressable randomness on the device: what training draws for an image depends on (seed, its place) alone.
+"""Addressable randomness on the device: the noise of a training image depends on (seed, its place) alone.
 
 A place is an image's number in the endless sequence of images a run shows the network. The numbers are those of
 `cm_runtime.noise` (Philox4x32-10 at (seed, place, draw)), so batch size, micro-batches and the number of workers change
@@ -23,13 +23,13 @@ _MASK = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of some images; seed: 0..2^64-1, place: (n,) int64, on the device that the numbers are for."""
+    """Randomness of n images; seed: 0..2^64-1, place: (n,) int64, on the device that the numbers are for."""
 
     seed: int
     place: Tensor
 
     def words(self, draw: int, blocks: int) -> Tensor:
-        """The random words of a draw: (n, blocks, 4) int64 in 0..2^32-1, equal to `cm_runtime.noise.words`."""
+        """Random words of a draw: (n, blocks, 4) int64 in 0..2^32-1, equal to `cm_runtime.noise.words`."""
         place = self.place[:, None]
         zero = torch.zeros(len(place), blocks, dtype=torch.int64, device=place.device)
         block = torch.arange(blocks, device=place.device)

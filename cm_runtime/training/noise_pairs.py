@@ -1,4 +1,4 @@
-"""How consistency training draws its pairs of noise levels t > r: chosen once, when a phase starts."""
+"""Pairs of noise levels t > r of consistency training: one function per method, picked when a phase starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Pairs = Callable[[Draws, int], tuple[Tensor, Tensor]]
 
 
 def pairs_of(phase: ConsistencyPhase) -> Pairs:
-    """The pairs of a phase's method."""
+    """Choose the pairs of a phase's method."""
     match phase:
         case CdPhase():
             return uniform(lambda k: phase.N)
         case CtPhase():
             return uniform(lambda k: schedule.N_of_k(k, phase.steps, phase.s0, phase.s1))
         case IctPhase():
-            return binned(lambda k: schedule.ict_N_of_k(k, phase.steps, phase.s0, phase.s1), phase.P_mean, phase.P_std)
+            return lognormal_bins(lambda k: schedule.ict_N_of_k(k, phase.steps, phase.s0, phase.s1), phase.P_mean, phase.P_std)
         case EctPhase():
             return continuous(phase)
 
@@ -42,8 +42,8 @@ def uniform(N_of_k: Callable[[int], int]) -> Pairs:
     return pairs
 
 
-def binned(N_of_k: Callable[[int], int], P_mean: float, P_std: float) -> Pairs:
-    """Neighbours of the Karras grid of N(k) points, as often as a lognormal falls between (arXiv 2310.14189)."""
+def lognormal_bins(N_of_k: Callable[[int], int], P_mean: float, P_std: float) -> Pairs:
+    """Neighbours of the Karras grid of N(k) points, as often as a lognormal falls between them (arXiv 2310.14189)."""
 
     def pairs(draws: Draws, k: int) -> tuple[Tensor, Tensor]:
         grid = _grid(N_of_k(k), draws.place.device)

@@ -1,4 +1,4 @@
-"""What a model draws while it is trained: the same noise again and again, so that pictures can be compared."""
+"""Preview images during training: always of the same noise, so that grids of different steps compare."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cm_runtime.sampling import to_uint8
 
 
 def draw(model: ConsistencyModel, method: str, count: int, seed: int) -> NDArray[np.uint8]:
-    """Images 0 to count - 1 of ``seed``: two steps, or Heun's ODE for a teacher. (count,H,W,C) uint8."""
+    """Draw images 0 to count - 1 of ``seed``: two steps, or Heun's ODE for a teacher. (count,H,W,C) uint8."""
     config = model.config
-    training = TrainingSummary(method=method, data="", steps=0, images=0, seconds=0)
-    manifest = Checkpoint(config=config, default_ema="", ema={}, training=training).manifest()
+    summary = TrainingSummary(method=method, data="", steps=0, images=0, seconds=0)
+    manifest = Checkpoint(config=config, default_ema="", ema={}, training=summary).manifest()
     denoiser = TorchBackend(model, manifest, str(next(model.parameters()).device))
     if not manifest.is_teacher:
         return sampling.draw_images(denoiser, Draw(count=count, seed=seed))

@@ -1,4 +1,4 @@
-"""What it takes to repeat a run besides its configuration: versions, machine, data, command."""
+"""Provenance of a run besides its configuration: versions, machine, data, command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cm_runtime.training.distributed import Workers
 
 
 def session(data: ImageSet, workers: Workers) -> dict[str, Any]:
-    """A start or resumption of a run."""
+    """Describe a start or resumption of a run, for run.json."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "cm_runtime": __version__,
@@ -44,7 +44,7 @@ def session(data: ImageSet, workers: Workers) -> dict[str, Any]:
 
 
 def fingerprint(data: ImageSet) -> str:
-    """The SHA-256 of all pixels and labels with their shapes: equal where training sees the same."""
+    """SHA-256 of all pixels and labels with their shapes: equal for equal training data."""
     digest = hashlib.sha256(f"{data.images.dtype} {data.images.shape} {data.num_classes}".encode())
     for array in (data.images, data.labels):
         if array is not None:

@@ -1,9 +1,9 @@
-"""The run folder: what a run writes, so that it can be stopped at any moment, resumed and repeated.
+"""The run folder: the files of a run, by which it can be stopped at any moment, resumed and repeated.
 
 config.toml      the whole configuration
 run.json         every start and resumption: command, versions, machine, checksums of data and init
-state.pt         weights, target, optimiser, averages and position: what --resume goes on from
-ckpt.pt          the averaged weights so far: what export and sample take
+state.pt         weights, target, optimiser, averages and position, from which --resume goes on
+ckpt.pt          the averaged weights so far, for export and sample
 phase-N-METHOD.pt  the averaged weights at the end of phase N, from which the next one starts
 log.jsonl        one line every few steps: phase, step, loss, learning rate, images/s
 samples/         grids of the same noise as training goes on
@@ -39,34 +39,34 @@ NOTES = {
     "ict": "The grid's points double and the weight 1/(t - r) grows with them: compare it between doublings only.",
     "ct": "The grid grows with the steps: this loss may rise while the images get better.",
 }  # beside the curves of TensorBoard
-# Keys that a run may go on with changed: they decide where and when, not what.
+# Keys that a resumed run may change: they decide where and when, not what.
 FREE = ("data.source", "init", "device", "save_every", "sample_every", "tensorboard")
 
 
 class RunFolder:
-    """A folder that one run owns while it trains."""
+    """A folder that one run owns while it trains. inputs: {name: SHA-256} of data and init."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint = path / "ckpt.pt"
         self.state = path / "state.pt"
         self._log = path / "log.jsonl"
-        self._sessions = path / "run.json"
-        self._made_of: dict[str, Any] = {}
-        self._earlier: list[dict[str, Any]] = []  # sessions
-        self._lines: bytes | None = None  # of the log, where some are to go
+        self._session_file = path / "run.json"
+        self.inputs: dict[str, str] = {}
+        self._config: dict[str, Any] = {}
+        self._sessions: list[dict[str, Any]] = []
+        self._lines: bytes | None = None  # of the log, if some must go
         self._board: Board | None = None
-        self._noted: set[str] = set()
+        self._curves_with_note: set[str] = set()
 
     @contextmanager
     def open(
         self, config: TrainConfig, inputs: dict[str, str], *, resume: bool, force: bool
     ) -> Iterator[dict[str, Any] | None]:
-        """Owns the folder; yields the state to go on from, or None for a fresh start.
+        """Own the folder; yield the state to go on from, or None for a fresh start.
 
-        inputs: {name: SHA-256} of what the run is made from. Raises OutputError when another run is in it, or it holds
-        one already and neither resume nor force is given, and TrainingError when there is nothing to resume or the
-        configuration or an input is another.
+        Raises OutputError if another run is in it, or it holds a run and neither resume nor force is set. Raises
+        TrainingError if there is nothing to resume, or the configuration or an input is another.
         """
         if resume and not self.path.exists():
             raise TrainingError(f"there is nothing to resume in {self.path}; start without --resume")
@@ -83,56 +83,53 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise OutputError(f"another run is training in {self.path}") from error
-            self._made_of = {"config": config.model_dump(mode="json"), "inputs": inputs}
-            if resume:
-                state = self._resumed(config)
-                self._sweep()
-                with self._closing():
-                    yield state
-                return
-            if not force and (found := [path.name for path in self._own() if path.exists()]):
-                raise OutputError(f"{self.path} holds {found[0]}; go on with --resume, or start over with --force")
-            self._clear()
+            self._config, self.inputs = config.model_dump(mode="json"), inputs
+            state = self._read_state(config) if resume else None
+            if not resume:
+                self._clear(force)
+                with atomic.write(self.path / "config.toml") as temporary:
+                    temporary.write_text(_toml(config), encoding="utf-8")
             self._sweep()
-            with atomic.write(self.path / "config.toml") as temporary:
-                temporary.write_text(_toml(config), encoding="utf-8")
-            with self._closing():
-                yield None
+            try:
+                yield state
+            finally:
+                if self._board:
+                    self._board.close()
 
     def begin(self, session: dict[str, Any], images: int, *, tensorboard: bool) -> None:
-        """Notes in run.json that a start or resumption, as ``session`` tells, goes on from ``images`` seen.
+        """Append ``session``, a start or resumption after ``images``, to run.json.
 
-        The log loses the lines of steps that a killed run had logged and not saved: they come again.
+        The log loses the lines of steps that a killed run had logged and not saved: they are repeated.
         """
         if self._lines is not None:
             with atomic.write(self._log) as temporary:
                 temporary.write_bytes(self._lines)
-        with atomic.write(self._sessions) as temporary:
-            entry = {**session, "inputs": self._made_of["inputs"], "from_images": images}
-            lines = json.dumps([*self._earlier, entry], indent=1)
+        with atomic.write(self._session_file) as temporary:
+            entry = {**session, "inputs": self.inputs, "from_images": images}
+            lines = json.dumps([*self._sessions, entry], indent=1)
             temporary.write_text(lines + "\n", encoding="utf-8")
         if tensorboard:
             self._board = Board(self.path / "tensorboard", images)
 
     def save(self, state: dict[str, Any], checkpoint: Checkpoint) -> None:
-        """Checkpoint first, then the state: a kill between the two loses nothing."""
+        """Save the checkpoint, then the state: a kill between the two loses nothing."""
         save_checkpoint(checkpoint, self.checkpoint)
-        save_plain({"format": STATE_FORMAT, **self._made_of, **state}, self.state)
+        save_plain({"format": STATE_FORMAT, "config": self._config, "inputs": self.inputs, **state}, self.state)
 
-    def kept(self, phase: int, method: str) -> Path:
-        """Where the checkpoint of a finished phase is."""
+    def phase_checkpoint(self, phase: int, method: str) -> Path:
+        """Path of the checkpoint of a finished phase."""
         return self.path / f"phase-{phase}-{method}.pt"
 
     def keep(self, phase: int, method: str) -> None:
-        """Sets the checkpoint of a finished phase aside, once: after a kill it may be of the next phase already."""
-        target = self.kept(phase, method)
+        """Copy the checkpoint of a finished phase, once: after a kill ckpt.pt may be of the next phase already."""
+        target = self.phase_checkpoint(phase, method)
         if target.is_file():
             return
         with atomic.write(target) as temporary:
             shutil.copyfile(self.checkpoint, temporary)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one line to log.jsonl, and a point to each curve."""
+        """Append one line to log.jsonl, and a point to each curve."""
         try:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -140,15 +137,15 @@ class RunFolder:
             raise OutputError(f"{self._log} cannot be written: {error.strerror or error}") from error
         if self._board:
             curves = {key: value for key, value in record.items() if isinstance(value, float) and key != "loss"}
-            curve = f"loss/{record['method']}"  # a loss of one method says nothing beside another's
+            curve = f"loss/{record['method']}"  # losses of two methods do not compare
             curves[curve] = record["loss"]
-            if (note := NOTES.get(record["method"])) and curve not in self._noted:
-                self._noted.add(curve)
+            if (note := NOTES.get(record["method"])) and curve not in self._curves_with_note:
+                self._curves_with_note.add(curve)
                 self._board.note(curve, record["images"], note)
             self._board.scalars(record["images"], curves)
 
     def grid(self, name: str, pictures: NDArray[np.uint8], text: dict[str, Any]) -> None:
-        """Writes a sample grid."""
+        """Write a sample grid."""
         folder = self.path / "samples"
         try:
             folder.mkdir(exist_ok=True)
@@ -159,89 +156,85 @@ class RunFolder:
         if self._board:
             self._board.grid(text["images"], picture)
 
-    @contextmanager
-    def _closing(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            if self._board:
-                self._board.close()
-
-    def _resumed(self, config: TrainConfig) -> dict[str, Any]:
-        """The state, after all that a resumption reads was found to be sound."""
+    def _read_state(self, config: TrainConfig) -> dict[str, Any]:
+        """Read the state, and check all that a resumption reads."""
         if not streams.exists(self.state):
             raise TrainingError(f"there is nothing to resume in {self.path}; start without --resume")
-        state, before = read_state(self.state)
-        if changed := _changed(before.model_dump(), config.model_dump()):
-            raise TrainingError(f"{self.path} was started with another {changed}; use the same config to resume")
-        for name, sha256 in self._made_of["inputs"].items():
+        state, saved_config = read_state(self.state)
+        if key := _difference(saved_config.model_dump(), config.model_dump()):
+            raise TrainingError(f"{self.path} was started with another {key}; use the same config to resume")
+        for name, sha256 in self.inputs.items():
             if state["inputs"].get(name) != sha256:
                 raise TrainingError(f"{self.path} was started with another {name}; use the same to resume")
-        self._earlier = self._read_sessions()
+        self._sessions = self._read_sessions()
         self._lines = self._lines_up_to((state["phase"], state["step"]))
         return state
 
     def _read_sessions(self) -> list[dict[str, Any]]:
-        """The sessions in run.json."""
-        if not streams.exists(self._sessions):
+        """Read the sessions in run.json."""
+        path = self._session_file
+        if not streams.exists(path):
             return []
         try:
-            sessions = json.loads(streams.read_bytes(self._sessions, TrainingError, MOST_SESSIONS))
+            sessions = json.loads(streams.read_bytes(path, TrainingError, MOST_SESSIONS))
             json.dumps(sessions, indent=1)  # which nests less deeply than it reads
         except (ValueError, RecursionError) as error:
-            raise TrainingError(f"{self._sessions} is damaged: it is no JSON; move it away") from error
+            raise TrainingError(f"{path} is damaged: it is no JSON; move it away") from error
         if not isinstance(sessions, list) or not all(isinstance(each, dict) for each in sessions):
-            raise TrainingError(f"{self._sessions} is damaged: it is no list of sessions; move it away")
+            raise TrainingError(f"{path} is damaged: it is no list of sessions; move it away")
         return sessions
 
     def _lines_up_to(self, position: tuple[int, int]) -> bytes | None:
-        """The log without the lines of later steps; None where there are none. A kill may have cut the last line."""
+        """The log without the lines of later steps; None if it has none. A kill may have cut the last line."""
         if not streams.exists(self._log):
             return None
         content = streams.read_bytes(self._log, TrainingError, MOST_LOG)
         lines = content.splitlines(keepends=True)
-        kept = []
+        earlier = []
         for number, line in enumerate(lines, 1):
             at = _position(line)
             if at is None and number < len(lines):
                 raise TrainingError(f"{self._log} is damaged: line {number} is none that a run writes; move it away")
             if at is not None and at <= position:
-                kept.append(line)
-        return None if len(kept) == len(lines) else b"".join(kept)
+                earlier.append(line)
+        return None if len(earlier) == len(lines) else b"".join(earlier)
 
-    def _own(self) -> list[Path]:
-        """All that a run writes."""
+    def _outputs(self) -> list[Path]:
+        """Paths of all that a run writes."""
         names = "state.pt", "ckpt.pt", "log.jsonl", "config.toml", "run.json", "samples", "tensorboard"
         return [*(self.path / name for name in names), *self.path.glob("phase-*.pt")]
 
     def _sweep(self) -> None:
-        """Removes what a killed run had half written, of its own kinds."""
+        """Remove the drafts of a killed run, of the kinds that a run writes."""
         sweep(self.path, (".pt", ".toml", ".jsonl", ".json"))
         sweep(self.path / "samples", (".png",))
 
-    def _clear(self) -> None:
-        for path in self._own():
+    def _clear(self, force: bool) -> None:
+        """Remove an earlier run. Raises OutputError if there is one, unless ``force``."""
+        if not force and (names := [path.name for path in self._outputs() if path.exists()]):
+            raise OutputError(f"{self.path} holds {names[0]}; go on with --resume, or start over with --force")
+        for path in self._outputs():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
-def _changed(before: Any, after: Any, key: str = "") -> str:
-    """The first key whose value differs; where the data lies and how often to save may change."""
-    if key in FREE or before == after:
+def _difference(a: Any, b: Any, key: str = "") -> str:
+    """Name the first key whose value differs, "" if none; those in FREE may."""
+    if key in FREE or a == b:
         return ""
-    if isinstance(before, dict) and isinstance(after, dict):
-        pairs = [(str(k), before.get(k), after.get(k)) for k in {**before, **after}]
-    elif isinstance(before, list | tuple) and isinstance(after, list | tuple) and len(before) == len(after):
-        pairs = [(str(i), b, a) for i, (b, a) in enumerate(zip(before, after, strict=True))]
+    if isinstance(a, dict) and isinstance(b, dict):
+        pairs = [(str(k), a.get(k), b.get(k)) for k in {**a, **b}]
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        pairs = [(str(i), *pair) for i, pair in enumerate(zip(a, b, strict=True))]
     else:
         return key
-    return next(filter(None, (_changed(b, a, f"{key}.{k}".lstrip(".")) for k, b, a in pairs)), "")
+    return next(filter(None, (_difference(x, y, f"{key}.{k}".lstrip(".")) for k, x, y in pairs)), "")
 
 
 def _position(line: bytes) -> tuple[int, int] | None:
-    """(phase, step) of a log line; None where it is no such line, or was cut short."""
+    """Parse (phase, step) of a log line; None if it is no such line, or was cut short."""
     try:
         record = json.loads(line.decode())
         phase, step = record["phase"], record["step"]

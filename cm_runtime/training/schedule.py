@@ -1,4 +1,4 @@
-"""Growth of the training grid, decay of the EMA target, and how often iCT takes each pair of neighbours."""
+"""Growth of the training grid, decay of the EMA target, and iCT's probabilities of the grid's neighbours."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ict_N_of_k(k: int, K: int, s0: int, s1: int) -> int:
 
 
 def ict_probabilities(grid: Sequence[float] | NDArray[np.float64], P_mean: float, P_std: float) -> NDArray[np.float64]:
-    """How often iCT takes each pair of neighbours of an ascending ``grid``: (len(grid) - 1,), of sum 1.
+    """Probability with which iCT draws each pair of neighbours of an ascending ``grid``: (len(grid) - 1,), of sum 1.
 
     p_i ~ erf((ln s_{i+1} - P_mean)/(sqrt2 P_std)) - erf((ln s_i - P_mean)/(sqrt2 P_std)) (arXiv 2310.14189, eq. 10).
     """

@@ -1,33 +1,33 @@
-"""Ctrl-C and kill as a question that a loop asks between two steps."""
+"""Ctrl-C and kill as a flag that the loop reads between two steps."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a question: was a stop asked for? The first signal asks, a second one ends the process as usual."""
-    asked = False
+    """Yield a function that returns True once a signal came; a second signal ends the process as usual."""
+    stop = False
+    handlers: dict[signal.Signals, Any] = {}
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        for kind, handler in before.items():
+    def restore() -> None:
+        for kind, handler in handlers.items():
             signal.signal(kind, handler)
 
-    before: dict[signal.Signals, Any] = {}
-    try:
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stop
+        stop = True
+        restore()
+
+    with suppress(ValueError):  # not the main thread: signals are somebody else's
         for kind in (signal.SIGINT, signal.SIGTERM):
-            before[kind] = signal.signal(kind, ask)
-    except ValueError:  # not the main thread: signals are somebody else's
-        pass
+            handlers[kind] = signal.signal(kind, request_stop)
     try:
-        yield lambda: asked
+        yield lambda: stop
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        restore()

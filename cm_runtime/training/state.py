@@ -1,4 +1,4 @@
-"""The training state as `--resume` reads it: checked whole before anything is made of it or overwritten."""
+"""Training state as `--resume` reads it: checked whole before anything is built from it or overwritten."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cm_runtime.training.ema import mu_of
 STATE_FORMAT = "cm-runtime training state 2"
 STATE_KEYS = {"config", "inputs", "phase", "step", "images", "seconds", "model", "target", "optimizer", "ema"}
 MOST_SECONDS = 1e12
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # that Adam and RAdam keep of a tensor
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of Adam and RAdam, for each tensor
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], TrainConfig]:
-    """The state in ``path``, and the configuration that it is of.
+    """Read the state in ``path`` and its configuration.
 
-    Its place in the run fits that configuration; its tensors are for `check_fit`. Raises TrainingError.
+    Its position in the run fits that configuration; its tensors are for `check_fit`. Raises TrainingError.
     """
     streams.regular(path, TrainingError)
     try:
@@ -34,8 +34,8 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainConfig]:
         raise TrainingError(f"{error}; put a copy back, or start anew with --force") from error
     if not isinstance(state.get("format"), str) or state["format"] != STATE_FORMAT:
         raise TrainingError(f"{path} is not a training state of this version; start anew with --force")
-    if missing := STATE_KEYS - state.keys():
-        raise damage(path, f"it has no {min(missing)}")
+    if absent := STATE_KEYS - state.keys():
+        raise damage(path, f"it has no {min(absent)}")
     try:
         config = parse_config(state["config"], "config")
     except (ConfigError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -45,9 +45,9 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainConfig]:
         raise damage(path, "its phase is none of the configuration's")
     if type(step) is not int or not 0 <= step <= config.phase[phase].steps:
         raise damage(path, f"its step is none of phase {phase}")
-    seen = sum(each.steps * each.batch for each in config.phase[:phase]) + step * config.phase[phase].batch
-    if type(state["images"]) is not int or state["images"] != seen:
-        raise damage(path, f"it counts other images than the {seen} up to its step")
+    images = sum(each.steps * each.batch for each in config.phase[:phase]) + step * config.phase[phase].batch
+    if type(state["images"]) is not int or state["images"] != images:
+        raise damage(path, f"it counts other images than the {images} up to its step")
     if type(seconds) not in (int, float) or not 0 <= seconds < MOST_SECONDS:
         raise damage(path, "its seconds are no time")
     if not isinstance(inputs, dict):
@@ -56,7 +56,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainConfig]:
 
 
 def check_fit(state: Mapping[str, Any], config: TrainConfig, model: ModelConfig, path: Path) -> None:
-    """Raises TrainingError where the tensors of ``state`` are not those of its phase, which trains ``model``."""
+    """Raise TrainingError unless the tensors of ``state`` fit its phase, which trains ``model``."""
     phase = config.phase[state["phase"]]
     network = build(model, "meta")
     shapes = shapes_of(network)
@@ -74,25 +74,25 @@ def check_fit(state: Mapping[str, Any], config: TrainConfig, model: ModelConfig,
 
 
 def damage(path: Path, wrong: str) -> TrainingError:
-    """The error of a file that a run cannot go on from."""
+    """Word the error of a file that a run cannot go on from."""
     return TrainingError(f"{path} is damaged: {wrong}; put a copy back, or start anew with --force")
 
 
 def moments(state: Mapping[str, Any], fresh: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state dict of an optimizer with the moments of ``state``; its options are those of ``fresh``."""
+    """Build the state dict of an optimizer from the moments of ``state`` and the options of ``fresh``."""
     return {"state": state["optimizer"]["state"], "param_groups": fresh.state_dict()["param_groups"]}
 
 
 def _check_moments(optimizer: Any, shapes: list[tuple[int, ...]]) -> None:
-    found = optimizer.get("state") if isinstance(optimizer, dict) else None
-    if not isinstance(found, dict):
+    states = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(states, dict):
         raise CheckpointError("its optimizer has no state")
-    for number, kept in found.items():
+    for number, tensors in states.items():
         if type(number) is not int or not 0 <= number < len(shapes):
             raise CheckpointError("its optimizer is of another network")
-        if not isinstance(kept, dict) or kept.keys() != MOMENTS:
+        if not isinstance(tensors, dict) or tensors.keys() != MOMENTS:
             raise CheckpointError(f"its optimizer's moments of tensor {number} are not complete")
-        for name, tensor in kept.items():
+        for name, tensor in tensors.items():
             shape = () if name == "step" else shapes[number]
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise CheckpointError(f"its optimizer's {name} of tensor {number} does not fit")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.training.batches import Stream
@@ -20,7 +20,7 @@ from cm_runtime.training.state import moments
 
 
 class Stepper:
-    """What a phase trains and with what: weights, optimizer, averages, target and loss."""
+    """One phase's weights, optimizer, averages, target and loss."""
 
     def __init__(
         self, phase: Phase, config: TrainConfig, model: ConsistencyModel, teacher: Denoise | None, workers: Workers
@@ -40,9 +40,9 @@ class Stepper:
         self.optimizer = optimizer_of(phase, model)
 
     def gradients(self, k: int, stream: Stream, first: int) -> tuple[float, float]:
-        """Fills the gradients of step ``k``, whose images are at ``first`` and on: (mean loss, norm), of all workers.
+        """Compute the gradients of step ``k``, whose images begin at ``first``: (mean loss, norm) over all workers.
 
-        Gradients longer than the phase's clip are shortened to it.
+        Gradients longer than the phase's clip are scaled down to it.
         """
         phase, share = self._phase, self._workers.share(self._phase.batch)
         size = phase.micro_batch or len(share)
@@ -50,8 +50,7 @@ class Stepper:
         total = 0.0
         for start in range(share.start, share.stop, size):
             count = min(size, share.stop - start)
-            last = start + count == share.stop
-            with self._alone(last):
+            with self._no_sync(is_last=start + count == share.stop):
                 total += self._backward(k, stream, first + start, count)
         loss, *_ = self._workers.total(total / phase.batch)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -61,7 +60,7 @@ class Stepper:
         return loss, norm.item()
 
     def update(self, k: int) -> None:
-        """Takes the step along the gradients."""
+        """Step along the gradients."""
         rate = self._phase.learning_rate * learning_rate_factor(self._phase, k)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -70,7 +69,7 @@ class Stepper:
         self._target.update(k)
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on, but for the place in the sequence."""
+        """Collect all that the next step depends on, but for the position in the sequence."""
         return {
             "model": self.model.state_dict(),
             "target": self._target.state(),
@@ -79,7 +78,7 @@ class Stepper:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Puts back what ``state`` gave, and `training.state.check_fit` has seen."""
+        """Restore what ``state`` returned and `training.state.check_fit` has checked."""
         self.model.load_state_dict(state["model"])
         self._target.load(state["target"])
         self.optimizer.load_state_dict(moments(state, self.optimizer))
@@ -91,36 +90,31 @@ class Stepper:
             losses = self._loss(self._student, self._target.network, batch, k)
         total: Tensor = losses.sum()
         # DistributedDataParallel takes the mean over the workers, of whom each has its share of the batch
-        (total * (self._workers.world / self._phase.batch)).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(total * (self._workers.world / self._phase.batch))
         return total.item()
 
-    def _alone(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Workers exchange gradients once, after their last micro-batch."""
-        if self._workers.world == 1 or last:
+    def _no_sync(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Let workers exchange gradients once, after their last micro-batch."""
+        if is_last or not isinstance(self._student, DistributedDataParallel):
             return contextlib.nullcontext()
-        return self._student.no_sync()  # type: ignore[operator, no-any-return]
+        return self._student.no_sync()
 
 
 def optimizer_of(phase: Phase, model: ConsistencyModel) -> torch.optim.Optimizer:
-    """The phase's optimizer: RAdam over all tensors at once, or Adam as one kernel."""
+    """Build the phase's optimizer: RAdam over all tensors in one call, or Adam as one kernel."""
     if phase.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), phase.learning_rate, betas=phase.betas, fused=True)
     return torch.optim.RAdam(model.parameters(), phase.learning_rate, betas=phase.betas, foreach=True)
 
 
 def dtype_of(phase: Phase) -> torch.dtype:
-    """What weights and images are in."""
+    """Data type of the phase's weights and images."""
     return torch.float64 if phase.precision == "fp64" else torch.float32
 
 
 def learning_rate_factor(phase: Phase, step: int) -> float:
-    """1, rising from 0 over the warm-up and falling to 0 over the last ``decay`` share of the steps."""
+    """Learning-rate factor: 1, rising from 0 over the warm-up, falling to 0 over the last ``decay`` of the steps."""
     rise = min(1.0, (step + 1) / phase.warmup) if phase.warmup else 1.0
     tail = phase.decay * phase.steps
     fall = min(1.0, (phase.steps - step) / tail) if tail else 1.0
     return rise * fall
-
-
-def finite(*values: float) -> bool:
-    """True where no value is infinite or NaN."""
-    return all(map(math.isfinite, values))

@@ -1,4 +1,8 @@
-"""TensorBoard event files of a run: scalars and sample grids, written at once and by no thread of their own."""
+"""TensorBoard event files of a run: scalars and sample grids, written synchronously.
+
+torch's SummaryWriter writes in a thread: on a full disk that prints a traceback, and the error comes some points later
+and without the file's name.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from cm_runtime.extras import require
 
 
 class Board:
-    """A new event file in ``folder``; what an earlier one holds of images after ``images`` is hidden by it.
+    """A new event file in ``folder``; it hides the points of earlier files after ``images``.
 
-    Raises MissingExtraError without tensorboard, and OutputError where the file cannot be written.
+    Raises MissingExtraError without tensorboard, OutputError if the file cannot be written.
     """
 
     def __init__(self, folder: Path, images: int) -> None:
@@ -25,7 +29,8 @@ class Board:
         from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
         from torch.utils.tensorboard import summary
 
-        self._event, self._summary = Event, summary
+        self._event = Event
+        self._summary: Any = summary  # torch has no types for it
         self._path = folder / f"events.out.tfevents.{time.time_ns()}"
         try:
             folder.mkdir(exist_ok=True)
@@ -38,21 +43,20 @@ class Board:
             self._write(step=images + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, images: int, values: dict[str, float]) -> None:
-        """One point of each curve, over images seen."""
+        """Add a point to each curve, over images seen."""
         for name, value in values.items():
-            self._write(step=images, summary=self._summary.scalar(name, value))  # type: ignore[no-untyped-call]
+            self._write(step=images, summary=self._summary.scalar(name, value))
 
     def note(self, curve: str, images: int, text: str) -> None:
-        """A sentence beside a curve, under TensorBoard's texts."""
-        self._write(step=images, summary=self._summary.text(curve, text))  # type: ignore[no-untyped-call]
+        """Add a sentence on a curve to TensorBoard's texts."""
+        self._write(step=images, summary=self._summary.text(curve, text))
 
     def grid(self, images: int, picture: NDArray[np.uint8]) -> None:
-        """A sample grid: (H, W, C) uint8."""
-        image = self._summary.image("samples", picture, dataformats="HWC")  # type: ignore[no-untyped-call]
-        self._write(step=images, summary=image)
+        """Add a sample grid: (H, W, C) uint8."""
+        self._write(step=images, summary=self._summary.image("samples", picture, dataformats="HWC"))
 
     def close(self) -> None:
-        """Closes the file; all of it is written already."""
+        """Close the file; all of it is written already."""
         self._file.close()
 
     def _write(self, **content: Any) -> None:

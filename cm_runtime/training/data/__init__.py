@@ -1,9 +1,12 @@
-"""Training images from files nobody vouches for: IDX, CIFAR-10, npz, folders of pictures, or a name."""
+"""Training images from untrusted files: IDX, CIFAR-10, npz, folders of pictures; or of a published data set."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
 
 from cm_runtime.errors import RequestError, data_error
 from cm_runtime.files.streams import exists
@@ -37,9 +40,10 @@ def open_data(
     - a folder of pictures, see ``read_folder``. Only these are cropped and resized to ``image_size``; images
       of another kind must have that size already.
 
-    ``split="test"`` of a source without splits is an error, not the training data. ``progress`` draws bars.
+    ``split="test"`` of a source without splits is an error, not the training data. ``progress`` draws bars if standard
+    error is a terminal.
     Returns images (N, C, H, W), uint8 in 0..255 or float32 in [-1, 1] units.
-    Raises DataError for files that cannot be had or read, RequestError for a wrong argument,
+    Raises DataError for files that cannot be downloaded or read, RequestError for a wrong argument,
     MissingExtraError where a download needs pooch.
     """
     if split not in PREFIX:
@@ -48,13 +52,15 @@ def open_data(
         raise RequestError(f"image_size {image_size}: choose 1 to {MAX_SIDE}")
     if "\0" in str(source):
         raise data_error(repr(str(source)), "no file can have such a name", "check the path")
-    path = Path(os.path.expanduser(source))  # of a user who is not there the name stays
+    path = Path(os.path.expanduser(source))  # an unknown user's name stays
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
     try:
         name = os.path.basename(os.path.realpath(path)) or str(path)
         if str(source) in DATA_SETS and not exists(path):
             name = str(source)
-            path = download(name, split, cache=cache, progress=progress)
-        data = _read(path, split, name, image_size, progress)
+            path = download(name, split, cache, bar)
+        data = _read(path, split, name, image_size, bar)
     except OSError as error:
         wrong = f"cannot be read ({error.strerror or error})"
         raise data_error(error.filename or path, wrong, "check the path and its permissions") from error
@@ -67,14 +73,14 @@ def open_data(
     return data
 
 
-def _read(path: Path, split: Split, name: str, image_size: int | None, progress: bool) -> ImageSet:
-    """Choose the reader. Raises DataError, OSError."""
+def _read(path: Path, split: Split, name: str, image_size: int | None, bar: Progress) -> ImageSet:
+    """Read the set with the reader of its format. Raises DataError, OSError."""
     if path.is_dir():
         if is_idx_folder(path):
             return read_idx_folder(path, split, name)
         if is_cifar_folder(path):
             return read_cifar_folder(path, split, name)
-        return read_folder(path, split, name, image_size=image_size, progress=progress)
+        return read_folder(path, split, name, image_size=image_size, bar=bar)
     if not path.is_file():
         wrong = "is neither a file nor a folder" if os.path.lexists(path) else "no such file or folder"
         looks_like_name = path.name == str(path) and not path.suffix

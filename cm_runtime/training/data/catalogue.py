@@ -1,4 +1,4 @@
-"""Where the files of known data sets are published, their lengths and checksums."""
+"""Catalogue of published data sets: addresses, lengths and checksums of their files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RemoteFile:
 
 
 def _table(bases: tuple[str, ...], listing: str) -> dict[str, RemoteFile]:
-    """A listing of ``sha256 bytes name`` lines, each file to be had under each of the base addresses."""
+    """Parse ``sha256 bytes name`` lines; each file is published under each of the base addresses."""
     rows = [line.split() for line in listing.strip().splitlines()]
     return {name: RemoteFile(sha256, int(size), tuple(base + name for base in bases)) for sha256, size, name in rows}
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from cm_runtime.errors import data_error
 from cm_runtime.files.streams import CHUNK, CappedStream, open_stream, read_up_to
-from cm_runtime.training.data.idx import Split
+from cm_runtime.training.data.idx import Split, find_file
 from cm_runtime.training.data.image_set import ImageSet
 
+SUFFIXES = (".xz", ".gz")
 CLASSES = 10
 SHAPE = (3, 32, 32)
 RECORD = 3073
@@ -33,18 +34,18 @@ BATCHES: dict[Split, tuple[str, ...]] = {
 
 
 def is_cifar_folder(folder: Path) -> bool:
-    """Whether ``folder`` holds any of the six batches."""
-    return any(_find(folder, batch) for batches in BATCHES.values() for batch in batches)
+    """Return True if ``folder`` holds any of the six batches."""
+    return any(find_file(folder, batch, SUFFIXES) for batches in BATCHES.values() for batch in batches)
 
 
 def read_cifar_folder(folder: Path, split: Split, name: str) -> ImageSet:
-    """All batches of one split, each plain, ``.xz`` or ``.gz`` (the first found in that order).
+    """Read all batches of one split, each plain, ``.xz`` or ``.gz`` (the first in that order).
 
     Raises DataError, OSError.
     """
     records = []
     for batch in BATCHES[split]:
-        path = _find(folder, batch)
+        path = find_file(folder, batch, SUFFIXES)
         if path is None:
             raise data_error(folder, f"holds no {batch}, .xz or .gz", f"put it there to read the {split} split")
         with open_stream(path) as stream:
@@ -53,36 +54,36 @@ def read_cifar_folder(folder: Path, split: Split, name: str) -> ImageSet:
 
 
 def read_cifar_archive(archive: Path, split: Split, name: str) -> ImageSet:
-    """The same from ``cifar-10-binary.tar.gz`` as it comes; nothing is unpacked to disk.
+    """Read all batches of one split from ``cifar-10-binary.tar.gz``; nothing is unpacked to disk.
 
     Raises DataError, OSError.
     """
-    found: dict[str, NDArray[np.uint8]] = {}
-    with open_stream(archive) as inflated:
-        stream = CappedStream(inflated, MAX_ARCHIVE, archive)
+    records: dict[str, NDArray[np.uint8]] = {}
+    with open_stream(archive) as unpacked_stream:
+        stream = CappedStream(unpacked_stream, MAX_ARCHIVE, archive)
         try:
             for member, data in _members(stream, archive):
                 batch = PurePosixPath(member.name).name
                 if batch not in BATCHES[split] or not member.isreg():
                     continue
-                if member.type == tarfile.GNUTYPE_SPARSE or batch in found:
+                if member.type == tarfile.GNUTYPE_SPARSE or batch in records:
                     raise data_error(archive, f"holds an odd or second {batch}", "fetch it again")
-                found[batch] = _records(data, archive / batch)
+                records[batch] = _records(data, archive / batch)
         except (tarfile.TarError, ValueError) as error:
             raise data_error(archive, f"is not a whole tar archive ({error})", "fetch it again") from error
         while stream.read(CHUNK):  # to the end, so that gzip checks its checksum
             pass
-    missing = [batch for batch in BATCHES[split] if batch not in found]
-    if missing:
-        raise data_error(archive, f"holds no {missing[0]}", "pass the original cifar-10-binary.tar.gz")
-    return _image_set([found[batch] for batch in BATCHES[split]], name)
+    for batch in BATCHES[split]:
+        if batch not in records:
+            raise data_error(archive, f"holds no {batch}", "pass the original cifar-10-binary.tar.gz")
+    return _image_set([records[batch] for batch in BATCHES[split]], name)
 
 
 def _members(stream: CappedStream, path: Path) -> Iterator[tuple[tarfile.TarInfo, bytearray]]:
-    """Each member of a tar, and up to a byte more of its data than a batch has.
+    """Yield each member of a tar, and up to a byte more of its data than a batch has.
 
-    Linear and without recursion, which tarfile's reader is not where many or long extended headers come. Of these the
-    names count, GNU's and pax's, and nothing else. Raises TarError, ValueError, DataError.
+    Linear and without recursion, as tarfile's reader is not for many or long extended headers. Of these only the names
+    count, GNU's and pax's. Raises TarError, ValueError, DataError.
     """
     name = ""
     for number in range(MAX_MEMBERS):
@@ -91,14 +92,14 @@ def _members(stream: CappedStream, path: Path) -> Iterator[tuple[tarfile.TarInfo
             return
         member = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
         has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in EXTENDED
-        padded = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if has_data else 0
-        if padded < 0:
+        room = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if has_data else 0
+        if room < 0:
             raise ValueError(f"a member of {member.size} bytes")
-        data = read_up_to(stream, min(padded, MAX_BATCH + 1), path)
-        skipped = len(data)
-        while skipped < padded and (chunk := stream.read(min(CHUNK, padded - skipped))):
-            skipped += len(chunk)
-        if skipped < padded:
+        data = read_up_to(stream, min(room, MAX_BATCH + 1), path)
+        position = len(data)
+        while position < room and (chunk := stream.read(min(CHUNK, room - position))):
+            position += len(chunk)
+        if position < room:
             raise ValueError("it ends inside a member")
         data = data[: member.size]
         if member.type in EXTENDED and member.size > MAX_EXTENDED:
@@ -115,7 +116,7 @@ def _members(stream: CappedStream, path: Path) -> Iterator[tuple[tarfile.TarInfo
 
 
 def _records(data: bytearray, path: Path) -> NDArray[np.uint8]:
-    """The file's records, (n, 3073) uint8. Raises DataError."""
+    """Check the bytes of a batch and return its records, (n, 3073) uint8. Raises DataError."""
     if len(data) > MAX_BATCH:
         raise data_error(path, f"holds more than {MAX_BATCH} bytes", "pass the original batches")
     if not data or len(data) % RECORD:
@@ -127,12 +128,7 @@ def _records(data: bytearray, path: Path) -> NDArray[np.uint8]:
 
 
 def _image_set(records: list[NDArray[np.uint8]], name: str) -> ImageSet:
-    """The batches one after the other."""
+    """Concatenate the batches to a set."""
     images = np.concatenate([batch[:, 1:] for batch in records]).reshape(-1, *SHAPE)
     labels = np.concatenate([batch[:, 0] for batch in records]).astype(np.int64)
     return ImageSet(images, labels, CLASSES, name)
-
-
-def _find(folder: Path, batch: str) -> Path | None:
-    """``batch`` in ``folder``, as it is or compressed."""
-    return next((folder / file for file in (batch, f"{batch}.xz", f"{batch}.gz") if (folder / file).is_file()), None)

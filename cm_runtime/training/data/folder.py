@@ -7,25 +7,25 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.progress import Progress
 
 from cm_runtime.errors import data_error
 from cm_runtime.files import image_reader
 from cm_runtime.files.image_reader import SUFFIXES
-from cm_runtime.training.data.bars import progress_bar
 from cm_runtime.training.data.idx import Split
 from cm_runtime.training.data.image_set import MAX_SIDE, ImageSet
 
 SPLIT_FOLDERS = {"train", "test", "val", "valid"}
 
 
-def read_folder(folder: Path, split: Split, name: str, *, image_size: int | None, progress: bool) -> ImageSet:
-    """Every png, jpg, jpeg, webp and bmp in ``folder``, in sorted order; one that cannot be read is an error.
+def read_folder(folder: Path, split: Split, name: str, *, image_size: int | None, bar: Progress) -> ImageSet:
+    """Read every png, jpg, jpeg, webp and bmp in ``folder``, in sorted order; one that cannot be read is an error.
 
     Files directly inside have no labels. Where there are subfolders instead, each is a class, numbered in
     sorted order, and is searched to its depths; only if all are called train, test, val or valid are they
     splits. Names that begin with a dot are passed over.
 
-    Images must be of one size, unless ``image_size`` is given: then the largest centred square is resized to
+    Images must be of one size, unless ``image_size`` is set: then the largest centred square is resized to
     it with Pillow's (antialiased) BICUBIC. EXIF rotation and colour profiles are applied; `image_reader.read`
     also says what is refused. Grey when every file's mode is grey, else RGB.
 
@@ -35,7 +35,7 @@ def read_folder(folder: Path, split: Split, name: str, *, image_size: int | None
     channels = 1 if all(image_reader.is_grey(file) for file in files) else 3
     size = None if image_size is None else (image_size, image_size)
     images: NDArray[np.uint8] | None = None
-    with progress_bar(progress) as bar:
+    with bar:
         for index, file in enumerate(bar.track(files, description=f"reading {name}")):
             pixels = image_reader.read(file, channels, size).transpose(2, 0, 1)
             if max(pixels.shape) > MAX_SIDE:
@@ -53,7 +53,7 @@ def read_folder(folder: Path, split: Split, name: str, *, image_size: int | None
 
 
 def _split_folder(folder: Path, split: Split) -> Path:
-    """``folder``, or its subfolder for the split where it has such. Raises DataError."""
+    """Return the subfolder of the split, or ``folder`` if it has no splits. Raises DataError."""
     subfolders = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     has_splits = bool(subfolders) and subfolders <= SPLIT_FOLDERS
     if has_splits and split in subfolders:
@@ -64,7 +64,7 @@ def _split_folder(folder: Path, split: Split) -> Path:
 
 
 def _list_images(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None, int]:
-    """The picture files, their labels and the number of classes. Raises DataError where there are none."""
+    """List the picture files, their labels and the number of classes. Raises DataError if there are none."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()]
     classes = [entry for entry in entries if entry.is_dir()]
@@ -75,11 +75,11 @@ def _list_images(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None, in
         return files, None, 0
     labels: list[int] = []
     for label, class_folder in enumerate(classes):
-        inside = _walk(class_folder)
-        if not inside:
+        members = _walk(class_folder)
+        if not members:
             raise data_error(class_folder, "is a class without images", "add images or remove it")
-        files += inside
-        labels += [label] * len(inside)
+        files += members
+        labels += [label] * len(members)
     if not files:
         cure = "give images (png, jpg, webp, bmp), IDX files or CIFAR-10 batches under their original names"
         raise data_error(folder, "holds no data that can be read", cure)
@@ -87,9 +87,9 @@ def _list_images(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None, in
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The picture files below ``folder``, sorted; links to folders inside it are not followed."""
-    found = []
+    """List the picture files below ``folder``, sorted; links to folders inside it are not followed."""
+    paths: list[Path] = []
     for parent, subfolders, names in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)

@@ -25,22 +25,22 @@ PREFIX: dict[Split, str] = {"train": "train", "test": "t10k"}
 
 
 def is_idx_folder(folder: Path) -> bool:
-    """Whether ``folder`` holds the images of either split under their original names."""
-    return any(_find(folder, f"{prefix}-images-idx3-ubyte") for prefix in PREFIX.values())
+    """Return True if ``folder`` holds the images of either split under their original names."""
+    return any(find_file(folder, f"{prefix}-images-idx3-ubyte", (".gz",)) for prefix in PREFIX.values())
 
 
 def read_idx_folder(folder: Path, split: Split, name: str) -> ImageSet:
-    """The images and labels of one split: ``train-*`` or ``t10k-*``, plain or ``.gz`` (plain wins).
+    """Read the images and labels of one split: ``train-*`` or ``t10k-*``, plain or ``.gz`` (plain wins).
 
     The number of classes is the highest label plus one. Raises DataError, OSError.
     """
     paths = []
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-        wanted = f"{PREFIX[split]}-{kind}"
-        found = _find(folder, wanted)
-        if found is None:
-            raise data_error(folder, f"holds no {wanted} or {wanted}.gz", f"put it there to read the {split} split")
-        paths.append(found)
+        file = f"{PREFIX[split]}-{kind}"
+        path = find_file(folder, file, (".gz",))
+        if path is None:
+            raise data_error(folder, f"holds no {file} or {file}.gz", f"put it there to read the {split} split")
+        paths.append(path)
     images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
     if len(images) != len(labels):
         wrong = f"has {quantity(len(labels), 'label')} for the {quantity(len(images), 'image')} of {paths[0].name}"
@@ -49,12 +49,12 @@ def read_idx_folder(folder: Path, split: Split, name: str) -> ImageSet:
 
 
 def read_idx_images(path: Path, name: str) -> ImageSet:
-    """One file of images, without labels. Raises DataError, OSError."""
+    """Read one file of images, without labels. Raises DataError, OSError."""
     return ImageSet(read_idx(path, 3)[:, None], None, 0, name)
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """An IDX file of unsigned bytes with that many dimensions: 3 (N, H, W) for images, 1 (N,) for labels.
+    """Read an IDX file of unsigned bytes with that many dimensions: 3 (N, H, W) for images, 1 (N,) for labels.
 
     Raises DataError where magic, dims and length disagree, before memory is taken for what dims promise.
     """
@@ -73,17 +73,17 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         size = math.prod(dims)
         if size == 0 or max(dims[1:], default=1) > MAX_SIDE:
             raise data_error(path, f"declares dims {dims}", f"none may be 0, and sides go up to {MAX_SIDE}")
-        packed = path.stat().st_size
-        if size > max(packed, most_inflated(packed)):
-            cure = f"unpack a file above {most_inflated(packed)} bytes first, or fetch it again"
+        file_size = path.stat().st_size
+        if size > max(file_size, most_inflated(file_size)):
+            cure = f"unpack a file above {most_inflated(file_size)} bytes first, or fetch it again"
             raise data_error(path, f"declares {size} bytes, more than the file itself holds", cure)
         body = read_up_to(stream, size + 1, path)
     if len(body) != size:
-        found = f"only {len(body)} are there" if len(body) < size else "more are there"
-        raise data_error(path, f"declares dims {dims}, {size} bytes, but {found}", "fetch it again")
+        content = f"only {len(body)}" if len(body) < size else "more"
+        raise data_error(path, f"declares dims {dims}, {size} bytes, but {content} are there", "fetch it again")
     return np.frombuffer(body, np.uint8).reshape(dims)
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    """``name`` or ``name.gz`` in ``folder``."""
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+def find_file(folder: Path, name: str, suffixes: tuple[str, ...]) -> Path | None:
+    """Find ``name`` in ``folder``, as it is or compressed, with one of ``suffixes``."""
+    return next((path for suffix in ("", *suffixes) if (path := folder / f"{name}{suffix}").is_file()), None)

@@ -25,9 +25,9 @@ class ImageSet:
         C >= 1, 1 <= H, W <= 4096.
     labels: (N,) int64 in 0..num_classes-1, or None.
     num_classes: 0 where labels is None, else 1..65536.
-    name: what reports call it.
+    name: the name in reports.
 
-    Raises DataError where any of this does not hold.
+    Raises DataError if any of this does not hold.
     """
 
     images: Pixels
@@ -36,7 +36,7 @@ class ImageSet:
     name: str
 
     def __post_init__(self) -> None:
-        """Check every promise of the class docstring; raises DataError."""
+        """Check all that the class docstring states; raises DataError."""
         fault = _images_fault(self.images) or _labels_fault(self.labels, self.num_classes, len(self.images))
         if fault:
             raise data_error(self.name or "images", *fault)
@@ -53,14 +53,11 @@ class ImageSet:
 
 
 def _images_fault(images: Any) -> tuple[str, str] | None:
-    """What is wrong with ``images`` and what to do, or None."""
+    """Find the first fault of ``images``, with its cure; None if sound."""
     if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.float32):
         return f"images are {getattr(images, 'dtype', type(images).__name__)}", "give uint8 or float32 images"
     if images.ndim != 4 or 0 in images.shape or max(images.shape[2:]) > MAX_SIDE:
-        return (
-            f"images have shape {images.shape}",
-            f"give (N, C, H, W), none of them 0, sides up to {MAX_SIDE}",
-        )
+        return f"images have shape {images.shape}", f"give (N, C, H, W), none of them 0, sides up to {MAX_SIDE}"
     # min and max carry NaN and infinities along, and need no array of booleans
     if images.dtype == np.float32 and not (np.isfinite(images.min()) and np.isfinite(images.max())):
         return "images hold NaN or infinity", "give finite values in [-1, 1] units"
@@ -68,13 +65,10 @@ def _images_fault(images: Any) -> tuple[str, str] | None:
 
 
 def _labels_fault(labels: Any, num_classes: int, count: int) -> tuple[str, str] | None:
-    """What is wrong with ``labels`` and what to do, or None."""
+    """Find the first fault of ``labels``, with its cure; None if sound."""
     if labels is None:
-        return (
-            None
-            if num_classes == 0
-            else (f"{quantity(num_classes, 'class')} without labels", "give labels, or 0 classes")
-        )
+        fault = f"{quantity(num_classes, 'class')} without labels", "give labels, or 0 classes"
+        return fault if num_classes else None
     if not 1 <= num_classes <= MAX_CLASSES:
         return quantity(num_classes, "class"), f"labels need 1 to {MAX_CLASSES} classes"
     if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.ndim != 1:

@@ -1,4 +1,4 @@
-"""Images in NumPy's ``.npz``, and where in their shape the channels are."""
+"""Images in NumPy's ``.npz``, their channels second or last."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CHANNELS = (1, 3)
 
 
 def read_npz(path: Path, name: str) -> ImageSet:
-    """``images`` with optional ``labels``, else the field's ``arr_0`` with optional ``arr_1``.
+    """Read ``images`` with optional ``labels``, else the field's ``arr_0`` with optional ``arr_1``.
 
     Layouts: ``arr_0`` is (N, H, W, C), C 1 or 3. ``images`` in float32 is (N, C, H, W), C up to 4. ``images``
-    in uint8 is (N, C, H, W) or (N, H, W, C), told apart by the one of the two places that holds 1 or 3;
-    refused where both or neither do. Labels are (N,) of any integer type. Other keys are left alone.
+    in uint8 is (N, C, H, W) or (N, H, W, C): the one whose channels are 1 or 3, refused if both or
+    neither are. Labels are (N,) of any integer type. Other keys are left alone.
 
     Raises DataError, OSError.
     """
@@ -27,9 +27,9 @@ def read_npz(path: Path, name: str) -> ImageSet:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         key, label_key = ("images", "labels") if "images" in members else ("arr_0", "arr_1")
         if key not in members:
-            found = ", ".join(name[:20] for name in sorted(members)[:4]) or "it is empty"
+            names = ", ".join(name[:20] for name in sorted(members)[:4]) or "it is empty"
             cure = "save arrays named images and labels, or arr_0 and arr_1"
-            raise data_error(path, f"holds neither images nor arr_0 ({found})", cure)
+            raise data_error(path, f"holds neither images nor arr_0 ({names})", cure)
         images = header(archive, members[key], path)
         labels = header(archive, members[label_key], path) if label_key in members else None
         channel_axis = _channel_axis(images, key, path)
@@ -47,7 +47,7 @@ def read_npz(path: Path, name: str) -> ImageSet:
 
 
 def _channel_axis(images: Member, key: str, path: Path) -> int:
-    """1 or 3: where the channels are, by the rule that ``read_npz`` states. Raises DataError."""
+    """Axis of the channels, 1 or 3, by the rule that ``read_npz`` states. Raises DataError."""
     shape, dtype = images.shape, images.dtype.newbyteorder("=")
     if len(shape) != 4 or dtype not in (np.uint8, np.float32):
         raise data_error(path, f"{key} is {dtype} {shape}", "give uint8 or float32 images with 4 dims")
