@@ -21,6 +21,11 @@ GRID_LIMIT = 1_000_000
 class NoiseRange:
     """Noise levels of a model, from ``sigma_min`` to ``sigma_max``, spaced by ``rho`` (arXiv 2206.00364, eq. 5).
 
+    Args:
+        sigma_min: the least, above 0.
+        sigma_max: the greatest, where samplers begin.
+        rho: 1 is even spacing; the greater, the closer levels lie at sigma_min.
+
     Example:
         >>> NoiseRange().levels(2)
         (80.0, 2.515218976147159)

@@ -26,7 +26,9 @@ def pairs_of(phase: ConsistencyPhase) -> Pairs:
         case CtPhase():
             return uniform(lambda k: schedule.N_of_k(k, phase.steps, phase.s0, phase.s1))
         case IctPhase():
-            return lognormal_bins(lambda k: schedule.ict_N_of_k(k, phase.steps, phase.s0, phase.s1), phase.P_mean, phase.P_std)
+            return lognormal_bins(
+                lambda k: schedule.ict_N_of_k(k, phase.steps, phase.s0, phase.s1), phase.P_mean, phase.P_std
+            )
         case EctPhase():
             return continuous(phase)
 
