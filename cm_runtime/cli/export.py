@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cm_runtime.choices import Form, GraphKind, Precision
 from cm_runtime.cli import progress
-from cm_runtime.cli.options import Force, Sigmas
+from cm_runtime.cli.options import Force, Sigmas, with_flags
 from cm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from cm_runtime.checkpoints.native import Checkpoint
     from cm_runtime.export.speed import Comparison
     from cm_runtime.export.to_onnx import OnnxExport
@@ -21,7 +21,112 @@ if TYPE_CHECKING:
 Format = Literal["onnx", "tensorrt", "tensorrt-rtx", "diffusers"]
 
 
+@dataclass(frozen=True)
+class SourceFlags:
+    """Options of a checkpoint that does not say all of itself."""
+
+    precond: Annotated[
+        Form | None,
+        typer.Option(help="The preconditioning form, of files that do not say it."),
+    ] = None
+    head_channels: Annotated[
+        int | None, typer.Option(help="Channels of an attention head, of OpenAI's files.", show_default="64")
+    ] = None
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Pixels a side, of OpenAI's files.", show_default="innermost feature map 8x8, as they have"),
+    ] = None
+    model_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The published model that this is, as cd_imagenet64_l2.", show_default="the file's"
+        ),
+    ] = None
+
+    def load(self, path: Path) -> Checkpoint:
+        """Read the checkpoint."""
+        from cm_runtime.checkpoints.load import load_checkpoint
+
+        with progress.spinner(f"reading {path}"):
+            return load_checkpoint(path, **vars(self))
+
+
+@dataclass(frozen=True)
+class FileFlags:
+    """Options of the file to write; `check` raises RequestError for those that its form or graph has no use for."""
+
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="A graph for engines; a TensorRT engine: tensorrt for the GPU here, tensorrt-rtx for any RTX GPU,"
+            " built on any machine; or a folder that diffusers' ConsistencyModelPipeline opens.",
+        ),
+    ] = "onnx"
+    graph: Annotated[
+        GraphKind,
+        typer.Option(help="f at any noise level; a whole sampler at fixed ones, the fastest; or F alone, for a GPU."),
+    ] = "denoiser"
+    steps: Annotated[int | None, typer.Option(help="Of --graph sampler: evaluations an image.", show_default="2")] = (
+        None
+    )
+    sigmas: Sigmas = None
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Of weights and feature maps; what must be float32 stays so."),
+    ] = "fp32"
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Batch sizes that a TensorRT engine takes, and the one it is fastest at.",
+            show_default="1 to what a GPU sees at once",
+        ),
+    ] = None
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8.9,12.0", help="Compute capabilities to build for, of tensorrt-rtx.", show_default="the GPU here"
+        ),
+    ] = None
+    inline: Annotated[
+        bool, typer.Option("--inline", help="Skip-scale as standard ops, for engines without local functions.")
+    ] = False
+
+    def check(self) -> None:
+        """Raise RequestError for an option that this form or graph has no use for."""
+        form, is_sampler = self.form, self.graph == "sampler"
+        if form == "diffusers" and (self.graph != "denoiser" or self.precision != "fp32" or self.inline):
+            raise RequestError("--graph, --precision and --inline are of graphs for engines, not of --format diffusers")
+        if not is_sampler and (self.steps is not None or self.sigmas is not None):
+            raise RequestError("--steps and --sigmas are of --graph sampler; other graphs take any noise level")
+        if self.batch is not None and form not in ("tensorrt", "tensorrt-rtx"):
+            raise RequestError("--batch is of --format tensorrt and tensorrt-rtx; an .onnx takes any batch")
+        if self.gpu is not None and form != "tensorrt-rtx":
+            raise RequestError("--gpu is of --format tensorrt-rtx")
+
+    def write(self, checkpoint: Checkpoint, path: Path, *, force: bool) -> OnnxExport:
+        """Write the ``.onnx``."""
+        from cm_runtime import export as exporting
+        from cm_runtime.cli import parsing
+
+        with progress.spinner("building the graph, and proving it equal to the torch model"):
+            return exporting.onnx(
+                checkpoint,
+                path,
+                graph=self.graph,
+                steps=self.steps,
+                sigmas=parsing.numbers("--sigmas", self.sigmas) if self.sigmas else None,
+                precision=self.precision,
+                inline=self.inline,
+                force=force,
+            )
+
+
+@with_flags()
 def export(
+    flags: FileFlags,
+    source: SourceFlags,
     checkpoint: Annotated[
         Path,
         typer.Argument(metavar="CKPT", help="A checkpoint of cm-runtime train or OpenAI's, or a diffusers folder."),
@@ -33,60 +138,6 @@ def export(
             "--output",
             help="The .onnx or .engine file, or diffusers' folder.",
             show_default="the checkpoint's name",
-        ),
-    ] = None,
-    form: Annotated[
-        Format,
-        typer.Option(
-            "--format",
-            help="A graph for engines; a TensorRT engine: tensorrt for the GPU here, tensorrt-rtx for any RTX GPU,"
-            " built on any machine; or a folder that diffusers' ConsistencyModelPipeline opens.",
-        ),
-    ] = "onnx",
-    graph: Annotated[
-        Literal["denoiser", "sampler", "network"],
-        typer.Option(help="f at any noise level; a whole sampler at fixed ones, the fastest; or F alone, for a GPU."),
-    ] = "denoiser",
-    steps: Annotated[
-        int | None, typer.Option(help="Of --graph sampler: evaluations an image.", show_default="2")
-    ] = None,
-    sigmas: Sigmas = None,
-    precision: Annotated[
-        Literal["fp32", "fp16", "bf16"],
-        typer.Option(help="Of weights and feature maps; what must be float32 stays so."),
-    ] = "fp32",
-    batch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MIN:OPT:MAX",
-            help="Batch sizes that a TensorRT engine takes, and the one it is fastest at.",
-            show_default="1 to what a GPU sees at once",
-        ),
-    ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            metavar="8.9,12.0", help="Compute capabilities to build for, of tensorrt-rtx.", show_default="the GPU here"
-        ),
-    ] = None,
-    inline: Annotated[
-        bool, typer.Option("--inline", help="Skip-scale as standard ops, for engines without local functions.")
-    ] = False,
-    precond: Annotated[
-        Literal["boundary", "edm", "piecewise"] | None,
-        typer.Option(help="The preconditioning form, of files that do not say it."),
-    ] = None,
-    head_channels: Annotated[
-        int | None, typer.Option(help="Channels of an attention head, of OpenAI's files.", show_default="64")
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(help="Pixels a side, of OpenAI's files.", show_default="innermost feature map 8x8, as they have"),
-    ] = None,
-    model_name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="The published model that this is, as cd_imagenet64_l2.", show_default="the file's"
         ),
     ] = None,
     compare: Annotated[
@@ -101,100 +152,61 @@ def export(
 
     Example: cm-runtime export runs/fashion-mnist/ckpt.pt --graph sampler --steps 2 -o sampler.onnx
     """
-    _check(form, graph, steps, sigmas, precision, batch, gpu, inline)
+    flags.check()
     from cm_runtime.extras import require
 
-    for package in ("torch", "onnx", *["onnxscript"] * (compare and form == "onnx")):
+    for package in ("torch", "onnx", *["onnxscript"] * (compare and flags.form == "onnx")):
         require(package, "cm-runtime export")
     from cm_runtime import export as exporting
-    from cm_runtime.checkpoints.load import load_checkpoint
-    from cm_runtime.cli import parsing
     from cm_runtime.files import atomic
     from cm_runtime.files.streams import exists
 
-    def load() -> Checkpoint:
-        with progress.spinner(f"reading {checkpoint}"):
-            return load_checkpoint(
-                checkpoint, precond=precond, head_channels=head_channels, image_size=image_size, model_name=model_name
-            )
-
     name = checkpoint.absolute()  # "." has none of its own
-    if form == "diffusers":
+    if flags.form == "diffusers":
         target = output or name.with_suffix("")
         if target.absolute() == name:
             raise RequestError(f"{checkpoint} is where the folder would go by default; give another with -o")
-        whole = load()
+        whole = source.load(checkpoint)
         with progress.spinner(f"writing {target}"):
             exporting.diffusers(whole, target, force=force)
         typer.echo(f"{target}: now ConsistencyModelPipeline.from_pretrained({str(target)!r})")
         return
-    suffix = ".onnx" if form == "onnx" else ".engine"
+    suffix = ".onnx" if flags.form == "onnx" else ".engine"
     target = output or (checkpoint if checkpoint.name else name).with_suffix(suffix)
     if exists(checkpoint):
         atomic.check_output(target, force=force)  # before minutes of reading
-
-    def write(path: Path, *, force: bool) -> OnnxExport:
-        levels = parsing.numbers("--sigmas", sigmas) if sigmas else None
-        whole = load()
-        with progress.spinner("building the graph, and proving it equal to the torch model"):
-            return exporting.onnx(
-                whole, path, graph=graph, steps=steps, sigmas=levels, precision=precision, inline=inline, force=force
-            )
-
-    if form != "onnx":
-        _build_engine(write, target, form, batch, gpu, force=force)
+    if flags.form != "onnx":
+        _build_engine(source.load(checkpoint), flags, target, force=force)
         return
-    result = write(target, force=force)
+    result = flags.write(source.load(checkpoint), target, force=force)
     comparison = None
     if compare:
         from cm_runtime.export.speed import with_plain
 
-        whole = load()
+        whole = source.load(checkpoint)
         with progress.spinner("timing it against a plain export"):
             comparison = with_plain(whole, target, result.manifest)
     _summarise(target, result, comparison)
 
 
-def _check(
-    form: Format,
-    graph: str,
-    steps: int | None,
-    sigmas: str | None,
-    precision: str,
-    batch: str | None,
-    gpu: str | None,
-    inline: bool,
-) -> None:
-    """Raises RequestError for options that this form or graph has no use for."""
-    if form == "diffusers" and (graph != "denoiser" or precision != "fp32" or inline):
-        raise RequestError("--graph, --precision and --inline are of graphs for engines, not of --format diffusers")
-    if graph != "sampler" and (steps is not None or sigmas is not None):
-        raise RequestError("--steps and --sigmas are of --graph sampler; other graphs take any noise level")
-    if batch is not None and form not in ("tensorrt", "tensorrt-rtx"):
-        raise RequestError("--batch is of --format tensorrt and tensorrt-rtx; an .onnx takes any batch")
-    if gpu is not None and form != "tensorrt-rtx":
-        raise RequestError("--gpu is of --format tensorrt-rtx")
-
-
-def _build_engine(
-    write: Callable[..., OnnxExport], target: Path, form: Format, batch: str | None, gpu: str | None, *, force: bool
-) -> None:
-    """The graph in a temporary folder, and the engine that TensorRT makes of it."""
+def _build_engine(checkpoint: Checkpoint, flags: FileFlags, target: Path, *, force: bool) -> None:
+    """Write the graph in a temporary folder, and the engine that TensorRT makes of it."""
     from cm_runtime import export as exporting
     from cm_runtime.backends import engine_file
     from cm_runtime.files.workspaces import scratch
 
-    profile = engine_file.profile(batch) if batch else None
+    profile = engine_file.profile(flags.batch) if flags.batch else None
     with scratch("cm-export") as folder:
         path = folder / "graph.onnx"
-        write(path, force=False)
+        flags.write(checkpoint, path, force=False)
+        del checkpoint
         with progress.spinner("building the engine"):
             manifest = exporting.tensorrt(
                 path,
                 target,
-                package="tensorrt" if form == "tensorrt" else "tensorrt_rtx",
+                package="tensorrt" if flags.form == "tensorrt" else "tensorrt_rtx",
                 micro_batch=(profile.min, profile.opt, profile.max) if profile else None,
-                gpus=gpu.split(",") if gpu else (),
+                gpus=flags.gpu.split(",") if flags.gpu else (),
                 force=force,
             )
     model, parity = manifest.model, manifest.parity
