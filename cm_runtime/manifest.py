@@ -30,7 +30,7 @@ from pydantic import (
 from cm_runtime.choices import Form, GraphKind, Precision
 from cm_runtime.errors import ArtifactError
 from cm_runtime.errors.wording import quantity
-from cm_runtime.files import atomic, protobuf, streams
+from cm_runtime.files import atomic, locks, protobuf, streams
 from cm_runtime.files.protobuf import MalformedError, fields, read_entry, write_entry
 from cm_runtime.files.records import Record, explain
 from cm_runtime.precond import precond
@@ -291,7 +291,7 @@ def written(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[tu
         atomic.sync(temporary)
         if data.exists():
             atomic.sync(data)
-        with atomic.lock(target.parent):
+        with locks.lock(target.parent):
             older = {_named_by(target), *_data_files(target)}
             try:
                 if data.exists():

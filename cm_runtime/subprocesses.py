@@ -1,4 +1,4 @@
-"""Processes: the cores that this one may use, and why one of ours ended."""
+"""Processes: the cores that this one may use, and Python child processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -76,13 +78,56 @@ def _quotas(proc: Path, system: Path) -> Iterator[float]:
                     yield int(quota) / int(period)
 
 
-def epitaph(process: subprocess.Popen[Any], said: IO[bytes]) -> str:
-    """How it ended, "was ended by SIGKILL; ..." or "ended with status 1: ...", with the last line it ``said``."""
-    status = process.wait()
-    said.seek(max(0, said.seek(0, os.SEEK_END) - 2000))
-    lines = said.read().decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    if status < 0:
-        reason = "; was there too little memory?" if status == -signal.SIGKILL else ""
-        return f"was ended by {signal.Signals(-status).name}{reason}"
-    return f"ended with status {status}" + (f": {last}" if last else "")
+class PythonChild:
+    """A Python child process, in which this package is importable, that reads and writes lines."""
+
+    def __init__(self, words: Sequence[str], root: Path, environment: Mapping[str, str], **options: Any) -> None:
+        """words: after `python -P`; root: of the package; environment: beside this process's; options: of Popen."""
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**environment, "PYTHONPATH": path},
+            **options,
+        )
+
+    @property
+    def lines(self) -> IO[bytes]:
+        """The child's standard output."""
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def send(self, line: str) -> None:
+        """Write one line to the child. A child that has ended is reported by the end of its `lines`."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(line.encode() + b"\n")
+            self.process.stdin.flush()
+
+    def end_input(self) -> None:
+        """Close the child's standard input, which tells it to end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def explain_exit(self) -> str:
+        """Wait for the end; "was ended by SIGKILL; ...", or "ended with status 1: ..." with its last error line."""
+        status = self.process.wait()
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 2000))
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        if status < 0:
+            reason = "; was there too little memory?" if status == -signal.SIGKILL else ""
+            return f"was ended by {signal.Signals(-status).name}{reason}"
+        return f"ended with status {status}" + (f": {last}" if last else "")
+
+    def close(self) -> None:
+        """Kill the child, whatever it is doing, and let its streams go."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self._errors):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()

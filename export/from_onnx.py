@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cm_runtime.checkpoints.native import Checkpoint, check_tensors, shapes_of
 from cm_runtime.errors import ArtifactError, CheckpointError
+from cm_runtime.errors.reasons import first_line
 from cm_runtime.manifest import Manifest, TrainingSummary, data_path, read_manifest
 from cm_runtime.networks.consistency import ModelConfig, build
 from cm_runtime.networks.unet import UNetConfig
@@ -85,7 +86,7 @@ def _graph(where: Path) -> onnx.GraphProto:
     try:
         return onnx.load(str(where), load_external_data=False).graph
     except Exception as error:  # protobuf's own
-        raise ArtifactError(f"{where} is damaged: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{where} is damaged: {first_line(error)}") from error
 
 
 def _initializers(graph: onnx.GraphProto) -> dict[str, TensorProto]:

@@ -18,7 +18,7 @@ from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend, listener, module
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
 from cm_runtime.export import engine_parity, tensorrt_plugin
-from cm_runtime.files import atomic
+from cm_runtime.files import atomic, locks
 from cm_runtime.manifest import Manifest, data_path, read_manifest
 
 
@@ -220,7 +220,7 @@ def _write(target: Path, content: bytes, manifest: EngineManifest, layers: str |
             atomic.sync(draft)
         drafts = {report: inside} if layers is not None else {}
         drafts |= {beside: text, target: engine}
-        with atomic.lock(target.parent):
+        with locks.lock(target.parent):
             finals: list[Path] = []
             is_new = not target.exists()
             if force:

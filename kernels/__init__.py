@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cm_runtime.errors import EngineError
+from cm_runtime.errors.reasons import system_reason
 
 FOLDER = Path(__file__).parent
 
@@ -35,4 +36,4 @@ def _read_file(name: str) -> bytes:
     try:
         return (FOLDER / name).read_bytes()
     except OSError as error:
-        raise EngineError(f"{FOLDER / name} cannot be read: {error.strerror or error}") from error
+        raise EngineError(f"{FOLDER / name} cannot be read: {system_reason(error)}") from error

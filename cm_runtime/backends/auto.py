@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from cm_runtime import noise
 from cm_runtime.backends.base import Backend, images_at_once
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, OutputError
+from cm_runtime.errors.reasons import system_reason
 from cm_runtime.extras import EXTRAS, has, require
 from cm_runtime.files import atomic, streams
 from cm_runtime.manifest import Manifest, data_path
@@ -167,7 +168,7 @@ def forget() -> int:
     except RuntimeError:  # there is no home folder
         return 0
     except OSError as error:
-        raise OutputError(f"{_folder()}: its files cannot be deleted: {error.strerror or error}") from error
+        raise OutputError(f"{_folder()}: its files cannot be deleted: {system_reason(error)}") from error
     return len(kept)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.errors import ArtifactError
+from cm_runtime.errors.reasons import system_reason
 from cm_runtime.files import streams
 from cm_runtime.files.protobuf import MalformedError, fields, read_entry, write_entry, write_head
 from cm_runtime.manifest import Manifest, data_path
@@ -50,7 +51,7 @@ def linked(data: Path | None) -> Linked | None:
     except ValueError as error:  # there is no mapping of nothing
         raise ArtifactError(f"{data}: is empty; export it again") from error
     except OSError as error:
-        raise ArtifactError(f"{data} cannot be read: {error.strerror or error}") from error
+        raise ArtifactError(f"{data} cannot be read: {system_reason(error)}") from error
 
 
 def addressed(path: Path, data: Linked) -> bytes:

@@ -20,6 +20,7 @@ from cm_runtime import onnx_graph
 from cm_runtime.backends import external_data
 from cm_runtime.backends.base import Backend, checked_threads, finite_images, read_outputs
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
+from cm_runtime.errors.reasons import openvino_reason
 from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
 from cm_runtime.manifest import OUTPUTS, Manifest, read_manifest
@@ -36,7 +37,6 @@ KEEPS_NO_SHAPES = {"CPU_RUNTIME_CACHE_CAPACITY": "0"}
 TELEMETRY = "openvino_telemetry"
 IMAGES = {"denoiser": "x", "sampler": "noise", "network": "x_in"}  # the input that is as large as the images
 INPUTS = {"denoiser": {"x", "sigma"}, "sampler": {"noise"}, "network": {"x_in", "c_noise"}}
-PREAMBLE = ("Exception from", "Check '", "FrontEnd API failed", "Loading input model", "Model wasn't fully", "Summary:")
 
 
 class OpenVinoBackend(Backend):
@@ -86,11 +86,11 @@ class OpenVinoBackend(Backend):
         except Exception as error:  # its exceptions have many lines and no base of their own
             if self._weights is not None:
                 raise EngineError(
-                    f"{where}: OpenVINO cannot load it with its weights behind a link: {_reason(error)}"
+                    f"{where}: OpenVINO cannot load it with its weights behind a link: {openvino_reason(error)}"
                 ) from error
             if data and data.name in str(error):
                 raise external_data.damaged(where, data) from error
-            raise ArtifactError(f"{where}: OpenVINO cannot load it: {_reason(error)}") from error
+            raise ArtifactError(f"{where}: OpenVINO cannot load it: {openvino_reason(error)}") from error
         _check_ports(graph, self.manifest, where)
         self.outputs = read_outputs(self.manifest, set().union(*(port.names for port in graph.outputs)), where)
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", **KEEPS_NO_SHAPES}
@@ -106,7 +106,7 @@ class OpenVinoBackend(Backend):
             compiled = plugins.compile_model(graph, "CPU", options | {"INFERENCE_PRECISION_HINT": HINTS[precision]})
             self._request = compiled.create_infer_request()
         except Exception as error:
-            raise ArtifactError(f"{where}: OpenVINO cannot load it: {_reason(error)}") from error
+            raise ArtifactError(f"{where}: OpenVINO cannot load it: {openvino_reason(error)}") from error
         self._names = {each.any_name for each in compiled.inputs}
 
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -120,7 +120,7 @@ class OpenVinoBackend(Backend):
                 answer = self._request.infer({name: given[name] for name in self._names}, share_inputs=True)
                 results = [np.array(answer[name]) for name in self.outputs]
         except Exception as error:
-            raise EngineError(f"OpenVINO: {_reason(error)}") from error
+            raise EngineError(f"OpenVINO: {openvino_reason(error)}") from error
         return finite_images(results)
 
 
@@ -159,7 +159,7 @@ def _started() -> tuple[Any, int]:
     try:
         return ov.Core(), os.getpid()
     except RuntimeError as error:  # where no thread can be started, for one
-        raise EngineError(f"OpenVINO cannot start: {_reason(error)}") from error
+        raise EngineError(f"OpenVINO cannot start: {openvino_reason(error)}") from error
 
 
 def has_bf16() -> bool:
@@ -272,10 +272,3 @@ def _skip_scale_extension() -> Any:
 
     frontend = importlib.import_module("openvino.frontend.onnx")
     return frontend.ConversionExtension(NAME, DOMAIN, convert)
-
-
-def _reason(error: Exception) -> str:
-    """The line of an OpenVINO exception that tells something: the first ones say where it was thrown."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(PREAMBLE) and not line.endswith("with a message:")]
-    return (telling or lines or [type(error).__name__])[0]

@@ -19,6 +19,7 @@ from cm_runtime.backends.base import Backend, Interface, checked_threads, finite
 from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.sampler import Evaluate, OnDevice, can_stay
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
+from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
 from cm_runtime.files import streams
 from cm_runtime.kernels.launches import Images
@@ -213,7 +214,7 @@ class Addressed:
 
 def _failure(error: Exception) -> EngineError:
     """What ONNX Runtime raised, as ours: its exceptions share no base of their own."""
-    line = str(error).splitlines()[0]
+    line = first_line(error)
     is_memory = "Failed to allocate memory" in line or "out of memory" in line
     return (OutOfMemoryError if is_memory else EngineError)(f"ONNX Runtime: {line}")
 
@@ -252,7 +253,7 @@ def open_session(
             provider = provider[0], {**provider[1], "enable_cuda_graph": "0"}
             session = ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
     except Exception as error:  # its exceptions share no base of their own
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if provider == "CPUExecutionProvider":
             raise ArtifactError(f"{where}: ONNX Runtime cannot load it: {reason}") from error
         raise EngineError(f"ONNX Runtime cannot use {device}: {reason}") from error

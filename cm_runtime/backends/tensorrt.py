@@ -17,8 +17,9 @@ from cm_runtime.backends import engine_file
 from cm_runtime.backends.base import Backend, finite_images, images_at_once, interface, read_outputs
 from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
 from cm_runtime.choices import GraphKind
-from cm_runtime.cuda.sampler import Evaluate, OnDevice
+from cm_runtime.cuda.sampler import Evaluate, OnDevice, pad_batch
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, OutOfMemoryError, RequestError
+from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, has, has_driver, require
 from cm_runtime.kernels.launches import Images
 from cm_runtime.request import Request
@@ -98,7 +99,8 @@ class TensorRtBackend(Backend):
         context = self._context
         sent = []  # a host array must outlive its copy
         for name, (dtype, shape) in run.inputs.items():
-            array = _filled(np.ascontiguousarray(feed[name], dtype), shape)
+            axis = 1 if name == "noise" else 0
+            array = pad_batch(np.ascontiguousarray(feed[name], dtype), shape[axis], axis)
             sent.append(array)
             self._must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
             self._must(context.set_tensor_address(name, self._device.send(name, array)), f"the address of {name}")
@@ -191,14 +193,6 @@ def _beyond(profile: Profile, count: int) -> str:
     )
 
 
-def _filled(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """``array`` in ``shape``, whose one larger dimension, the batch, is filled with its last entry."""
-    for axis, (there, wanted) in enumerate(zip(array.shape, shape, strict=True)):
-        if there < wanted:
-            return np.concatenate([array, np.repeat(array.take([-1], axis), wanted - there, axis)], axis)
-    return array
-
-
 def module(package: Package) -> Any:
     """The package itself, `tensorrt` or `tensorrt_rtx`. Raises MissingExtraError, and EngineError if it cannot load."""
     try:
@@ -206,8 +200,7 @@ def module(package: Package) -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         if isinstance(error, MissingExtraError):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EngineError(f"{package} is installed and does not load: {reason}") from error
+        raise EngineError(f"{package} is installed and does not load: {first_line(error)}") from error
 
 
 @cache

@@ -22,6 +22,7 @@ from cm_runtime.backends.base import Backend
 from cm_runtime.choices import GraphKind, Precision
 from cm_runtime.cuda.sampler import Captured, Evaluate, OnDevice, can_stay
 from cm_runtime.errors import EngineError, OutOfMemoryError
+from cm_runtime.errors.reasons import compiler_reason, first_line
 from cm_runtime.extras import NO_DRIVER, has_driver
 from cm_runtime.kernels.launches import Images
 from cm_runtime.manifest import OUTPUTS, Manifest
@@ -87,8 +88,7 @@ class TorchBackend(Backend):
         except Exception as error:  # a compiler's errors are of many kinds
             if not self._is_compiled and not isinstance(error, RuntimeError):
                 raise
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise EngineError(f"{self.name}: {' '.join(lines[: 1 + lines[0].endswith(':')])}") from error
+            raise EngineError(f"{self.name}: {compiler_reason(error)}") from error
         finally:
             self._model.train(training)
 
@@ -127,9 +127,9 @@ class TorchBackend(Backend):
                 ):
                     made.copy_(F(*given))
             except torch.OutOfMemoryError as error:
-                raise OutOfMemoryError(f"torch: {str(error).splitlines()[0]}") from error
+                raise OutOfMemoryError(f"torch: {first_line(error)}") from error
             except RuntimeError as error:
-                raise EngineError(f"{self.name}: {str(error).splitlines()[0]}") from error
+                raise EngineError(f"{self.name}: {first_line(error)}") from error
 
         return evaluate
 
@@ -272,7 +272,7 @@ def chosen_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         if name.startswith("cuda") and not has_driver():
             raise EngineError(f"torch cannot use device {name}: {NO_DRIVER}") from error
-        raise EngineError(f"torch cannot use device {name}: {str(error).splitlines()[0]}") from error
+        raise EngineError(f"torch cannot use device {name}: {first_line(error)}") from error
     if device.type not in ("cpu", "cuda"):
         raise EngineError(f"device must be auto, cpu or cuda:N, not {name}")
     return device

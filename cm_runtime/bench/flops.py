@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from cm_runtime.errors import ArtifactError
+from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import require
 from cm_runtime.manifest import read_manifest
 
@@ -77,8 +78,7 @@ def _single_image(path: str | os.PathLike[str]) -> Any:
         del model.graph.value_info[:]
         return shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     except Exception as error:  # protobuf's and onnx's own have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"{path}: the shapes of its graph cannot be told: {reason}") from error
+        raise ArtifactError(f"{path}: the shapes of its graph cannot be told: {first_line(error)}") from error
 
 
 def _cast_constants(graph: Any) -> None:

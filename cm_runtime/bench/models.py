@@ -5,8 +5,6 @@ What takes torch happens in workers; the process that conducts a run imports non
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,5 +140,4 @@ def _sha256(path: Path) -> str:
     """Of a file, or of the names and contents of a folder's files."""
     if path.is_file():
         return atomic.sha256(path)
-    named = [[each.relative_to(path).as_posix(), atomic.sha256(each)] for each in _files(path)]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    return atomic.sha256_of_files({each.relative_to(path).as_posix(): each for each in _files(path)})

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cm_runtime.errors import OutputError, RequestError
+from cm_runtime.errors import RequestError
+from cm_runtime.errors.reasons import output_errors
 from cm_runtime.files.streams import exists
 
 if TYPE_CHECKING:
@@ -53,10 +54,8 @@ def standing(name: str, folder: Path) -> Path:
         return path
     from cm_runtime.checkpoints.native import save_checkpoint
 
-    try:
+    with output_errors(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from error
     save_checkpoint(made(config(name)), path)
     return path
 

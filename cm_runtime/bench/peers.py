@@ -22,6 +22,7 @@ from cm_runtime.backends.base import checked_threads
 from cm_runtime.backends.ort import open_session
 from cm_runtime.bench.scenario import PEERS, Peer
 from cm_runtime.errors import CheckpointError, EngineError, RequestError
+from cm_runtime.errors.reasons import compiler_reason
 from cm_runtime.extras import require
 from cm_runtime.sampling import Array, to_nhwc
 from cm_runtime.subprocesses import engine_threads
@@ -176,8 +177,7 @@ def _compiled(checkpoint: Checkpoint, device: torch.device) -> Drawer:
         try:
             return loop(z, sigmas, label)
         except Exception as error:  # a compiler's errors are of many kinds
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise EngineError(f"torch.compile: {' '.join(lines[: 1 + lines[0].endswith(':')])}") from error
+            raise EngineError(f"torch.compile: {compiler_reason(error)}") from error
 
     return Drawer(draw, f"torch {torch.__version__}")
 

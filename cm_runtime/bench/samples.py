@@ -7,16 +7,15 @@ the result which is there does not name. A finished result stays, with its sampl
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cm_runtime.bench import results
 from cm_runtime.errors import ArtifactError, OutputError
-from cm_runtime.files import atomic
+from cm_runtime.errors.reasons import output_errors
+from cm_runtime.files import atomic, locks
+from cm_runtime.files.locks import try_lock
 
 NAMES = ".samples.jsonl", ".samples-2.jsonl"  # in place of the result's .json
 
@@ -33,7 +32,7 @@ class Samples:
         self._bytes = 0
         self._is_named = False
         paths = [result.with_suffix(name) for name in NAMES]
-        with _named(result), atomic.lock(result.parent):
+        with output_errors(result), locks.lock(result.parent):
             for path in paths:
                 atomic.check_writable(path)
                 if _is_in_use(path):
@@ -45,8 +44,7 @@ class Samples:
             self._path, self._other = paths
             self._path.unlink(missing_ok=True)  # a killed run's
             self._file = self._path.open("xb", buffering=0)
-            with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(self._file)
 
     def __enter__(self) -> Samples:
         return self
@@ -59,7 +57,7 @@ class Samples:
     def write(self, line: str) -> None:
         """Appends a line."""
         data = line.encode()
-        with _named(self._path):
+        with output_errors(self._path):
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._digest.update(data)
@@ -67,7 +65,7 @@ class Samples:
 
     def so_far(self) -> results.Samples:
         """What of the file is on the disk and belongs to the run."""
-        with _named(self._path):
+        with output_errors(self._path):
             os.fsync(self._file.fileno())
         return results.Samples(file=self._path.name, bytes=self._bytes, sha256=self._digest.hexdigest())
 
@@ -102,18 +100,4 @@ def _is_in_use(path: Path) -> bool:
     if not path.exists():
         return False
     with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # some network file systems have no locks
-            return False
-    return False
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        return not try_lock(file)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cm_runtime.errors import EngineError
 from cm_runtime.extras import privacy
-from cm_runtime.subprocesses import epitaph
+from cm_runtime.subprocesses import PythonChild
 
 WORKER = Path(__file__).with_name("worker.py")
 HERE = Path(__file__).resolve().parents[2]
@@ -32,35 +28,20 @@ class Process:
     """A worker. root: the folder that holds the ``cm_runtime`` to be run, by default this one."""
 
     def __init__(self, threads: int, root: Path = HERE) -> None:
-        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         silence = privacy("onnxruntime", "diffusers")  # in builds, too, that do not know of it
-        environment = {**os.environ, **silence, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
+        environment = {**os.environ, **silence, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+        self._child = PythonChild([str(WORKER)], root, environment)
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.process.pid
 
     def ask(self, do: str, **what: Any) -> dict[str, Any]:
         """Waits for the answer. Raises WorkerError."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **what}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+        self._child.send(json.dumps({"do": do, **what}))
+        line = self._child.lines.readline()
         if not line:
-            raise WorkerError(f"its process {epitaph(self._process, self._said)}")
+            raise WorkerError(f"its process {self._child.explain_exit()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"], is_absence=answer["missing"] or answer["refused"])
@@ -68,12 +49,7 @@ class Process:
 
     def close(self) -> None:
         """Ends it, whatever it is doing."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._said):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
+        self._child.close()
 
     def __enter__(self) -> Process:
         return self

@@ -8,7 +8,6 @@ Weights may be one file or shards with an index, .safetensors or .bin; of .bin n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -53,6 +52,7 @@ def read(folder: Path, precond: Form | None = None, known: Published | None = No
         weights = diffusers_tensors.to_ours(_tensors(chosen), network)
         N = sampler.pop("num_train_timesteps", None)
         boundary = 0.0 if form == "edm" else sampler.get("sigma_min", NoiseRange.sigma_min)
+        files = [where / "config.json", *schedulers[:1], *chosen]
         model = ModelConfig(network=network, precond=form, sigma_boundary=boundary, **sampler)
         published_range = model.noise_range == NoiseRange()
         return Checkpoint(
@@ -60,7 +60,7 @@ def read(folder: Path, precond: Form | None = None, known: Published | None = No
             default_ema=EMA,
             ema={EMA: {f"F.{name}": tensor for name, tensor in weights.items()}},
             training=published.summary(known, "diffusers", N),
-            sha256=_hash([where / "config.json", *schedulers[:1], *chosen]),
+            sha256=atomic.sha256_of_files({path.name: path for path in files}),
             sigmas=known.sigmas if known and published_range else {},
         )
     except ValidationError as error:
@@ -127,9 +127,3 @@ def _json(path: Path, complaint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return content
-
-
-def _hash(paths: list[Path]) -> str:
-    """One SHA-256 for several files: of their names and hashes."""
-    lines = "".join(f"{path.name} {atomic.sha256(path)}\n" for path in paths)
-    return hashlib.sha256(lines.encode()).hexdigest()

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cm_runtime.errors import CheckpointError, RequestError
+from cm_runtime.errors.reasons import first_line, system_reason
 from cm_runtime.extras import require
 from cm_runtime.files import atomic, pickles, streams
 from cm_runtime.files.pickles import Allowance, RefusedError, check_pickle
@@ -153,7 +154,7 @@ def save_plain(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
             torch.save(dict(content), file)  # an open file: torch would store a path's name, and so change the hash
         except RuntimeError as error:  # torch's zip writer, after the disk's own error
             cause = error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
+            raise cause if isinstance(cause, OSError) else OSError(first_line(error)) from error
 
 
 def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path} cannot be read: {system_reason(error)}") from error
     except Exception as error:  # the package's own error derives from nothing narrower
         raise CheckpointError(f"{path} is not a safetensors file, or is damaged") from error
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from cm_runtime import kernels
 from cm_runtime.errors import EngineError, OutOfMemoryError
+from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, has, has_driver, require
 
 LEAST_CAPABILITY = 8, 0
@@ -36,7 +37,7 @@ def driver() -> Any:
         importlib.import_module("pycuda.autoprimaryctx")
         return importlib.import_module("pycuda.driver")
     except Exception as error:  # ImportError for a missing libcuda.so.1, pycuda's own for a missing GPU
-        raise EngineError(f"there is no NVIDIA GPU that CUDA can use: {_line(error)}") from error
+        raise EngineError(f"there is no NVIDIA GPU that CUDA can use: {first_line(error)}") from error
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def module() -> Any:
                 f" {LEAST_DRIVER // 1000} (580 or newer)"
             ) from error
         raise EngineError(
-            f"{found.name} (compute capability {found.capability}) refused the kernels: {_line(error)}"
+            f"{found.name} (compute capability {found.capability}) refused the kernels: {first_line(error)}"
         ) from error
 
 
@@ -92,10 +93,6 @@ def failing(doing: str) -> Iterator[None]:
     try:
         yield
     except cuda.MemoryError as error:
-        raise OutOfMemoryError(f"CUDA has no memory left while {doing}: {_line(error)}") from error
+        raise OutOfMemoryError(f"CUDA has no memory left while {doing}: {first_line(error)}") from error
     except cuda.Error as error:
-        raise EngineError(f"CUDA failed while {doing}: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise EngineError(f"CUDA failed while {doing}: {first_line(error)}") from error

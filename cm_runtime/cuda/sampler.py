@@ -231,7 +231,7 @@ class Prepared:
             self._device.put(self._at["parameters"], self._pinned[slot])
             self._given[slot] = given = _arrays(chosen.edit, self._images) if chosen.edit else {}
             if noise is not None:
-                given["noise"] = np.ascontiguousarray(_padded(noise, self._images.n, axis=1))
+                given["noise"] = np.ascontiguousarray(pad_batch(noise, self._images.n, axis=1))
             for name, array in given.items():
                 self._device.put(self._at[name], array)
             self.put()
@@ -297,7 +297,7 @@ class Prepared:
                 values["levels"]["renoise"][0] = 0
             values["told"] = np.repeat(form.c_noise(s) if is_network else s, n)
         if labels is not None:
-            values["label"] = _padded(labels, n, axis=0)
+            values["label"] = pad_batch(labels, n)
         for name, value in values.items():
             offset, size = self._parameters.places[name]
             pinned[offset : offset + size] = np.frombuffer(value.tobytes(), np.uint8)
@@ -350,7 +350,7 @@ class _Unrolled:
 
 def _arrays(edit: Edit, images: Images) -> dict[str, Array]:
     """What an edit is given, as the kernels read it, for a batch of ``images``."""
-    start = _padded(edit.start, images.n, axis=0)
+    start = pad_batch(edit.start, images.n)
     arrays = {"start": start if images.layout == "nchw" else np.moveaxis(start, 1, -1)}
     if edit.project is not None:
         padded = _padded_projection(edit.project, images.n)
@@ -359,10 +359,10 @@ def _arrays(edit: Edit, images: Images) -> dict[str, Array]:
 
 
 def _padded_projection(project: Projection, count: int) -> Projection:
-    return map_arrays(project, lambda array: array if len(array) == 1 else _padded(array, count, axis=0))
+    return map_arrays(project, lambda array: array if len(array) == 1 else pad_batch(array, count))
 
 
-def _padded(array: NDArray[Any], count: int, axis: int) -> NDArray[Any]:
-    """``array`` with its last entry repeated up to ``count``, where an engine takes no fewer."""
+def pad_batch(array: NDArray[Any], count: int, axis: int = 0) -> NDArray[Any]:
+    """Repeat the last entry of ``array`` along ``axis`` up to ``count``, where an engine takes no fewer."""
     missing = count - array.shape[axis]
     return np.concatenate([array, np.repeat(array.take([-1], axis), missing, axis)], axis) if missing else array

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from cm_runtime.errors import CmRuntimeError, Interrupted, one_line
+from cm_runtime.errors.reasons import system_reason
 
 INTERRUPTED = 130
 _ctrl_c = {"arrived": False}
@@ -72,7 +73,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory for this; lower the micro-batch or the batch"
     if isinstance(error, OSError):
-        reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or said
+        reason = "no space left on the disk" if error.errno == errno.ENOSPC else system_reason(error)
         where = "standard output" if _is_of_printing(error) else error.filename
         return one_line(reason if where is None else f"{_name(where)}: {reason}")
     if isinstance(error, RecursionError):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cm_runtime import onnx_graph
 from cm_runtime.backends.ort import has_cuda, open_session
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
+from cm_runtime.errors.reasons import first_line
 from cm_runtime.errors.wording import quantity
 from cm_runtime.evaluate.extractor_metadata import METADATA_KEY, RANGES, foreign, own
 from cm_runtime.evaluate.resize import resized
@@ -158,7 +159,7 @@ class Extractor:
         try:
             made = self._session.run(names, {self._input.name: pixels})
         except Exception as error:  # its exceptions share no base of their own
-            raise EngineError(f"{self.path}: ONNX Runtime: {str(error).splitlines()[0]}") from error
+            raise EngineError(f"{self.path}: ONNX Runtime: {first_line(error)}") from error
         rows = [_rows(name, array, len(pixels), self.path)[:count] for name, array in zip(names, made, strict=True)]
         return rows[0], rows[1] if len(rows) > 1 else None
 

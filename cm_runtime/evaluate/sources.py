@@ -13,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.errors import data_error
-from cm_runtime.errors.wording import quantity
 from cm_runtime.files import streams
-from cm_runtime.files.npz import Member, blocks, header, keys, open_npz
+from cm_runtime.files.npz import Member, blocks, class_numbers, header, keys, label_header, open_npz
 from cm_runtime.sampling import Batch, to_uint8
 
 _BLOCK = 1 << 24  # bytes of pixels read at once
 MAX_SIDE = 4096
-MAX_CLASSES = 65536
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,9 @@ class Samples:
             given = repeat(None) if labels is None else blocks(archive, labels, self.path, rows)
             for block, label in zip(blocks(archive, pixels, self.path, rows), given, strict=labels is not None):
                 index = np.arange(first, first + len(block), dtype=np.uint64)
-                yield Batch(index, _whole(label, self.path), _pixels(block, self.path))
+                yield Batch(
+                    index, None if label is None else class_numbers(label, self.path), _pixels(block, self.path)
+                )
                 first += len(block)
 
 
@@ -73,7 +73,6 @@ def array_batches(images: NDArray[Any], labels: NDArray[np.int64] | None, size: 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> tuple[Member, Member | None]:
     """The checked headers of images and labels."""
-    names = archive.namelist()
     pixels = header(archive, archive.getinfo("arr_0.npy"), path)
     kind = pixels.dtype.newbyteorder("=")
     if len(pixels.shape) != 4 or pixels.shape[3] not in (1, 3) or kind not in (np.uint8, np.float32):
@@ -81,13 +80,7 @@ def _members(archive: zipfile.ZipFile, path: Path) -> tuple[Member, Member | Non
         raise data_error(path, f"arr_0 is {pixels.dtype} {pixels.shape}", cure)
     if max(pixels.shape[1:3]) > MAX_SIDE:
         raise data_error(path, f"arr_0 is {pixels.dtype} {pixels.shape}", f"sides go up to {MAX_SIDE}")
-    if "arr_1.npy" not in names:
-        return pixels, None
-    labels = header(archive, archive.getinfo("arr_1.npy"), path)
-    if labels.dtype.kind not in "iu" or labels.shape != pixels.shape[:1]:
-        wrong = f"arr_1 is {labels.dtype} {labels.shape} for {quantity(pixels.shape[0], 'image')}"
-        raise data_error(path, wrong, "labels are integers, one an image")
-    return pixels, labels
+    return pixels, label_header(archive, "arr_1", pixels.shape[0], path)
 
 
 def _pixels(block: NDArray[Any], path: Path) -> NDArray[np.uint8]:
@@ -96,12 +89,3 @@ def _pixels(block: NDArray[Any], path: Path) -> NDArray[np.uint8]:
     if not np.isfinite(block).all():
         raise data_error(path, "arr_0 holds NaN or infinity", "give finite values in [-1, 1] units")
     return to_uint8(np.moveaxis(block, -1, 1))
-
-
-def _whole(labels: NDArray[Any] | None, path: Path) -> NDArray[np.int64] | None:
-    if labels is None:
-        return None
-    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
-        wrong = f"labels {labels.min()}..{labels.max()}"
-        raise data_error(path, wrong, f"they must lie in 0..{MAX_CLASSES - 1}")
-    return labels.astype(np.int64)

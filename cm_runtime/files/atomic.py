@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from cm_runtime.errors import CmRuntimeError, FileError, OutputError
+from cm_runtime.errors.reasons import output_errors
 from cm_runtime.files import streams
 from cm_runtime.files.workspaces import REPLACED, workspace
 
@@ -41,13 +41,12 @@ def draft(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]
     """
     target = Path(path)
     check_writable(target, force=force)
-    try:
-        with workspace(target.parent, ending=target.suffix) as folder:
-            yield folder / f"x{target.suffix}"  # no longer than the final name, which may be as long as names get
-    except FileExistsError as error:
-        raise OutputError(f"{target} exists; replace it with --force") from error
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    with output_errors(target):
+        try:
+            with workspace(target.parent, ending=target.suffix) as folder:
+                yield folder / f"x{target.suffix}"  # no longer than the final name, which may be as long as names get
+        except FileExistsError as error:
+            raise OutputError(f"{target} exists; replace it with --force") from error
 
 
 @contextmanager
@@ -65,21 +64,18 @@ def folder_written(
         OutputError: The folder cannot be written, or the disk is full.
     """
     target = Path(path)
-    try:
-        with workspace(target.parent, ending=ending) as folder:
-            draft = folder / "draft"
-            draft.mkdir()
-            yield draft
-            os.sync()  # once, and not a thousand times for a thousand files
-            try:
-                draft.rename(target)
-            except OSError:
-                if existing == "refused" or not target.is_dir():
-                    raise
-                if existing == "replaced":
-                    _exchange(draft, target)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    with output_errors(target), workspace(target.parent, ending=ending) as folder:
+        draft = folder / "draft"
+        draft.mkdir()
+        yield draft
+        os.sync()  # once, and not a thousand times for a thousand files
+        try:
+            draft.rename(target)
+        except OSError:
+            if existing == "refused" or not target.is_dir():
+                raise
+            if existing == "replaced":
+                _exchange(draft, target)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -112,37 +108,6 @@ def place(temporary: Path, path: str | os.PathLike[str], *, force: bool = True) 
         temporary.unlink()
 
 
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """One process at a time, and one thread, is in a block of the same ``folder``; where locks work at all."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have none
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """As `locked`, but no process waits.
-
-    Raises OutputError where another process, or another thread, is in such a block.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"{folder}: another run is at work in it; wait for its end, or give another") from error
-        except OSError:  # some network file systems have none
-            pass
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Apply the one rule for what commands write: pictures, arrays and pages are rewritten, all else needs --force.
 
@@ -160,15 +125,13 @@ def check_writable(path: str | os.PathLike[str], *, force: bool = True) -> None:
     """Raises OutputError if ``path`` could not be written, so that hours of work are not lost to a typing error."""
     target = Path(path)
     folder = target.parent
-    try:
+    with output_errors(target):  # a name too long, a folder that may not be entered
         if target.is_dir():
             raise OutputError(f"{target} is a folder; give the name of a file")
         if target.exists() and not force:
             raise OutputError(f"{target} exists; replace it with --force")
         if not folder.is_dir():
             raise OutputError(f"{target} cannot be written: there is no folder {folder}")
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
     if "\0" in str(target):
         raise OutputError(f"{str(target)!r} cannot be written: no file can have such a name")
     if not os.access(folder, os.W_OK):
@@ -187,3 +150,9 @@ def sha256(path: str | os.PathLike[str], error: type[CmRuntimeError] = FileError
     """The file's SHA-256, as 64 hexadecimal digits. Raises ``error`` for what is no regular file."""
     with streams.open_file(path, error) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_files(files: Mapping[str, Path]) -> str:
+    """One SHA-256 over several files, by their names and hashes, in the mapping's order."""
+    lines = "".join(f"{name} {sha256(path)}\n" for name, path in files.items())
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -104,10 +104,5 @@ def _arrays(path: Path, channels: int, sizes: Sequence[tuple[int, int]]) -> tupl
         if shape[0] > MOST:
             raise data_error(path, f"holds {quantity(shape[0], 'image')}", f"at most {MOST} are edited at once")
         images = npz.array(archive, member, path)
-        if "arr_1" not in names:
-            return images, None
-        member = npz.header(archive, archive.getinfo("arr_1.npy"), path)
-        if member.dtype.kind not in "iu" or member.shape != shape[:1]:
-            wrong = f"arr_1 is {member.dtype} {member.shape} for {quantity(shape[0], 'image')}"
-            raise data_error(path, wrong, "labels are integers, one an image")
-        return images, [int(label) for label in npz.array(archive, member, path)]
+        labels = npz.label_header(archive, "arr_1", shape[0], path)
+        return images, None if labels is None else [int(label) for label in npz.array(archive, labels, path)]

@@ -18,10 +18,12 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from cm_runtime.errors import DataError, data_error
+from cm_runtime.errors.wording import quantity
 from cm_runtime.files import streams
 from cm_runtime.files.streams import most_inflated, read_up_to
 
 HEADER = 2**16
+MAX_CLASSES = 65536
 # what zipfile lets through when a directory entry or a local header lies
 BROKEN = (zipfile.BadZipFile, EOFError, KeyError, ValueError, RuntimeError, struct.error)
 
@@ -83,6 +85,24 @@ def header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Membe
         wrong = f"{info.filename} unpacks to {size} bytes, more than {most}"
         raise data_error(path, wrong, "save it uncompressed, with numpy.savez")
     return Member(info, shape, fortran_order, dtype, head.tell())
+
+
+def label_header(archive: zipfile.ZipFile, name: str, count: int, path: Path) -> Member | None:
+    """Read the header of the labels of ``count`` images; None where there is no array ``name``. Raises DataError."""
+    if f"{name}.npy" not in archive.namelist():
+        return None
+    labels = header(archive, archive.getinfo(f"{name}.npy"), path)
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        wrong = f"{name} is {labels.dtype} {labels.shape} for {quantity(count, 'image')}"
+        raise data_error(path, wrong, "labels are integers, one an image")
+    return labels
+
+
+def class_numbers(labels: NDArray[Any], path: Path) -> NDArray[np.int64]:
+    """Labels as int64. Raises DataError for one that no class has."""
+    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
+        raise data_error(path, f"labels {labels.min()}..{labels.max()}", f"they must lie in 0..{MAX_CLASSES - 1}")
+    return labels.astype(np.int64)
 
 
 def array(archive: zipfile.ZipFile, member: Member, path: Path) -> NDArray[Any]:

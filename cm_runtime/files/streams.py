@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cm_runtime.errors import CmRuntimeError, DataError, data_error
+from cm_runtime.errors.reasons import system_reason
 
 MAX_INFLATED = 2**31  # bytes one compressed file may grow to in memory
 USUAL_INFLATED, USUAL_RATIO = 2**28, 100  # above so many bytes, pictures do not shrink to a hundredth
@@ -113,7 +114,7 @@ def _unreadable(path: str | os.PathLike[str], wrong: OSError | ValueError) -> st
         return f"{os.fspath(path)!r}: no file can have such a name ({wrong})"
     if wrong.errno == errno.ELOOP:
         return f"{path}: is a link that leads back to itself"
-    return f"{path} cannot be read: {wrong.strerror or wrong}"
+    return f"{path} cannot be read: {system_reason(wrong)}"
 
 
 class Readable(Protocol):

@@ -6,7 +6,6 @@ its process locks. The lock goes with the process, after SIGKILL too, so `sweep`
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import re
@@ -16,6 +15,8 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from cm_runtime.files.locks import try_lock
 
 TEMPORARY = ".cm-"  # how their names begin
 REPLACED = "replaced"  # the folder in a workspace for what was moved aside
@@ -40,7 +41,7 @@ def workspace(parent: Path, *, prefix: str = TEMPORARY, ending: str = "") -> Ite
         except FileNotFoundError:  # another process took it for a dead one's
             continue
         try:
-            if _lock(lock) and os.fstat(lock).st_nlink:
+            if try_lock(lock) and os.fstat(lock).st_nlink:  # no process that sweeps was first
                 yield folder
                 return
         finally:
@@ -74,23 +75,10 @@ def sweep(parent: Path, endings: Collection[str] | None = None, *, prefix: str =
 def _remove_dead(folder: Path) -> None:
     """Remove a workspace unless a living process has its lock, or the file system has no locks."""
     lock = os.open(folder / _LOCK, _FLAGS, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if try_lock(lock, without_locks=False):
+        _remove(folder, lock)
+    else:
         os.close(lock)
-        raise
-    _remove(folder, lock)
-
-
-def _lock(descriptor: int) -> bool:
-    """Take the lock of a new workspace; False where a process that sweeps was first."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some network file systems have no locks; nobody sweeps there
-        pass
-    return True
 
 
 @functools.lru_cache(maxsize=1024)

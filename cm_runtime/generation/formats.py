@@ -26,6 +26,7 @@ import numpy as np
 
 from cm_runtime.choices import ShardKind
 from cm_runtime.errors import DataError, data_error
+from cm_runtime.errors.reasons import system_reason
 from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
 from cm_runtime.files import atomic, npz, streams
@@ -79,7 +80,7 @@ def is_whole(where: Path, kind: ShardKind, contents: Contents) -> bool:
     try:
         fault = FORMATS[kind].fault(where, contents)
     except OSError as error:
-        fault = f"cannot be read ({error.strerror or error})"
+        fault = f"cannot be read ({system_reason(error)})"
     if fault:
         raise data_error(where, f"is not the whole shard of that name: it {fault}", "remove it and run this again")
     return True

@@ -7,7 +7,6 @@ dropped, so that its bytes do not depend on what else is drawn, or when, or by w
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,9 +23,10 @@ from cm_runtime import __version__, sampling
 from cm_runtime.backends.base import Backend
 from cm_runtime.choices import BackendName, Precision, ShardKind
 from cm_runtime.errors import DataError, EngineError, OutOfMemoryError, OutputError, RequestError, data_error
+from cm_runtime.errors.reasons import output_errors
 from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
-from cm_runtime.files import atomic, streams
+from cm_runtime.files import atomic, locks, streams
 from cm_runtime.files.records import Record, explain, first_fault
 from cm_runtime.files.workspaces import sweep
 from cm_runtime.generation import formats
@@ -134,10 +134,8 @@ def identity(model: Path) -> str:
     """
     if not model.is_dir():
         return atomic.sha256(model)
-    lines = [
-        f"{atomic.sha256(each)}  {each.relative_to(model)}\n" for each in sorted(model.rglob("*")) if each.is_file()
-    ]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    files = sorted(path for path in model.rglob("*") if path.is_file())
+    return atomic.sha256_of_files({str(path.relative_to(model)): path for path in files})
 
 
 def size(job: Job, number: int) -> int:
@@ -224,29 +222,20 @@ def open_folder(job: Job, folder: Path, *, force: bool = False) -> Iterator[list
     force: shards of another job are removed. Raises OutputError where another process has the folder, or it holds
     another job; DataError as `missing_shards`.
     """
-    with _folder_errors(folder):
+    with output_errors(folder):
         folder.mkdir(exist_ok=True)
         atomic.check_writable(folder / MANIFEST)
-    with atomic.claim(folder):
-        with _folder_errors(folder):
+    with locks.claim(folder):
+        with output_errors(folder):
             sweep(folder)
             _settle(job, folder, force)
         numbers = missing_shards(job, folder)
         yield numbers
-        with _folder_errors(folder):
+        with output_errors(folder):
             if (folder / NEXT).exists():
                 os.replace(folder / NEXT, folder / MANIFEST)
             if numbers or not (folder / SUMS).exists():
                 _write_sums(job, folder)
-
-
-@contextmanager
-def _folder_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError over a folder into an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def _settle(job: Job, folder: Path, force: bool) -> None:

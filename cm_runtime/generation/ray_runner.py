@@ -10,8 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -21,9 +19,10 @@ from pydantic import BaseModel
 
 from cm_runtime import backends
 from cm_runtime.errors import EngineError, MissingExtraError, RequestError
+from cm_runtime.errors.reasons import system_reason
 from cm_runtime.files.workspaces import sweep
 from cm_runtime.generation.job import Job
-from cm_runtime.subprocesses import epitaph
+from cm_runtime.subprocesses import PythonChild
 
 MOST_SHARDS = 5000  # shards that Ray gets in one go, which take it a millisecond or two for each
 PATIENCE = 5.0  # seconds in which an address must answer
@@ -89,38 +88,31 @@ def _driver(task: Task) -> Iterator[Iterator[Answer]]:
     Ray's compiled core ends its process where the cluster is lost, and writes to its standard error what it likes. The
     driver stops Ray when its standard input ends: when we have enough, or are no more, whatever ended us.
     """
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", DRIVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env={**ENVIRONMENT, **os.environ, "PYTHONPATH": path},
-            process_group=0,  # Ctrl-C is for us alone, so that it cannot come again while Ray stops
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
+    child = PythonChild(
+        ["-c", DRIVER],
+        ROOT,
+        {**ENVIRONMENT, **os.environ},
+        process_group=0,  # Ctrl-C is for us alone, so that it cannot come again while Ray stops
+    )
+    process = child.process
 
-        def answers() -> Iterator[Answer]:
-            yield from map(Answer.model_validate_json, process.stdout or ())
-            if process.wait():
-                raise EngineError(re.sub(r"\[[^]]*\] \S+: ", "", f"Ray's driver {epitaph(process, errors)}"))
+    def answers() -> Iterator[Answer]:
+        yield from map(Answer.model_validate_json, child.lines)
+        if process.wait():
+            raise EngineError(re.sub(r"\[[^]]*\] \S+: ", "", f"Ray's driver {child.explain_exit()}"))
 
+    try:
+        child.send(task.model_dump_json())
+        yield answers()
+    finally:
         try:
-            with suppress(BrokenPipeError):  # of a driver that has died, which is known when its answers end
-                process.stdin.write(task.model_dump_json().encode() + b"\n")
-                process.stdin.flush()
-            yield answers()
+            with suppress(BrokenPipeError, subprocess.TimeoutExpired):
+                child.end_input()
+                process.wait(FAREWELL)
         finally:
-            try:
-                with suppress(BrokenPipeError, subprocess.TimeoutExpired):
-                    process.stdin.close()
-                    process.wait(FAREWELL)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # also what Ray's own end has missed
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what Ray's own end has missed
+            child.close()
 
 
 def _check_answers(address: str) -> None:
@@ -131,4 +123,4 @@ def _check_answers(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
     except OSError as error:
-        raise EngineError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
+        raise EngineError(f"no Ray cluster answers at {address}: {system_reason(error)}") from error

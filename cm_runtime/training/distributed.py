@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cm_runtime.backends.torch import chosen_device
 from cm_runtime.errors import TrainingError
+from cm_runtime.errors.reasons import first_line
 
 T = TypeVar("T")
 
@@ -91,10 +92,10 @@ def join_workers(device: str) -> Iterator[Workers]:
     try:
         dist.init_process_group("nccl" if worker_device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"the {world} workers cannot meet: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"the {world} workers cannot meet: {first_line(error)}") from error
     try:
         yield Workers(dist.get_rank(), world, worker_device)
     except RuntimeError as error:  # gloo and NCCL raise it when another worker has ended; cm-runtime's errors are none
-        raise TrainingError(f"worker {dist.get_rank()} cannot go on: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"worker {dist.get_rank()} cannot go on: {first_line(error)}") from error
     finally:
         dist.destroy_process_group()

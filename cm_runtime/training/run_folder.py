@@ -12,7 +12,6 @@ tensorboard/     the same as curves over images seen, and the grids
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -26,7 +25,9 @@ from numpy.typing import NDArray
 
 from cm_runtime.checkpoints.native import Checkpoint, save_checkpoint, save_plain
 from cm_runtime.errors import OutputError, TrainingError
+from cm_runtime.errors.reasons import output_errors
 from cm_runtime.files import atomic, image_writer, streams
+from cm_runtime.files.locks import try_lock
 from cm_runtime.files.workspaces import sweep
 from cm_runtime.training.config import TrainConfig
 from cm_runtime.training.state import STATE_FORMAT, read_state
@@ -70,19 +71,13 @@ class RunFolder:
         """
         if resume and not self.path.exists():
             raise TrainingError(f"there is nothing to resume in {self.path}; start without --resume")
-        try:
+        with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            flags = (
-                os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-            )  # a pipe is not waited for, a link not emptied
+            flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC  # no pipe is waited for, no link emptied
             lock = os.fdopen(os.open(self.path / ".lock", flags, 0o666), "rb")
-        except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error.strerror or error}") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OutputError(f"another run is training in {self.path}") from error
+            if not try_lock(lock):
+                raise OutputError(f"another run is training in {self.path}")
             self._config, self.inputs = config.model_dump(mode="json"), inputs
             state = self._read_state(config) if resume else None
             if not resume:
@@ -130,11 +125,8 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to log.jsonl, and a point to each curve."""
-        try:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise OutputError(f"{self._log} cannot be written: {error.strerror or error}") from error
+        with output_errors(self._log), self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
         if self._board:
             curves = {key: value for key, value in record.items() if isinstance(value, float) and key != "loss"}
             curve = f"loss/{record['method']}"  # losses of two methods do not compare
@@ -147,10 +139,8 @@ class RunFolder:
     def grid(self, name: str, pictures: NDArray[np.uint8], text: dict[str, Any]) -> None:
         """Write a sample grid."""
         folder = self.path / "samples"
-        try:
+        with output_errors(folder):
             folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
         picture = image_writer.grid(pictures)
         image_writer.save_png(picture, folder / f"{name}.png", text)
         if self._board:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime.errors import OutputError
+from cm_runtime.errors.reasons import output_errors
 from cm_runtime.extras import require
 
 
@@ -32,11 +32,9 @@ class Board:
         self._event = Event
         self._summary: Any = summary  # torch has no types for it
         self._path = folder / f"events.out.tfevents.{time.time_ns()}"
-        try:
+        with output_errors(self._path):
             folder.mkdir(exist_ok=True)
             self._file = self._path.open("xb", buffering=0)
-        except OSError as error:
-            raise OutputError(f"{self._path} cannot be written: {error.strerror or error}") from error
         self._writer = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         if images:
@@ -60,7 +58,5 @@ class Board:
         self._file.close()
 
     def _write(self, **content: Any) -> None:
-        try:
+        with output_errors(self._path):
             self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
-        except OSError as error:
-            raise OutputError(f"{self._path} cannot be written: {error.strerror or error}") from error

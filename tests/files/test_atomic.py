@@ -206,16 +206,16 @@ def test_a_folder_that_must_not_be_replaced_is_not(tmp_path):
 
 @pytest.mark.process
 def test_a_kill_at_any_moment_leaves_a_file_whole_and_its_litter_to_the_next(tmp_path, name="x.npz"):
-    def write(folder, word=b"new"):
+    def rewrite(folder, word=b"new"):
         with write(folder / name) as temporary:
             temporary.write_bytes(word)
 
     before = tmp_path / "before"
     before.mkdir()
-    write(before, b"old")
-    for folder in kills.folders(before, write, tmp_path):
+    rewrite(before, b"old")
+    for folder in kills.folders(before, rewrite, tmp_path):
         assert (folder / name).read_bytes() in (b"old", b"new")
-        assert kills.runs(write, folder)
+        assert kills.runs(rewrite, folder)
         assert kills.contents(folder) == {name: b"new"} and os.listdir(folder) == [name]
 
 

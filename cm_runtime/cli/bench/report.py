@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cm_runtime.errors import OutputError, RequestError
+from cm_runtime.errors import RequestError
+from cm_runtime.errors.reasons import output_errors
 
 
 def report(
@@ -86,7 +87,5 @@ def _is_same(page: Path, result: Path) -> bool:
 
 
 def _folder(path: Path) -> None:
-    try:
+    with output_errors(path, "made"):
         path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be made: {error.strerror or error}") from error

@@ -12,6 +12,7 @@ import typer
 from cm_runtime.cli import parsing
 from cm_runtime.cli.options import EngineFlags, Floats, MicroBatch, Sigmas, steps
 from cm_runtime.errors import RequestError
+from cm_runtime.errors.reasons import output_errors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -162,7 +163,6 @@ def is_folder(output: str) -> bool:
 
 def write(output: str, pictures: Pictures, text: dict[str, object]) -> None:
     """Write arrays (.npz), a strip (.png), or a folder of pictures and a strip."""
-    from cm_runtime.errors import OutputError
     from cm_runtime.files import image_writer
 
     path, images = Path(output), pictures.images
@@ -176,10 +176,8 @@ def write(output: str, pictures: Pictures, text: dict[str, object]) -> None:
     if not is_folder(output):
         image_writer.save_png(picture, path, text)
         return
-    try:
+    with output_errors(output, "made"):
         path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be made: {error.strerror or error}") from error
     for name, image in zip(pictures.names, images, strict=True):
         image_writer.save_png(image, path / f"{name}.png", text)
     image_writer.save_png(picture, path / "strip.png", text)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cm_runtime.errors import RequestError, data_error
+from cm_runtime.errors.reasons import system_reason
 from cm_runtime.files.streams import exists
 from cm_runtime.training.data.catalogue import DATA_SETS
 from cm_runtime.training.data.cifar import is_cifar_folder, read_cifar_archive, read_cifar_folder
@@ -62,7 +63,7 @@ def open_data(
             path = download(name, split, cache, bar)
         data = _read(path, split, name, image_size, bar)
     except OSError as error:
-        wrong = f"cannot be read ({error.strerror or error})"
+        wrong = f"cannot be read ({system_reason(error)})"
         raise data_error(error.filename or path, wrong, "check the path and its permissions") from error
     except MemoryError as error:
         raise data_error(path, "does not fit into memory", "use smaller images or fewer") from error

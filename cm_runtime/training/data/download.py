@@ -12,6 +12,7 @@ from typing import IO
 from rich.progress import Progress
 
 from cm_runtime.errors import DataError, data_error
+from cm_runtime.errors.reasons import system_reason
 from cm_runtime.extras import require
 from cm_runtime.files import streams
 from cm_runtime.training.data.catalogue import DATA_SETS, RemoteFile
@@ -65,7 +66,7 @@ def fetch(target: Path, remote: RemoteFile, bar: Progress | None = None) -> None
             except (RequestException, ValueError) as error:
                 failures.append(error)
             except OSError as error:
-                wrong = f"cannot be written ({error.strerror or error})"
+                wrong = f"cannot be written ({system_reason(error)})"
                 raise data_error(target.parent, wrong, "set CM_RUNTIME_CACHE to a folder that can") from error
     attempts = "; ".join(f"{url}: {_reason(error)}" for url, error in zip(remote.urls, failures, strict=True))
     cure = f"check the network, set CM_RUNTIME_MIRROR, or put the original file at {target}"

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from cm_runtime.errors import data_error
 from cm_runtime.errors.wording import quantity
+from cm_runtime.files.npz import MAX_CLASSES
 
 MAX_SIDE = 4096
-MAX_CLASSES = 65536
 
 Pixels = NDArray[np.uint8] | NDArray[np.float32]
 

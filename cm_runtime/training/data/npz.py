@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from cm_runtime.errors import data_error
-from cm_runtime.errors.wording import quantity
-from cm_runtime.files.npz import Member, array, header, open_npz
-from cm_runtime.training.data.image_set import MAX_CLASSES, ImageSet
+from cm_runtime.files.npz import Member, array, class_numbers, header, label_header, open_npz
+from cm_runtime.training.data.image_set import ImageSet
 
 CHANNELS = (1, 3)
 
@@ -31,19 +30,14 @@ def read_npz(path: Path, name: str) -> ImageSet:
             cure = "save arrays named images and labels, or arr_0 and arr_1"
             raise data_error(path, f"holds neither images nor arr_0 ({names})", cure)
         images = header(archive, members[key], path)
-        labels = header(archive, members[label_key], path) if label_key in members else None
         channel_axis = _channel_axis(images, key, path)
-        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
-            wrong = f"{label_key} is {labels.dtype} {labels.shape} for {quantity(images.shape[0], 'image')}"
-            raise data_error(path, wrong, "labels are integers, one an image")
+        labels = label_header(archive, label_key, images.shape[0], path)
         pixels = array(archive, images, path)
         values = None if labels is None else array(archive, labels, path)
     pixels = np.ascontiguousarray(np.moveaxis(pixels, channel_axis, 1))
     if values is None:
         return ImageSet(pixels, None, 0, name)
-    if values.min() < 0 or values.max() >= MAX_CLASSES:
-        raise data_error(path, f"labels {values.min()}..{values.max()}", f"they must lie in 0..{MAX_CLASSES - 1}")
-    return ImageSet(pixels, values.astype(np.int64), int(values.max()) + 1, name)
+    return ImageSet(pixels, class_numbers(values, path), int(values.max()) + 1, name)
 
 
 def _channel_axis(images: Member, key: str, path: Path) -> int:
