@@ -27,7 +27,7 @@ from race import Runner, Times, race, ratio
 
 import cm_runtime as cm
 from cm_runtime import backends, export, noise
-from cm_runtime.backends import auto
+from cm_runtime.backends import auto, measurements
 from cm_runtime.bench.flops import gflop
 from cm_runtime.bench.machine import machine
 from cm_runtime.bench.networks import standing
@@ -64,7 +64,7 @@ def measured(network: str, batch: int, folder: Path, seconds: float) -> dict[str
     times = race(runners, z, levels, label, folder, seconds=seconds)
     wanted = np.clip(times["diffusers"].images, -1, 1)
     apart = {name: _apart(each, wanted) for name, each in times.items()}
-    asked = auto.question(path, manifest, "cpu", batch=batch)
+    question = auto.question(path, manifest, "cpu", batch=batch)
     taken = backends.load(path, micro_batch=batch)
     best = min(("ort", "openvino"), key=lambda name: times[name].median)
     flop = STEPS * batch * gflop(folder / f"{network}-denoiser.onnx")
@@ -81,7 +81,7 @@ def measured(network: str, batch: int, folder: Path, seconds: float) -> dict[str
         "over plain": {name: _quartiles(times[f"plain {name}"], times[name]) for name in ("ort", "openvino")},
         "fastest": best,
         "auto": taken.name,
-        "auto measured": str(auto.remembered(asked) or ""),
+        "auto measured": str(measurements.load(question) or ""),
         "gflop_per_s": {name: round(flop / times[name].median, 1) for name in ("ort", "openvino", "openvino bf16")},
     }
 

@@ -67,19 +67,20 @@ def has_driver() -> bool:
 
 def has_cpu_runtime() -> bool:
     """True if ONNX Runtime's build for the CPU is installed."""
-    return _is_installed("onnxruntime")
+    return bool(distribution_version("onnxruntime"))
 
 
 def has_two_runtimes() -> bool:
     """True if both of ONNX Runtime's distributions are installed: they share one module, that of the later one."""
-    return _is_installed("onnxruntime") and _is_installed("onnxruntime-gpu")
+    return has_cpu_runtime() and bool(distribution_version("onnxruntime-gpu"))
 
 
-def _is_installed(distribution: str) -> bool:
+def distribution_version(name: str) -> str:
+    """The version of an installed distribution; empty where there is none of that name."""
     try:
-        return bool(metadata.version(distribution))
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return False
+        return ""
 
 
 def require(package: str, what: str) -> ModuleType:

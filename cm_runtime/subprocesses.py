@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -28,6 +29,15 @@ def cores(proc: Path = PROC, system: Path = SYS) -> int:
     """
     quotas = (math.ceil(quota) for quota in _quotas(proc, system))
     return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+
+
+def processor(proc: Path = PROC) -> str:
+    """The processor's name as the kernel has it, or its architecture."""
+    with suppress(OSError):
+        for line in (proc / "cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def engine_threads(threads: int) -> int:

@@ -29,10 +29,10 @@ def doctor(
     import json
 
     if forget:
-        from cm_runtime.backends import auto
+        from cm_runtime.backends import measurements
         from cm_runtime.errors.wording import quantity
 
-        typer.echo(f"{'auto':{WIDTH}} forgot {quantity(auto.forget(), 'remembered choice')}")
+        typer.echo(f"{'auto':{WIDTH}} forgot {quantity(measurements.forget(), 'remembered choice')}")
         return
     content = _examined()
     if as_json:
@@ -89,8 +89,8 @@ def _bundled() -> dict[str, str]:
 
     try:
         manifest = read_manifest(DEFAULT_MODEL)
-        asked = auto.question(DEFAULT_MODEL, manifest, auto_device("auto"))
-        words = f"the bundled model runs on {auto.said(asked)}"
+        question = auto.question(DEFAULT_MODEL, manifest, auto_device("auto"))
+        words = f"the bundled model runs on {auto.explain(question)}"
         able = ", ".join(f"{name}: {what}" for name, what in precisions().items())
     except CmRuntimeError as error:
         return {"auto": str(error), "precision": "", "model": ""}

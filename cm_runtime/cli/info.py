@@ -61,7 +61,7 @@ def info(
     else:
         manifest = read_manifest(where)
         content = describe(manifest)
-        choice = auto.said(auto.question(where, manifest, auto_device("auto")))
+        choice = auto.explain(auto.question(where, manifest, auto_device("auto")))
         try:
             if reason := onnx_graph.check(where, manifest).foreign:
                 choice = f"ort alone: cm-runtime export did not write this graph, for {reason}"

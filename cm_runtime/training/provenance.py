@@ -15,6 +15,7 @@ import torch
 
 from cm_runtime import __version__
 from cm_runtime.errors.wording import quantity
+from cm_runtime.subprocesses import processor
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.distributed import Workers
 
@@ -68,10 +69,4 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name as Linux gives it, or Python."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.processor())}, {quantity(os.cpu_count() or 1, 'thread')}"
+    return f"{processor()}, {quantity(os.cpu_count() or 1, 'thread')}"

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 import cm_runtime as cm
-from cm_runtime.backends import auto
+from cm_runtime.backends import auto, measurements, trials
 from cm_runtime.backends.base import Backend
+from cm_runtime.backends.measurements import Measurement, Question
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError
+from cm_runtime.extras import EXTRAS
 from cm_runtime.manifest import Manifest, read_manifest
 
 
@@ -44,13 +46,13 @@ class Fake(Backend):
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A cache of its own, no waiting."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(auto, "PAUSE", 0.0)
-    monkeypatch.setattr(auto, "SECONDS", 0.01)
-    monkeypatch.setattr(auto, "_waited", lambda: 0.0)
+    monkeypatch.setattr(trials, "PAUSE", 0.0)
+    monkeypatch.setattr(trials, "SECONDS", 0.01)
+    monkeypatch.setattr(trials, "_waiting_seconds", lambda: 0.0)
 
 
 @pytest.fixture
-def asked(boundary: exports.Files) -> auto.Question:
+def asked(boundary: exports.Files) -> Question:
     return auto.question(boundary.onnx, read_manifest(boundary.onnx), "cpu")
 
 
@@ -59,7 +61,7 @@ def opened() -> list[str]:
     return []
 
 
-def opening(asked: auto.Question, opened: list[str], **engines: Any) -> Callable[[str], Backend]:
+def opening(asked: Question, opened: list[str], **engines: Any) -> Callable[[str], Backend]:
     """Opens fakes of so many seconds, or raises what is given in their place."""
 
     def open_engine(name: str) -> Backend:
@@ -78,14 +80,14 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def kept() -> list[Path]:
-    folder = auto._folder()
+    folder = measurements.folder()
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(("ort", "openvino"), [(0.001, 0.01), (0.01, 0.001)])
 def test_the_faster_is_taken_and_next_time_opened_alone(
-    asked: auto.Question, opened: list[str], ort: float, openvino: float
+    asked: Question, opened: list[str], ort: float, openvino: float
 ) -> None:
     best = "ort" if ort < openvino else "openvino"
     open_engine = opening(asked, opened, ort=ort, openvino=openvino)
@@ -96,7 +98,7 @@ def test_the_faster_is_taken_and_next_time_opened_alone(
     assert again.runs == 0  # type: ignore[attr-defined]
     (path,) = kept()
     assert set(json.loads(path.read_text())["seconds"]) == {"ort", "openvino"}
-    assert auto.said(asked).startswith(f"{best}, device cpu: measured at batch 8: {best} ")
+    assert auto.explain(asked).startswith(f"{best}, device cpu: measured at batch 8: {best} ")
 
 
 @pytest.mark.process
@@ -104,12 +106,12 @@ def test_real_engines_rank_as_they_are_timed_here(boundary: exports.Files) -> No
     """The whole path with ONNX Runtime and OpenVINO, and what is said of it."""
     model = cm.load(boundary.onnx, micro_batch=4)
     asked = auto.question(boundary.onnx, model.manifest, "cpu", batch=4)
-    answer = auto.remembered(asked)
+    answer = measurements.load(asked)
     assert answer is not None and next(iter(answer.seconds)) == model.name
     assert asked.batch == 4
 
 
-OTHERS: dict[str, Callable[[auto.Question], auto.Question]] = {
+OTHERS: dict[str, Callable[[Question], Question]] = {
     "threads": lambda q: replace(q, threads=1),
     "precision": lambda q: replace(q, precision="fp32"),
     "batch": lambda q: replace(q, batch=1),
@@ -119,13 +121,13 @@ OTHERS: dict[str, Callable[[auto.Question], auto.Question]] = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_every_part_of_the_question_counts(asked: auto.Question, what: str) -> None:
+def test_every_part_of_the_question_counts(asked: Question, what: str) -> None:
     assert OTHERS[what](asked).key != asked.key
     assert replace(asked).key == asked.key
 
 
 def test_so_do_the_file_the_machine_and_the_versions(
-    asked: auto.Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = asked.key
     copy = tmp_path / "elsewhere.onnx"
@@ -133,9 +135,9 @@ def test_so_do_the_file_the_machine_and_the_versions(
     assert replace(asked, path=copy).key == key
     copy.write_bytes(asked.path.read_bytes().replace(b"F.out", b"F.Out", 1))
     assert replace(asked, path=copy).key != key
-    for name, value in (("version", lambda _: "99"), ("_processor", lambda: "another")):
+    for name, value in (("version", lambda _: "99"), ("processor", lambda: "another")):
         with monkeypatch.context() as patch:
-            patch.setattr(auto, name, value)
+            patch.setattr(measurements, name, value)
             assert asked.key != key
 
 
@@ -145,8 +147,8 @@ SECONDS = ["3", "{}", '{"ort": 1' + "0" * 400 + "}", '{"ort": "x"}', '{"ort": -1
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "null", "[" * 100000, *(f'{{"seconds": {each}}}' for each in SECONDS), None]
 )
-def test_what_cannot_be_believed_is_measured_anew(asked: auto.Question, opened: list[str], content: str | None) -> None:
-    path = auto._folder() / f"{asked.key}.json"
+def test_what_cannot_be_believed_is_measured_anew(asked: Question, opened: list[str], content: str | None) -> None:
+    path = measurements.folder() / f"{asked.key}.json"
     path.parent.mkdir(parents=True)
     if content is None:
         path.write_bytes(b"\xff\xfe\x00")
@@ -154,25 +156,25 @@ def test_what_cannot_be_believed_is_measured_anew(asked: auto.Question, opened: 
         path.write_text(content)
     assert auto.fastest(asked, opening(asked, opened, ort=0.01, openvino=0.001)).name == "openvino"
     assert opened == ["ort", "openvino"]
-    assert auto.remembered(asked) is not None
+    assert measurements.load(asked) is not None
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("obstacle", ["a file for a folder", "a folder for a file"])
 def test_a_cache_that_cannot_be_written_is_none(
-    asked: auto.Question, opened: list[str], obstacle: str, tmp_path: Path
+    asked: Question, opened: list[str], obstacle: str, tmp_path: Path
 ) -> None:
     if obstacle == "a file for a folder":
         (tmp_path / "cache").write_text("")
     else:
-        (auto._folder() / f"{asked.key}.json").mkdir(parents=True)
+        (measurements.folder() / f"{asked.key}.json").mkdir(parents=True)
     for _ in range(2):
         assert auto.fastest(asked, opening(asked, opened, ort=0.01, openvino=0.001)).name == "openvino"
     assert opened == ["ort", "openvino"] * 2
 
 
 def test_a_machine_without_a_home_folder_has_no_cache(
-    asked: auto.Question, opened: list[str], monkeypatch: pytest.MonkeyPatch
+    asked: Question, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a container's user without an entry in /etc/passwd."""
 
@@ -182,37 +184,37 @@ def test_a_machine_without_a_home_folder_has_no_cache(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", home)
     assert auto.fastest(asked, opening(asked, opened, ort=0.01, openvino=0.001)).name == "openvino"
-    assert "measured on first use" in auto.said(asked)
+    assert "measured on first use" in auto.explain(asked)
 
 
-def test_one_candidate_is_not_measured(asked: auto.Question, opened: list[str]) -> None:
+def test_one_candidate_is_not_measured(asked: Question, opened: list[str]) -> None:
     alone = replace(asked, names=("openvino",))
     assert auto.fastest(alone, opening(asked, opened, openvino=0.001)).runs == 0  # type: ignore[attr-defined]
     assert kept() == []
-    assert auto.said(alone) == "openvino, device cpu: no other installed engine can"
+    assert auto.explain(alone) == "openvino, device cpu: no other installed engine can"
 
 
 @pytest.mark.parametrize(
     ("precision", "device", "extra"), [("auto", "cpu", "cpu"), ("bf16", "cpu", "openvino"), ("auto", "cuda:0", "cpu")]
 )
 def test_without_an_engine_the_pip_command_is_named(
-    asked: auto.Question, monkeypatch: pytest.MonkeyPatch, precision: str, device: str, extra: str
+    asked: Question, monkeypatch: pytest.MonkeyPatch, precision: str, device: str, extra: str
 ) -> None:
     def absent(package: str, what: str) -> None:
-        raise MissingExtraError(package, auto.EXTRAS[package], what)
+        raise MissingExtraError(package, EXTRAS[package], what)
 
     nothing = replace(asked, names=(), precision=precision, device=device)
     monkeypatch.setattr(auto, "has", lambda _: False)
     monkeypatch.setattr(auto, "require", absent)
     with pytest.raises(MissingExtraError, match=rf"cm-runtime\[{extra}\]"):
         auto.fastest(nothing, lambda _: pytest.fail("nothing is there"))
-    assert f"pip install 'cm-runtime[{extra}]'" in auto.said(nothing)
+    assert f"pip install 'cm-runtime[{extra}]'" in auto.explain(nothing)
 
 
-def test_what_no_engine_can_is_said_without_a_pip_command(asked: auto.Question) -> None:
+def test_what_no_engine_can_is_said_without_a_pip_command(asked: Question) -> None:
     impossible = auto.question(asked.path, asked.manifest, "cpu", precision="fp16")
     assert impossible.names == ()
-    assert auto.said(impossible) == "no installed engine runs it on cpu in fp16"
+    assert auto.explain(impossible) == "no installed engine runs it on cpu in fp16"
     with pytest.raises(EngineError, match=r"no installed engine runs .* on cpu in fp16"):
         auto.fastest(impossible, lambda _: pytest.fail("none can"))
 
@@ -222,7 +224,7 @@ def test_what_no_engine_can_is_said_without_a_pip_command(asked: auto.Question) 
 
 @pytest.mark.parametrize("remembered", [False, True])
 def test_the_next_is_taken_with_one_line_where_the_best_cannot_start(
-    asked: auto.Question, opened: list[str], caplog: pytest.LogCaptureFixture, remembered: bool
+    asked: Question, opened: list[str], caplog: pytest.LogCaptureFixture, remembered: bool
 ) -> None:
     if remembered:
         auto.fastest(asked, opening(asked, opened, ort=0.01, openvino=0.001))
@@ -233,12 +235,12 @@ def test_the_next_is_taken_with_one_line_where_the_best_cannot_start(
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
-def test_where_none_starts_the_first_ones_reason_is_given(asked: auto.Question, opened: list[str]) -> None:
+def test_where_none_starts_the_first_ones_reason_is_given(asked: Question, opened: list[str]) -> None:
     with pytest.raises(EngineError, match="first"):
         auto.fastest(asked, opening(asked, opened, ort=EngineError("first"), openvino=EngineError("second")))
 
 
-def test_a_file_that_one_calls_damaged_is_not_drawn_from(asked: auto.Question, opened: list[str]) -> None:
+def test_a_file_that_one_calls_damaged_is_not_drawn_from(asked: Question, opened: list[str]) -> None:
     with pytest.raises(ArtifactError, match="damaged"):
         auto.fastest(asked, opening(asked, opened, ort=ArtifactError("damaged"), openvino=0.001))
 
@@ -248,7 +250,7 @@ class Failing(Fake):
         raise EngineError("an index out of range")
 
 
-def test_the_first_engine_that_starts_but_fails_is_not_passed_over(asked: auto.Question, opened: list[str]) -> None:
+def test_the_first_engine_that_starts_but_fails_is_not_passed_over(asked: Question, opened: list[str]) -> None:
     """What exports are proved with knows that the file lies."""
     broken = Failing("ort", asked.manifest, 0)
     with pytest.raises(EngineError, match="index out of range"):
@@ -257,7 +259,7 @@ def test_the_first_engine_that_starts_but_fails_is_not_passed_over(asked: auto.Q
 
 @pytest.mark.parametrize("offset", [0.01, -1.0, np.nan, np.inf])
 def test_an_engine_that_draws_something_else_is_left_out(
-    asked: auto.Question, opened: list[str], caplog: pytest.LogCaptureFixture, offset: float
+    asked: Question, opened: list[str], caplog: pytest.LogCaptureFixture, offset: float
 ) -> None:
     other = Fake("openvino", asked.manifest, 0.0001, offset)
     assert auto.fastest(asked, opening(asked, opened, ort=0.001, openvino=other)).name == "ort"
@@ -266,9 +268,7 @@ def test_an_engine_that_draws_something_else_is_left_out(
     assert kept() == []
 
 
-def test_so_is_one_that_fails_at_once(
-    asked: auto.Question, opened: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_so_is_one_that_fails_at_once(asked: Question, opened: list[str], caplog: pytest.LogCaptureFixture) -> None:
     broken = Failing("openvino", asked.manifest, 0)
     assert auto.fastest(asked, opening(asked, opened, ort=0.001, openvino=broken)).name == "ort"
     assert warnings(caplog) == ["auto does without openvino: an index out of range"]
@@ -283,7 +283,7 @@ class Odd(Fake):
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_so_is_one_whose_images_are_none(
-    asked: auto.Question, opened: list[str], caplog: pytest.LogCaptureFixture, offset: float
+    asked: Question, opened: list[str], caplog: pytest.LogCaptureFixture, offset: float
 ) -> None:
     other = Odd("openvino", asked.manifest, 0, offset)
     assert auto.fastest(asked, opening(asked, opened, ort=0.001, openvino=other)).name == "ort"
@@ -333,7 +333,7 @@ LEVEL = 2 / 255
     ],
 )
 def test_an_engine_moves_images_by_a_grey_level_or_to_40_db(
-    asked: auto.Question, opened: list[str], precision: Any, where: str, offset: float, is_taken: bool
+    asked: Question, opened: list[str], precision: Any, where: str, offset: float, is_taken: bool
 ) -> None:
     question = replace(asked, manifest=asked.manifest.model_copy(update={"precision": precision}))
     other = Shifted("openvino", question.manifest, 0.0001, offset)
@@ -344,20 +344,17 @@ def test_an_engine_moves_images_by_a_grey_level_or_to_40_db(
 
 
 @pytest.mark.parametrize(("offset", "is_taken"), [(1, True), (2, False)])
-def test_of_a_sampler_its_bytes_do(make_manifest: Callable[..., Manifest], offset: int, is_taken: bool) -> None:
-    manifest = make_manifest(graph="sampler", sigmas={2: (80.0, 0.5)})
-    images = np.arange(0, 200, dtype=np.float64)
+def test_of_a_sampler_its_bytes_do(offset: int, is_taken: bool) -> None:
+    images = np.arange(0, 200, dtype=np.float64) - 127.5
     context = nullcontext() if is_taken else pytest.raises(EngineError, match="2 grey levels from those of ort")
     with context:
-        auto._compare([images], [images + offset], manifest, "ort")
+        trials.compare([images], [images + offset], "fp32", "ort")
 
 
 # Noise
 
 
-def test_a_measurement_is_announced_once(
-    asked: auto.Question, opened: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_measurement_is_announced_once(asked: Question, opened: list[str], caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         auto.fastest(asked, opening(asked, opened, ort=0.001, openvino=0.01))
     assert [(record.name, record.getMessage()) for record in caplog.records] == [
@@ -367,19 +364,19 @@ def test_a_measurement_is_announced_once(
 
 @pytest.mark.process
 def test_a_busy_machine_is_measured_again_but_not_for_ever(
-    asked: auto.Question, opened: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    asked: Question, opened: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = itertools.count(step=10)
-    monkeypatch.setattr(auto, "_waited", lambda: next(waits))
+    monkeypatch.setattr(trials, "_waiting_seconds", lambda: next(waits))
     open_engine = opening(asked, opened, ort=0.001, openvino=0.01)
-    for tries in range(1, auto.MOST_TRIES + 1):
+    for tries in range(1, measurements.MOST_TRIES + 1):
         assert auto.fastest(asked, open_engine).name == "ort"
-        answer = auto.remembered(asked)
+        answer = measurements.load(asked)
         assert answer is not None and (answer.tries, answer.is_noisy) == (tries, True)
-        assert auto.said(asked).endswith("measured again on next use") == (tries < auto.MOST_TRIES)
-    assert opened == ["ort", "openvino"] * auto.MOST_TRIES
+        assert auto.explain(asked).endswith("measured again on next use") == (tries < measurements.MOST_TRIES)
+    assert opened == ["ort", "openvino"] * measurements.MOST_TRIES
     assert auto.fastest(asked, open_engine).name == "ort"
-    assert opened[2 * auto.MOST_TRIES :] == ["ort"]
+    assert opened[2 * measurements.MOST_TRIES :] == ["ort"]
     assert [record.getMessage().split()[1] for record in caplog.records] == ["once", "again,", "again,"]
 
 
@@ -397,25 +394,25 @@ QUIET = [1.0, 1.01, 1.02, 1.03, 1.01, 1.0]
     ids=["apart", "busy", "overlapping", "as fast"],
 )
 def test_noise_is_threads_that_wait_or_times_that_overlap(slower: list[float], is_busy: bool, is_noisy: bool) -> None:
-    answer = auto._answer({"ort": QUIET, "openvino": slower}, is_busy, None)
+    answer = trials.rank({"ort": QUIET, "openvino": slower}, is_busy, None)
     assert (next(iter(answer.seconds)), answer.is_noisy) == ("ort", is_noisy)
 
 
 def test_of_two_noisy_measurements_the_less_disturbed_times_count() -> None:
-    before = auto.Answer({"openvino": 0.5, "ort": 3.0}, is_noisy=True)
-    answer = auto._answer({"ort": QUIET, "openvino": [2.0] * 4}, True, before)
+    before = Measurement(seconds={"openvino": 0.5, "ort": 3.0}, is_noisy=True)
+    answer = trials.rank({"ort": QUIET, "openvino": [2.0] * 4}, True, before)
     assert answer.seconds == {"openvino": 0.5, "ort": pytest.approx(1.01)}
-    quiet = auto._answer({"ort": QUIET, "openvino": [2.0] * 4}, False, before)
+    quiet = trials.rank({"ort": QUIET, "openvino": [2.0] * 4}, False, before)
     assert next(iter(quiet.seconds)) == "ort" and quiet.tries == 2
 
 
 @pytest.mark.process
-def test_all_is_forgotten(asked: auto.Question, opened: list[str]) -> None:
-    assert auto.forget() == 0
+def test_all_is_forgotten(asked: Question, opened: list[str]) -> None:
+    assert measurements.forget() == 0
     for batch in (1, 2):
         auto.fastest(replace(asked, batch=batch), opening(asked, opened, ort=0.001, openvino=0.01))
-    assert auto.forget() == 2
-    assert kept() == [] and auto.remembered(asked) is None
+    assert measurements.forget() == 2
+    assert kept() == [] and measurements.load(asked) is None
 
 
 # Candidates
@@ -438,7 +435,7 @@ def test_all_is_forgotten(asked: auto.Question, opened: list[str]) -> None:
     ],
 )
 def test_who_can_run_what(
-    asked: auto.Question, monkeypatch: pytest.MonkeyPatch, precision: Any, device: str, wanted: str, names: Any
+    asked: Question, monkeypatch: pytest.MonkeyPatch, precision: Any, device: str, wanted: str, names: Any
 ) -> None:
     manifest = asked.manifest.model_copy(update={"precision": precision})
     monkeypatch.setattr(auto, "has", lambda package: True)

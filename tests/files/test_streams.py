@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cm_runtime.backends import DEFAULT_MODEL, auto, engine_file
+from cm_runtime.backends import DEFAULT_MODEL, engine_file, measurements
 from cm_runtime.checkpoints import diffusers, load, native
 from cm_runtime.errors import LONGEST, CmRuntimeError, ConfigError, RequestError
 from cm_runtime.evaluate import sources, statistics
@@ -179,7 +179,7 @@ def test_readers_refuse_what_is_no_file(tmp_path: Path, listening: Path, kind: s
 
 
 def test_a_choice_that_is_no_file_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(measurements, "folder", lambda: tmp_path)
     question: Any = SimpleNamespace(key="key", names=("ort",))
     (tmp_path / "key.json").symlink_to("/dev/zero")
-    assert auto.remembered(question) is None
+    assert measurements.load(question) is None

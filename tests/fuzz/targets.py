@@ -533,14 +533,14 @@ def _choices(folder: Path) -> None:
 @target(_choices)
 def choice(path: Path) -> None:
     """What auto remembers: whatever is there, it is taken or measured anew."""
-    from cm_runtime.backends import DEFAULT_MODEL, auto
+    from cm_runtime.backends import DEFAULT_MODEL, auto, measurements
     from cm_runtime.manifest import read_manifest
 
-    asked = auto.question(DEFAULT_MODEL, read_manifest(DEFAULT_MODEL), "cpu")
-    kept = Path(os.environ["XDG_CACHE_HOME"]) / "cm-runtime" / "engines" / f"{asked.key}.json"
+    question = auto.question(DEFAULT_MODEL, read_manifest(DEFAULT_MODEL), "cpu")
+    kept = Path(os.environ["XDG_CACHE_HOME"]) / "cm-runtime" / "engines" / f"{question.key}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, kept)
-    auto.remembered(asked)
+    measurements.load(question)
 
 
 def _words(folder: Path) -> None:
