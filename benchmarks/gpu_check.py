@@ -41,10 +41,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # a checkout that is not installed
 
 import cm_runtime as cm  # noqa: E402
-from cm_runtime import backends, cuda, export, noise, sampling  # noqa: E402
+from cm_runtime import backends, export, noise, sampling  # noqa: E402
 from cm_runtime.bench import peers  # noqa: E402
 from cm_runtime.bench.networks import standing  # noqa: E402
 from cm_runtime.checkpoints.load import load_checkpoint  # noqa: E402
+from cm_runtime.cuda import context  # noqa: E402
+from cm_runtime.cuda.device import Device  # noqa: E402
 from cm_runtime.errors import CmRuntimeError  # noqa: E402
 from cm_runtime.files import atomic  # noqa: E402
 from cm_runtime.kernels import launches  # noqa: E402
@@ -162,7 +164,7 @@ def _tested(words: Sequence[str], seconds: float, **environment: str) -> str:
 
 def bandwidth() -> dict[str, Any]:
     """GB/s of each kernel and of a copy, medians over rounds in which all take turns."""
-    device = cuda.Device()
+    device = Device()
     clock = Clock(device)
     found: dict[str, Any] = {}
     for type in ("fp32", "fp16"):
@@ -171,7 +173,7 @@ def bandwidth() -> dict[str, Any]:
     return found
 
 
-def kernel_work(device: cuda.Device, count: int, type: Any) -> dict[str, tuple[int, Callable[[], None]]]:
+def kernel_work(device: Device, count: int, type: Any) -> dict[str, tuple[int, Callable[[], None]]]:
     """Name -> bytes that are moved, and the launch."""
     images, norm = Images(count, 3, 64, 64, type), Images(count, 128, 16, 16, type, "nhwc")
     n, size = images.elements, SIZES[images.type]
@@ -220,9 +222,9 @@ def kernel_work(device: cuda.Device, count: int, type: Any) -> dict[str, tuple[i
 class Clock:
     """Times of what is put in a device's stream, by events of the GPU."""
 
-    def __init__(self, device: cuda.Device) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
-        self._cuda = cuda.driver()
+        self._cuda = context.driver()
 
     def milliseconds(self, body: Callable[[], None], repeats: int = 10) -> float:
         """Of one of ``repeats`` in a row."""
@@ -408,8 +410,8 @@ class OwnDrawer:
         clock = Clock(sampler.device)
         shares = []
         for _ in range(ROUNDS):
-            network = clock.milliseconds(prepared.evaluate, steps) * steps
-            shares.append(1 - network / clock.milliseconds(prepared.put, 1))
+            network = clock.milliseconds(prepared.batch.evaluate, steps) * steps
+            shares.append(1 - network / clock.milliseconds(prepared.batch.put, 1))
         return round(statistics.median(shares), 4)
 
 
@@ -483,8 +485,8 @@ def run(part: str, report: Report, folder: Path, on_gpu: bool, networks: Sequenc
 
 def _gpu(report: Report) -> dict[str, Any] | None:
     try:
-        found = cuda.gpu()
-        driver = cuda.driver().get_driver_version()
+        found = context.gpu()
+        driver = context.driver().get_driver_version()
         return {"name": found.name, "capability": found.capability, "driver": driver}
     except CmRuntimeError as error:
         report.skip("gpu", f"{error}; kernels run in their host build, engines on the CPU")

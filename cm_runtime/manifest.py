@@ -1,22 +1,16 @@
 """The manifest inside every exported file: all that a sampler must know, without the weights.
 
-An ``.onnx`` carries it as JSON under the metadata key ``cm_runtime``. It is read and replaced here
-straight in the protobuf's outermost fields, so that asking a 2 GB file what it is takes no memory and no package.
-Large weights are in a data file beside the ``.onnx``, which the manifest names; the two appear and go together.
+An ``.onnx`` carries it as JSON under the metadata key ``cm_runtime``. Large weights are in a data file beside the
+``.onnx``, which the manifest names. `onnx_graph.export_writer` writes both.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -30,23 +24,17 @@ from pydantic import (
 from cm_runtime.choices import Form, GraphKind, Precision
 from cm_runtime.errors import ArtifactError
 from cm_runtime.errors.wording import quantity
-from cm_runtime.files import atomic, locks, protobuf, streams
-from cm_runtime.files.protobuf import MalformedError, fields, read_entry, write_entry
+from cm_runtime.files import onnx_metadata, streams
+from cm_runtime.files.protobuf import MalformedError
 from cm_runtime.files.records import Record, explain
 from cm_runtime.precond import precond
 from cm_runtime.schedule import LARGEST, SMALLEST, NoiseRange
 
 METADATA_KEY = "cm_runtime"
 FORMAT_VERSION = 1
-_MANIFEST_LIMIT = 1 << 20
-_MOST_FIELDS = 20_000  # outermost ones: a graph, some entries, functions by the hundred
 _PLAIN_VALUES, _PLAIN_LETTERS, _PLAIN_LEVELS = 10_000, 1 << 18, 20  # of a run's configuration
 MOST_PIXELS = 1 << 26  # of an image, its channels counted
-_METADATA_PROPS = 14  # field of onnx.ModelProto
-_GRAPH = 7
-_PIECE = 1 << 20
-FICLONE = 0x40049409  # of linux/fs.h
-_DATA_FILE = re.compile(r"[\w .+-]+-[0-9a-f]{12}\.data")  # only such files are ever overwritten or removed
+DATA_FILE = re.compile(r"[\w .+-]+-[0-9a-f]{12}\.data")  # only such files are ever overwritten or removed
 
 Size = Annotated[int, Field(gt=0, le=4096)]
 OUTPUTS: dict[GraphKind, tuple[str, ...]] = {
@@ -147,7 +135,7 @@ class Manifest(Record):
     @field_validator("data_file")
     @classmethod
     def _is_ours(cls, name: str) -> str:
-        if name and (not _DATA_FILE.fullmatch(name) or ".." in name):
+        if name and (not DATA_FILE.fullmatch(name) or ".." in name):
             raise ValueError("it must be the name of a data file in the same folder, as cm-runtime export gives them")
         return name
 
@@ -218,7 +206,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     where = Path(path)
     try:
         with streams.open_file(where, ArtifactError) as file:
-            text = _embedded(file, os.fstat(file.fileno()).st_size)
+            text = onnx_metadata.read(file, os.fstat(file.fileno()).st_size, METADATA_KEY)
     except MalformedError as error:
         raise ArtifactError(f"{where} is not an ONNX file, or is truncated ({error})") from error
     if text is None:
@@ -239,130 +227,3 @@ def data_path(path: str | os.PathLike[str], manifest: Manifest) -> Path | None:
     else:
         raise ArtifactError(f"{path}: its weights are not there: put {data.name} beside it, or export it again")
     return data
-
-
-def data_name(path: str | os.PathLike[str], sha256: str) -> str:
-    """What the data file of the exported file ``path`` is called, by the hash of its content.
-
-    Other weights have another name, so that no ``.onnx`` ever reads those of the export that replaced it.
-    """
-    stem = re.sub(r"[^\w .+-]|\.{2,}", "_", Path(path).stem)
-    stem = stem.encode()[:200].decode(errors="ignore")  # a name has at most 255 bytes
-    return f"{stem}-{sha256[:12]}.data"
-
-
-def write_manifest(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], manifest: Manifest, *, force: bool = False
-) -> None:
-    """A copy of the exported file ``source`` that carries ``manifest`` instead of its own; they may be one path.
-
-    The rest is copied as it is, a piece at a time, so it takes no memory either, and so is its data file if it has
-    one and ``target`` is in another folder; the copy appears whole or not at all. Raises ArtifactError where
-    `read_manifest` and `data_path` would, OutputError where ``target`` exists without ``force``.
-    """
-    data = data_path(source, read_manifest(source))
-    manifest = manifest.model_copy(update={"data_file": data.name if data else ""})
-    with written(target, force=force) as (temporary, temporary_data):
-        with streams.open_file(source, ArtifactError) as old, temporary.open("wb") as new:
-            for field in fields(old, os.fstat(old.fileno()).st_size, _MOST_FIELDS):
-                if not _is_manifest(field, old):
-                    old.seek(field.start)
-                    _copy(old, new, field.payload + field.length - field.start)
-            new.write(write_entry(_METADATA_PROPS, METADATA_KEY, manifest.model_dump_json().encode()))
-        if read_manifest(temporary) != manifest:
-            raise ArtifactError(f"{target}: the manifest does not read back as it was written")
-        if data and not _same_size(data, Path(target).with_name(data.name)):
-            _clone(data, temporary_data)
-
-
-@contextmanager
-def written(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[tuple[Path, Path]]:
-    """Temporary paths of an ``.onnx`` and of its data file, moved to their names when the block ends well.
-
-    The name of the data file is in the manifest; it may be left unwritten where a file of that name is there. Older
-    data files of ``path`` that no ``.onnx`` of the folder names any more are removed, also those that a kill left.
-    Raises OutputError as `files.atomic.write` does.
-    """
-    target = Path(path)
-    with atomic.draft(target, force=force) as temporary:
-        data = temporary.with_suffix(".data")
-        yield temporary, data
-        manifest = read_manifest(temporary)
-        atomic.sync(temporary)
-        if data.exists():
-            atomic.sync(data)
-        with locks.lock(target.parent):
-            older = {_named_by(target), *_data_files(target)}
-            try:
-                if data.exists():
-                    os.replace(data, target.with_name(manifest.data_file))
-                data_path(target, manifest)
-                atomic.place(temporary, target, force=force)
-            finally:
-                _remove_unnamed(target.parent, {manifest.data_file, *older})
-
-
-def _named_by(path: Path) -> str:
-    """The data file of an exported file, a later version's too; "" if it has none or cannot be read."""
-    try:
-        with streams.open_file(path, ArtifactError) as file:
-            content = json.loads(_embedded(file, os.fstat(file.fileno()).st_size) or "")
-        return str(content.get("data_file", ""))
-    except (ArtifactError, MalformedError, ValueError, AttributeError, RecursionError):
-        return ""
-
-
-def _data_files(path: Path) -> list[str]:
-    """The data files in the folder that are called as those of the exported file ``path`` are."""
-    stem = data_name(path, "").removesuffix(".data")
-    name = re.compile(re.escape(stem) + r"[0-9a-f]{12}\.data")
-    return [each for each in os.listdir(path.parent) if name.fullmatch(each)]
-
-
-def _remove_unnamed(folder: Path, names: set[str]) -> None:
-    """Removes the data files of ours that no ``.onnx`` of the folder names, and no file of another kind."""
-    doubtful = {name for name in names if _DATA_FILE.fullmatch(name)}
-    if doubtful:
-        graphs = [path for path in folder.glob("*.onnx") if path.is_file()]
-        for name in doubtful - {_named_by(path) for path in graphs}:
-            (folder / name).unlink(missing_ok=True)
-
-
-def _same_size(one: Path, other: Path) -> bool:
-    return other.is_file() and one.stat().st_size == other.stat().st_size
-
-
-def _clone(source: Path, target: Path) -> None:
-    """A copy that shares its blocks where the file system can; a second name would be refused by the onnx package."""
-    try:
-        with source.open("rb") as old, target.open("wb") as new:
-            fcntl.ioctl(new, FICLONE, old.fileno())
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _embedded(file: BinaryIO, size: int) -> bytes | None:
-    """The text of the manifest in an ONNX file, the last where there are several. Raises MalformedError."""
-    text = None
-    graph = False
-    for field in fields(file, size, _MOST_FIELDS):
-        if field.number == _METADATA_PROPS and field.length <= _MANIFEST_LIMIT:
-            key, value = read_entry(file.read(field.length))
-            text = value if key == METADATA_KEY else text
-        graph = graph or field.number == _GRAPH
-    if not graph:
-        raise MalformedError("it holds no graph")
-    return text
-
-
-def _is_manifest(field: protobuf.Field, file: BinaryIO) -> bool:
-    """Whether this metadata entry, at whose payload ``file`` stands, is ours."""
-    if field.number != _METADATA_PROPS or field.length > _MANIFEST_LIMIT:
-        return False
-    return read_entry(file.read(field.length))[0] == METADATA_KEY
-
-
-def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
-    while count and (piece := old.read(min(count, _PIECE))):
-        new.write(piece)
-        count -= len(piece)

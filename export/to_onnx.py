@@ -21,9 +21,10 @@ from cm_runtime.export import graphs, parity, weights_file
 from cm_runtime.export.builder import Graph
 from cm_runtime.export.weights_file import Network
 from cm_runtime.files import atomic
-from cm_runtime.manifest import METADATA_KEY, Manifest, data_name, read_manifest, written
+from cm_runtime.manifest import METADATA_KEY, Manifest, read_manifest
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.onnx_graph import operators
+from cm_runtime.onnx_graph.export_writer import data_name, write_export
 from cm_runtime.onnx_graph.message import read_graph
 from cm_runtime.onnx_graph.rules import NotOwn
 
@@ -76,7 +77,7 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], options: Options
         network = network._replace(graph=inliner.inline_local_functions(network.graph))
     message = network.graph
     nodes = len(message.graph.node)
-    with written(target, force=force) as (temporary, data):
+    with write_export(target, force=force) as (temporary, data):
         is_external = network.size > LARGEST_INSIDE
         size = network.size + message.ByteSize()
         if is_external:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cm_runtime import cuda, onnx_graph
+from cm_runtime import onnx_graph
 from cm_runtime.backends import engine_file
 from cm_runtime.backends.base import Backend, images_at_once
 from cm_runtime.backends.engine_file import EngineManifest, Package, Profile
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend, listener, module
+from cm_runtime.cuda import context
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
 from cm_runtime.export import engine_parity, tensorrt_plugin
 from cm_runtime.files import atomic, locks
@@ -161,10 +162,10 @@ def _parse_errors(parser: Any) -> str:
     return "; ".join(lines) or "it gave no reason"
 
 
-def _gpu_here() -> tuple[cuda.Gpu | None, str]:
+def _gpu_here() -> tuple[context.Gpu | None, str]:
     """This machine's GPU, or None and why there is none that can be used."""
     try:
-        return cuda.gpu(), ""
+        return context.gpu(), ""
     except (EngineError, MissingExtraError) as error:
         return None, str(error)
 
@@ -174,7 +175,7 @@ def _member(capability: str) -> str:
     return f"SM{capability.replace('.', '')}"
 
 
-def _capabilities(trt: Any, package: Package, gpus: Sequence[str], here: cuda.Gpu | None, why_not: str) -> list[str]:
+def _capabilities(trt: Any, package: Package, gpus: Sequence[str], here: context.Gpu | None, why_not: str) -> list[str]:
     """The compute capabilities to build for. Raises RequestError for those that ``package`` has no code for."""
     if package == "tensorrt":
         if here is None:

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cm_runtime import cuda, kernels
+from cm_runtime import kernels
+from cm_runtime.cuda import context
+from cm_runtime.cuda.device import Device
 from cm_runtime.kernels.launches import Launch
 
 ON_GPU = os.environ.get("CM_RUNTIME_KERNELS") == "gpu"
@@ -57,7 +59,7 @@ def names() -> set[str]:
 @cache
 def gpu() -> Any:
     """The GPU, where kernels run on one."""
-    return cuda.Device()
+    return Device()
 
 
 def launch(work: Launch) -> None:
@@ -79,8 +81,8 @@ def empty(shape: tuple[int, ...], dtype: Any, fill: float = np.nan) -> Any:
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     if ON_GPU:
-        mapped = cuda.driver().host_alloc_flags.DEVICEMAP  # one address for both, on 64 bits
-        memory = cuda.driver().pagelocked_empty(size + 64, np.uint8, mem_flags=mapped)
+        mapped = context.driver().host_alloc_flags.DEVICEMAP  # one address for both, on 64 bits
+        memory = context.driver().pagelocked_empty(size + 64, np.uint8, mem_flags=mapped)
     else:
         memory = np.empty(size + 64, np.uint8)
     begin = -memory.ctypes.data % 64

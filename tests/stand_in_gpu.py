@@ -23,7 +23,6 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from cm_runtime import cuda
 from cm_runtime.backends.engine_file import EngineManifest
 from cm_runtime.cuda import context
 from cm_runtime.errors import EngineError
@@ -401,7 +400,7 @@ def installed(gpu: Gpu) -> Iterator[Gpu]:
 
 def forget() -> None:
     """The next question for the driver is asked anew."""
-    cuda.driver.cache_clear()
+    context.driver.cache_clear()
     context.module.cache_clear()
 
 
@@ -413,6 +412,6 @@ def absent() -> Iterator[None]:
         raise EngineError("there is no NVIDIA GPU that CUDA can use: none is here")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "gpu", refuse)
-        patch.setattr(cuda, "driver", refuse)
+        patch.setattr(context, "gpu", refuse)
+        patch.setattr(context, "driver", refuse)
         yield

@@ -13,17 +13,8 @@ from onnx import TensorProto, helper
 from pydantic import ValidationError
 
 from cm_runtime.errors import ArtifactError, CmRuntimeError, OutputError
-from cm_runtime.manifest import (
-    Manifest,
-    Parity,
-    TrainingSummary,
-    data_name,
-    data_path,
-    parse_manifest,
-    read_manifest,
-    write_manifest,
-    written,
-)
+from cm_runtime.manifest import Manifest, Parity, TrainingSummary, data_path, parse_manifest, read_manifest
+from cm_runtime.onnx_graph.export_writer import data_name, write_export, write_manifest
 
 # What an exported file says of itself, as a reader of the format would write it down.
 PLAIN = {
@@ -598,7 +589,7 @@ def test_a_kill_at_any_moment_leaves_an_export_whole_and_the_next_sweeps_its_dat
 
     def export(folder, word, digits):
         said = {**PLAIN, "data_file": f"m-{digits}.data", "source_sha256": word}
-        with written(folder / "m.onnx", force=True) as (temporary, data):
+        with write_export(folder / "m.onnx", force=True) as (temporary, data):
             temporary.write_bytes(model({"cm_runtime": json.dumps(said)}).SerializeToString())
             data.write_text(word)
 

@@ -92,8 +92,8 @@ def _start(names: Iterable[str], open_engine: Callable[[str], Backend], most: in
             failures[name] = error
     if not engines:
         raise next(iter(failures.values()))
-    for name, error in failures.items():
-        LOG.warning("auto does without %s: %s", name, error)
+    for name, failure in failures.items():
+        LOG.warning("auto does without %s: %s", name, failure)
     return engines
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import cuda, onnx_graph
+from cm_runtime import onnx_graph
 from cm_runtime.backends import external_data
 from cm_runtime.backends.base import Backend, Interface, checked_threads, finite_images, interface, read_outputs
 from cm_runtime.choices import GraphKind
-from cm_runtime.cuda.sampler import Evaluate, OnDevice, can_stay
+from cm_runtime.cuda.device import Device
+from cm_runtime.cuda.engine import Evaluate
+from cm_runtime.cuda.sampler import OnDevice, can_stay
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
 from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
@@ -70,7 +72,7 @@ class OrtBackend(Backend):
         self.precision = self.manifest.precision
         self._graphs = 0
         self.version = f"onnxruntime {ort.__version__}"
-        self._device = cuda.Device() if can_stay(device) else None
+        self._device = Device() if can_stay(device) else None
         data = None if isinstance(model, bytes) else external_data.data_file(Path(where), self.manifest)
         if verdict is None:
             onnx_graph.check(model, self.manifest)
@@ -116,12 +118,12 @@ class OrtBackend(Backend):
         kind = self.manifest.precision if self.graph == "network" else "fp32"
         return Images(count, *self.manifest.image_shape, type=kind, made="fp32")
 
-    def bind(self, device: cuda.Device, count: int) -> Evaluate:
+    def bind(self, device: Device, count: int) -> Evaluate:
         """Evaluations bound to addresses; those of each step are a binding, and a CUDA graph, of their own."""
         tensors = interface(self.manifest, count, self.outputs)
         return Addressed(self._session, tensors, self.device, self._next_graph).evaluate
 
-    def capture(self, device: cuda.Device, body: Callable[[], Any]) -> None:
+    def capture(self, device: Device, body: Callable[[], Any]) -> None:
         """None: ONNX Runtime captures its own runs, each as a graph, and cannot be captured from outside."""
         return None
 
@@ -190,7 +192,7 @@ class Addressed:
         self._bindings: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
     def evaluate(self, addresses: Mapping[str, int]) -> None:
-        """See `cuda.sampler.Evaluate`."""
+        """See `cuda.engine.Evaluate`."""
         names = (*self._interface.inputs, *self._interface.outputs)
         key = tuple(addresses[name] for name in names)
         if key not in self._bindings:

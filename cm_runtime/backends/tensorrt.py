@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime import cuda
 from cm_runtime.backends import engine_file
 from cm_runtime.backends.base import Backend, finite_images, images_at_once, interface, read_outputs
 from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
 from cm_runtime.choices import GraphKind
-from cm_runtime.cuda.sampler import Evaluate, OnDevice, pad_batch
+from cm_runtime.cuda import context
+from cm_runtime.cuda.device import Device
+from cm_runtime.cuda.engine import Evaluate
+from cm_runtime.cuda.graph import Graph
+from cm_runtime.cuda.layout import pad_batch
+from cm_runtime.cuda.sampler import OnDevice
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, OutOfMemoryError, RequestError
 from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, has, has_driver, require
@@ -57,7 +61,7 @@ class TensorRtBackend(Backend):
         if not has_driver() and not has(package):
             raise EngineError(f"{where} runs on an NVIDIA GPU: {NO_DRIVER}")
         trt = module(package)
-        found = cuda.gpu()
+        found = context.gpu()
         target = package, trt.__version__, found.capability
         if isinstance(engine, bytes):
             engine_file.check_target(self.file, where, *target)
@@ -71,7 +75,7 @@ class TensorRtBackend(Backend):
         self.version = f"{package} {trt.__version__} on {found.name}"
         self._trt = trt
         self._logger = listener(trt)
-        self._device = cuda.Device()
+        self._device = Device()
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
@@ -137,7 +141,7 @@ class TensorRtBackend(Backend):
         kind = self.manifest.precision if network else "fp32"
         return Images(max(count, profile.min), *self.manifest.image_shape, type=kind, made="fp32")
 
-    def bind(self, device: cuda.Device, count: int) -> Evaluate:
+    def bind(self, device: Device, count: int) -> Evaluate:
         """A context of its own for each batch size, as a captured graph needs it."""
         context = self._new_context(f"a batch of {count}")
         run = interface(self.manifest, count, self.outputs)
@@ -151,7 +155,7 @@ class TensorRtBackend(Backend):
 
         return evaluate
 
-    def capture(self, device: cuda.Device, body: Callable[[], Any]) -> cuda.Graph:
+    def capture(self, device: Device, body: Callable[[], Any]) -> Graph:
         """The whole loop in one graph."""
         return device.capture(body)
 

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cm_runtime import cuda
 from cm_runtime.backends.base import Backend
 from cm_runtime.choices import GraphKind, Precision
-from cm_runtime.cuda.sampler import Captured, Evaluate, OnDevice, can_stay
+from cm_runtime.cuda.device import Device
+from cm_runtime.cuda.engine import Captured, Evaluate
+from cm_runtime.cuda.sampler import OnDevice, can_stay
 from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.errors.reasons import compiler_reason, first_line
 from cm_runtime.extras import NO_DRIVER, has_driver
@@ -97,7 +98,7 @@ class TorchBackend(Backend):
     @cached_property
     def on_device(self) -> OnDevice | None:
         """This engine's sampling that stays on the GPU."""
-        return OnDevice(self, cuda.Device()) if can_stay(self.device) else None
+        return OnDevice(self, Device()) if can_stay(self.device) else None
 
     def batches(self, chosen: Request, noise: Array | None = None) -> Iterator[Batch] | None:
         """`sampling.batches`, of which nothing but images leaves the GPU; None where it cannot stay there."""
@@ -107,7 +108,7 @@ class TorchBackend(Backend):
         """float32, of which autocast makes what it needs."""
         return Images(count, *self.manifest.image_shape)
 
-    def bind(self, device: cuda.Device, count: int) -> Evaluate:
+    def bind(self, device: Device, count: int) -> Evaluate:
         """F, compiled where this backend compiles f; the module is left in evaluation mode."""
         self._model.eval()
         shape, kind = (count, *self.manifest.image_shape), torch.device(self.device)
@@ -133,7 +134,7 @@ class TorchBackend(Backend):
 
         return evaluate
 
-    def capture(self, device: cuda.Device, body: Callable[[], Any]) -> Captured:
+    def capture(self, device: Device, body: Callable[[], Any]) -> Captured:
         """The whole loop in one graph, by torch, whose allocator has to know of it."""
         return TorchGraph(device.stream, torch.device(self.device), body)
 

@@ -61,7 +61,8 @@ def tune(
     from cm_runtime import backends
     from cm_runtime.backends import engine_file
     from cm_runtime.files import atomic
-    from cm_runtime.manifest import read_manifest, write_manifest
+    from cm_runtime.manifest import read_manifest
+    from cm_runtime.onnx_graph.export_writer import write_manifest
     from cm_runtime.request import sampling_request
 
     counts = _steps(steps)

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from cm_runtime.cuda import on_this_thread
+from cm_runtime.cuda.context import on_this_thread
 
 T = TypeVar("T")
 END: Final = object()

@@ -17,11 +17,11 @@ import stand_in_gpu
 from onnx import TensorProto, helper
 
 import cm_runtime as cm
-from cm_runtime import cuda
 from cm_runtime.backends import engine_file, tensorrt
 from cm_runtime.backends.engine_file import EngineManifest, Profile
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend
+from cm_runtime.cuda import context
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
 from cm_runtime.extras import EXTRAS
 from cm_runtime.manifest import METADATA_KEY, Manifest, read_manifest
@@ -332,11 +332,11 @@ def test_a_missing_package_is_named(engine: Path, package: str, extra: str, monk
             if name == package:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    for module in (cuda.context, tensorrt):
+    for module in (context, tensorrt):
         monkeypatch.setattr(module, "has_driver", lambda: True)
     monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
-    cuda.driver.cache_clear()
+    context.driver.cache_clear()
     with pytest.raises(MissingExtraError, match=rf"pip install 'cm-runtime\[{extra}\]'"):
         TensorRtBackend(engine)
 

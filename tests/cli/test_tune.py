@@ -15,7 +15,8 @@ import pytest
 
 from cm_runtime.checkpoints.native import save_checkpoint
 from cm_runtime.export import onnx as export_onnx
-from cm_runtime.manifest import read_manifest, write_manifest
+from cm_runtime.manifest import read_manifest
+from cm_runtime.onnx_graph.export_writer import write_manifest
 from cm_runtime.schedule import NoiseRange
 
 Cli = Callable[..., Any]

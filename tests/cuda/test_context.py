@@ -7,7 +7,8 @@ import inspect
 import pytest
 import stand_in_gpu
 
-from cm_runtime.cuda import Graph, graph
+from cm_runtime.cuda import graph
+from cm_runtime.cuda.graph import Graph
 from cm_runtime.errors import EngineError
 
 

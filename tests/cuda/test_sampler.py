@@ -20,15 +20,17 @@ import pytest
 import stand_in_gpu
 
 import cm_runtime as cm
-from cm_runtime import cuda, editing, kernels, noise, sampling
+from cm_runtime import editing, kernels, noise, sampling
 from cm_runtime.backends import tensorrt
 from cm_runtime.backends.engine_file import EngineManifest, Profile
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend
 from cm_runtime.backends.torch import TorchBackend
 from cm_runtime.cuda import context, sampler
+from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.sampler import OnDevice
 from cm_runtime.errors import EngineError, MissingExtraError, OutOfMemoryError, RequestError
+from cm_runtime.kernels import launches
 from cm_runtime.manifest import read_manifest
 from cm_runtime.request import Draw, sampling_request
 
@@ -73,7 +75,7 @@ class InStream:
     """A backend on the host whose evaluations wait in the stand-in's stream, as those of a GPU do."""
 
     engine: Any
-    device: cuda.Device
+    device: Device
 
     @property
     def manifest(self) -> Any:
@@ -94,11 +96,11 @@ class InStream:
     def images(self, count: int) -> Any:
         return self.engine.images(count)
 
-    def bind(self, device: cuda.Device, count: int) -> Callable[[Mapping[str, int]], None]:
+    def bind(self, device: Device, count: int) -> Callable[[Mapping[str, int]], None]:
         evaluate = self.engine.bind(device, count)
         return lambda addresses: device.queue.add(lambda: evaluate(addresses))
 
-    def capture(self, device: cuda.Device, body: Callable[[], Any]) -> Any:
+    def capture(self, device: Device, body: Callable[[], Any]) -> Any:
         return self.engine.capture(device, body) if isinstance(self.engine, OrtBackend) else device.capture(body)
 
     def batches(self, chosen: Any, noise: Any = None) -> Iterator[sampling.Batch]:
@@ -111,7 +113,7 @@ def opened(kind: str, gpu: stand_in_gpu.Gpu, files: exports.Files, path: Path, p
     if kind == "tensorrt":
         return on_tensorrt(gpu, path, patch)
     engine = OrtBackend(path) if kind == "ort" else TorchBackend(files.model(), read_manifest(files.onnx))
-    return InStream(engine, cuda.Device())
+    return InStream(engine, Device())
 
 
 def written(files: exports.Files, graph: str, steps: int = 2, **options: Any) -> Path:
@@ -515,6 +517,6 @@ def test_a_kernel_for_every_launch() -> None:
     for type in ("fp32", "fp16", "bf16"):
         for layout in ("nchw", "nhwc"):
             for made in (None, "fp32"):
-                images = sampler.Images(2, 3, 8, 8, type, layout, made)  # type: ignore[arg-type]
+                images = launches.Images(2, 3, 8, 8, type, layout, made)  # type: ignore[arg-type]
                 assert f"cm_step_{images.suffix(images.type, images.F_type)}" in names
                 assert f"cm_finish_{images.suffix(images.F_type)}" in names

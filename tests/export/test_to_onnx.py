@@ -30,8 +30,9 @@ from cm_runtime.choices import Precision
 from cm_runtime.errors import OutputError, RequestError
 from cm_runtime.export import graphs, parity, to_onnx, weights_file
 from cm_runtime.export.builder import Graph
-from cm_runtime.manifest import Parity, read_manifest, write_manifest
+from cm_runtime.manifest import Parity, read_manifest
 from cm_runtime.networks.consistency import ConsistencyModel
+from cm_runtime.onnx_graph.export_writer import write_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from torch_graph import detach

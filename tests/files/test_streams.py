@@ -18,7 +18,8 @@ from cm_runtime.errors import LONGEST, CmRuntimeError, ConfigError, RequestError
 from cm_runtime.evaluate import sources, statistics
 from cm_runtime.evaluate.extractor import Extractor
 from cm_runtime.files import atomic, image_reader, inputs, npz, streams
-from cm_runtime.manifest import data_path, read_manifest, write_manifest
+from cm_runtime.manifest import data_path, read_manifest
+from cm_runtime.onnx_graph.export_writer import write_manifest
 from cm_runtime.training import lpips_weights
 from cm_runtime.training.data.catalogue import RemoteFile
 from cm_runtime.training.data.cifar import read_cifar_archive

@@ -59,7 +59,8 @@ def _exports(folder: Path) -> None:
 
 @target(_exports)
 def manifest(path: Path) -> None:
-    from cm_runtime.manifest import read_manifest, write_manifest
+    from cm_runtime.manifest import read_manifest
+    from cm_runtime.onnx_graph.export_writer import write_manifest
 
     write_manifest(path, path.with_name("copy.onnx"), read_manifest(path), force=True)
 
