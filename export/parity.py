@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from cm_runtime import noise, sampling
-from cm_runtime.backends.base import Backend
+from cm_runtime.backends.base import Backend, EngineOptions
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.torch import TorchBackend
@@ -126,8 +126,10 @@ def inputs(manifest: Manifest) -> Iterator[Feed]:
 def _engine(path: Path, manifest: Manifest) -> Backend:
     threads = torch.get_num_threads()
     if manifest.precision == "bf16":
-        return OpenVinoBackend(path, manifest, threads=threads, precision="bf16", verdict=Verdict(""))
-    return OrtBackend(path, manifest, threads=threads, verdict=Verdict(""))
+        return OpenVinoBackend(
+            path, manifest, EngineOptions(device="cpu", threads=threads, precision="bf16"), verdict=Verdict("")
+        )
+    return OrtBackend(path, manifest, EngineOptions(device="cpu", threads=threads), verdict=Verdict(""))
 
 
 def _passes(manifest: Manifest, largest: float, psnr: float) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import engine_file
-from cm_runtime.backends.base import Backend, images_at_once
-from cm_runtime.backends.engine_file import EngineManifest, Package, Profile
+from cm_runtime.backends.base import Backend, EngineOptions, images_at_once
+from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend, listener, module
@@ -75,7 +75,11 @@ def build(
     layers = None
     is_comparable = model.graph != "network" or model.precision != "bf16"  # which NumPy cannot feed
     if here and here.capability in capabilities and is_comparable:
-        engine = TensorRtBackend(content, manifest, package)
+        engine = TensorRtBackend(
+            content,
+            manifest,
+            EngineOptions(backend=FORMATS[package]),
+        )
         parity = engine_parity.measure(engine, _reference(source, model), profile.max)
         manifest = manifest.model_copy(update={"parity": parity})
         layers = engine.layers()
@@ -85,7 +89,9 @@ def build(
 
 def _reference(source: Path, model: Manifest) -> Backend:
     """ONNX Runtime's CPU has no convolution in bf16."""
-    return OpenVinoBackend(source, model) if model.precision == "bf16" else OrtBackend(source, model)
+    if model.precision == "bf16":
+        return OpenVinoBackend(source, model, EngineOptions(device="cpu", precision="fp32"))
+    return OrtBackend(source, model)
 
 
 class _Compiler:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import auto, engine_file
@@ -18,9 +18,6 @@ from cm_runtime.extras import has, require
 from cm_runtime.files.streams import exists
 from cm_runtime.manifest import Manifest, read_manifest
 from cm_runtime.onnx_graph import Verdict
-
-if TYPE_CHECKING:
-    from cm_runtime.backends.torch import TorchBackend
 
 FOR_GRAPHS, FOR_CHECKPOINTS, FOR_ENGINES = ("ort", "openvino"), ("torch", "torch.compile"), ("tensorrt", "tensorrt-rtx")
 DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "fashion-mnist.onnx"
@@ -70,15 +67,15 @@ def load(
 
 def open_model(path: Path, options: EngineOptions, micro_batch: int | None = None, *, trust: bool = False) -> Backend:
     """`load` with its options as one value."""
-    backend, device, precision = options.backend, options.device, options.precision
+    backend = options.backend
     if not exists(path):
         raise ArtifactError(f"{path}: no such model")
     if is_checkpoint(path):
         if backend not in ("auto", *FOR_CHECKPOINTS):
             raise RequestError(f"{path} is a checkpoint; {backend} runs what cm-runtime export makes of it")
-        return _torch(path, options)
+        return _open_checkpoint(path, options)
     if path.suffix == engine_file.SUFFIX:
-        return _tensorrt(path, backend, device, precision)
+        return _open_engine(path, options)
     if backend in FOR_CHECKPOINTS:
         raise RequestError(f"{path}: the torch backend runs checkpoints (.pt), not exported files")
     if backend in FOR_ENGINES:
@@ -86,19 +83,19 @@ def open_model(path: Path, options: EngineOptions, micro_batch: int | None = Non
     manifest = read_manifest(path)
     verdict = onnx_graph.check(path, manifest, trust=trust)
     if backend != "auto":
-        return _open(path, manifest, options, verdict)
-    question = auto.question(path, manifest, auto_device(device), options.threads, precision, micro_batch)
+        return _open_graph(path, manifest, options, verdict)
+    device = auto_device(options.device)
+    question = auto.question(path, manifest, device, options.threads, options.precision, micro_batch)
     if verdict.foreign:
         if question.names == ("openvino",):
             verdict.require_own(path, "OpenVINO")
         question = replace(question, names=tuple(name for name in question.names if name == "ort"))
-
-    def start(name: str) -> Backend:
-        return _open(
-            path, manifest, replace(options, backend=cast("BackendName", name), device=question.device), verdict
-        )
-
-    return auto.fastest(question, start)
+    return auto.fastest(
+        question,
+        lambda name: _open_graph(
+            path, manifest, replace(options, backend=cast("BackendName", name), device=device), verdict
+        ),
+    )
 
 
 def auto_device(device: str) -> str:
@@ -109,70 +106,53 @@ def auto_device(device: str) -> str:
 
 
 def precisions() -> dict[str, str]:
-    """What each installed engine computes in here."""
-    found = {}
+    """The precisions that each installed engine computes in on this machine, in words."""
+    words = {}
     if has("onnxruntime"):
-        found["ort"] = "the file's (fp32, fp16)"
+        words["ort"] = "the file's (fp32, fp16)"
     if has("openvino"):
-        found["openvino"] = "fp32, bf16" if has_bf16() else "fp32"
+        words["openvino"] = "fp32, bf16" if has_bf16() else "fp32"
     if has("torch"):
-        found["torch"] = "fp32, bf16, fp16"
-    return found
+        words["torch"] = "fp32, bf16, fp16"
+    return words
 
 
-def _open(path: Path, manifest: Manifest, options: EngineOptions, verdict: Verdict) -> Backend:
-    """An exported ``.onnx`` on ONNX Runtime or OpenVINO. Raises RequestError for a precision it does not compute in."""
-    precision = options.precision
+def _open_graph(path: Path, manifest: Manifest, options: EngineOptions, verdict: Verdict) -> Backend:
     if options.backend == "openvino":
-        if precision == "fp16":
-            raise RequestError("OpenVINO's CPU computes in fp32 or bf16, not in fp16")
-        compute: Any = precision if precision != "auto" else "bf16" if manifest.precision == "bf16" else "fp32"
-        return OpenVinoBackend(path, manifest, options.device, options.threads, compute, verdict)
-    if precision not in ("auto", manifest.precision):
-        raise RequestError(
-            f"ONNX Runtime computes in the types of the file, {manifest.precision}; for {precision} export with"
-            f" --precision {precision}, or take --backend openvino"
-        )
-    return OrtBackend(path, manifest, auto_device(options.device), options.threads, verdict)
+        return OpenVinoBackend(path, manifest, options, verdict)
+    return OrtBackend(path, manifest, replace(options, device=auto_device(options.device)), verdict)
 
 
-def _tensorrt(where: Path, backend: str, device: str, precision: str) -> Backend:
-    if backend not in ("auto", *FOR_ENGINES):
-        raise RequestError(f"{where} is a TensorRT engine, which {backend} does not run")
+def _open_engine(path: Path, options: EngineOptions) -> Backend:
+    if options.backend not in ("auto", *FOR_ENGINES):
+        raise RequestError(f"{path} is a TensorRT engine, which {options.backend} does not run")
     from cm_runtime.backends.tensorrt import TensorRtBackend
 
-    packages: dict[str, Any] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-    opened = TensorRtBackend(where, package=packages.get(backend), device=device)
-    if precision not in ("auto", opened.manifest.precision):
-        raise RequestError(f"{where} was built in {opened.manifest.precision}; {precision} takes another engine")
-    return opened
+    engine = TensorRtBackend(path, options=options)
+    if options.precision not in ("auto", engine.precision):
+        raise RequestError(f"{path} was built in {engine.precision}; {options.precision} takes another engine")
+    return engine
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a folder, or named as torch and safetensors files are, and so no exported file."""
+    """Return True if `path` is a folder, or has a suffix of torch's or safetensors' files, and so is no export."""
     return path.suffix in (".pt", ".pth", ".bin", ".safetensors") or os.path.isdir(path)
 
 
 def is_model(path: Path) -> bool:
-    """Whether ``path`` is a model, exported or not, and no data set, by its name; of folders, what diffusers saved."""
+    """Return True if `path` looks like a model: a known suffix, or a folder that diffusers saved."""
     if os.path.isdir(path):
         return any(os.path.isfile(path / name) for name in ("model_index.json", "config.json"))
     return path.suffix in (".onnx", engine_file.SUFFIX) or is_checkpoint(path)
 
 
-def _torch(path: Path, options: EngineOptions) -> TorchBackend:
+def _open_checkpoint(path: Path, options: EngineOptions) -> Backend:
     require("torch", f"running the checkpoint {path}")
-    from cm_runtime.backends.torch import TorchBackend, chosen_device, set_threads
+    from cm_runtime.backends.torch import TorchBackend, set_threads
     from cm_runtime.checkpoints.load import load_checkpoint
 
     set_threads(options.threads)
     checkpoint = load_checkpoint(path)
-    opened = TorchBackend(
-        checkpoint.model(),
-        checkpoint.manifest(),
-        str(chosen_device(options.device)),
-        precision="fp32" if options.precision == "auto" else options.precision,
-        is_compiled=options.backend == "torch.compile",
-    )
-    opened.source = path.name
-    return opened
+    engine = TorchBackend(checkpoint.model(), checkpoint.manifest(), options)
+    engine.source = path.name
+    return engine

@@ -38,7 +38,12 @@ class EngineOptions:
             raise RequestError(f"backend must be one of {', '.join(get_args(BackendName))}, not {self.backend!r}")
         if self.precision not in get_args(ComputePrecision):
             raise RequestError(f"precision must be auto, fp32, bf16 or fp16, not {self.precision!r}")
-        checked_threads(self.threads)
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise RequestError(f"threads must be from 1 to {MAX_THREADS}, or 0 for one per core, not {self.threads}")
+
+
+DEFAULTS = EngineOptions()
+ON_CPU = EngineOptions(device="cpu")
 
 
 class Backend(ABC):
@@ -222,13 +227,6 @@ def _labels(manifest: Manifest, label: ArrayLike | None, n: int) -> NDArray[np.i
     if labels.min() < 0 or labels.max() >= manifest.num_classes:
         raise RequestError(f"labels must be from 0 to {manifest.num_classes - 1}")
     return np.array(np.broadcast_to(labels, (n,)), np.int64)
-
-
-def checked_threads(threads: int) -> int:
-    """``threads`` as engines take them: 0 for one per core, or 1 to 1024. Raises RequestError."""
-    if not 0 <= threads <= MAX_THREADS:
-        raise RequestError(f"threads must be from 1 to {MAX_THREADS}, or 0 for one per core, not {threads}")
-    return threads
 
 
 def images_at_once(manifest: Manifest, device: str) -> int:

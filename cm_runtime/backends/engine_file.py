@@ -29,7 +29,8 @@ _PROFILE = re.compile(r"(\d{1,6}):(\d{1,6}):(\d{1,6})", re.ASCII)
 Package = Literal["tensorrt", "tensorrt_rtx"]
 Capability = Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-FORMATS: dict[Package, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # as --format and --backend say
+# as --format and --backend say
+FORMATS: dict[Package, Literal["tensorrt", "tensorrt-rtx"]] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
 class Profile(Record):
@@ -141,10 +142,10 @@ def check_target(
         )
 
 
-def verified(
+def read_engine(
     path: str | os.PathLike[str], manifest: EngineManifest, package: Package, version: str, capability: str
 ) -> bytes:
-    """The engine's bytes, which are those that ``manifest`` describes, for a machine that can run them.
+    """Read an engine's bytes, which are those that ``manifest`` describes, for a machine that can run them.
 
     They are read once: what was hashed is what may be opened. Raises ArtifactError, whose line names the command that
     builds the engine again.

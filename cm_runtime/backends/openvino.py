@@ -11,14 +11,14 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import external_data
-from cm_runtime.backends.base import Backend, checked_threads, finite_images, read_outputs
+from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions, finite_images, read_outputs
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
 from cm_runtime.errors.reasons import openvino_reason
 from cm_runtime.errors.wording import quantity
@@ -42,12 +42,20 @@ INPUTS = {"denoiser": {"x", "sigma"}, "sampler": {"noise"}, "network": {"x_in", 
 class OpenVinoBackend(Backend):
     """An exported ``.onnx`` on OpenVINO.
 
-    threads: 0 leaves it to OpenVINO (one per core); precision: what it computes in, whatever types the file has;
-    verdict: of `onnx_graph.check`, where the file was checked before. It runs no foreign graph: OpenVINO does not check
-    the indices and shapes that a graph computes. In bf16, all that does not depend on the images (the noise level's
-    embedding above all, which bfloat16 cannot hold) is a model of its own in float32. Raises ArtifactError for a file
-    that is not ours or damaged, RequestError for another device than the CPU, and EngineError for bf16 on a processor
-    without it: it never falls back.
+    It runs no foreign graph: OpenVINO does not check the indices and shapes that a graph computes. In bf16, all that
+    does not depend on the images (the noise level's embedding above all, which bfloat16 cannot hold) is a model of its
+    own in float32.
+
+    Args:
+        model: the file.
+        manifest: the file's, if it was read before.
+        options: precision fp32 or bf16, whatever types the file has; auto is the file's, and fp32 where that is fp16.
+        verdict: of `onnx_graph.check`, if the file was checked before.
+
+    Raises:
+        ArtifactError: The file is no export, or damaged.
+        EngineError: bf16 on a processor without it; the engine never falls back.
+        RequestError: Another device than the CPU, or fp16.
     """
 
     name = "openvino"
@@ -56,25 +64,28 @@ class OpenVinoBackend(Backend):
         self,
         model: str | os.PathLike[str],
         manifest: Manifest | None = None,
-        device: str = "cpu",
-        threads: int = 0,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        options: EngineOptions = ON_CPU,
         verdict: Verdict | None = None,
     ) -> None:
+        if options.precision == "fp16":
+            raise RequestError("OpenVINO's CPU computes in fp32 or bf16, not in fp16")
         ov = package()
-        if device not in ("cpu", "auto"):
-            raise RequestError(f"OpenVINO runs on the CPU here, not on {device}")
+        if options.device not in ("cpu", "auto"):
+            raise RequestError(f"OpenVINO runs on the CPU here, not on {options.device}")
         where = Path(model)
         self.source = where.name
         self.manifest = manifest or read_manifest(where)
         self.device = "cpu"
-        self.precision = precision
+        if options.precision == "auto":
+            self.precision = "bf16" if self.manifest.precision == "bf16" else "fp32"
+        else:
+            self.precision = options.precision
         self.version = f"openvino {ov.__version__.partition('-')[0]}"
         data = external_data.data_file(where, self.manifest)
         self._weights = external_data.linked(data)  # alive as long as the engine that may read it
         self._lock = threading.Lock()  # a request serves one thread at a time
         plugins = core()
-        if precision == "bf16" and not has_bf16():
+        if self.precision == "bf16" and not has_bf16():
             raise EngineError(
                 "OpenVINO computes in bf16 only where the processor does, and this one does not: use fp32"
             )
@@ -93,17 +104,17 @@ class OpenVinoBackend(Backend):
             raise ArtifactError(f"{where}: OpenVINO cannot load it: {openvino_reason(error)}") from error
         _check_ports(graph, self.manifest, where)
         self.outputs = read_outputs(self.manifest, set().union(*(port.names for port in graph.outputs)), where)
-        options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", **KEEPS_NO_SHAPES}
-        if number := engine_threads(checked_threads(threads)):
-            options["INFERENCE_NUM_THREADS"] = str(number)
+        config = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", **KEEPS_NO_SHAPES}
+        if threads := engine_threads(options.threads):
+            config["INFERENCE_NUM_THREADS"] = str(threads)
         try:
             self._apart: list[str] = []
             self._before = None
-            if precision == "bf16":
+            if self.precision == "bf16":
                 before, graph, self._apart = split(graph, IMAGES[self.manifest.graph])
                 if self._apart:
-                    self._before = plugins.compile_model(before, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"})
-            compiled = plugins.compile_model(graph, "CPU", options | {"INFERENCE_PRECISION_HINT": HINTS[precision]})
+                    self._before = plugins.compile_model(before, "CPU", config | {"INFERENCE_PRECISION_HINT": "f32"})
+            compiled = plugins.compile_model(graph, "CPU", config | {"INFERENCE_PRECISION_HINT": HINTS[self.precision]})
             self._request = compiled.create_infer_request()
         except Exception as error:
             raise ArtifactError(f"{where}: OpenVINO cannot load it: {openvino_reason(error)}") from error

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import external_data
-from cm_runtime.backends.base import Backend, Interface, checked_threads, finite_images, interface, read_outputs
+from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions, Interface, finite_images, interface, read_outputs
 from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Evaluate
 from cm_runtime.cuda.sampler import OnDevice, can_stay
-from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError
+from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError, RequestError
 from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
 from cm_runtime.files import streams
@@ -46,12 +46,19 @@ def has_cuda() -> bool:
 class OrtBackend(Backend):
     """An exported ``.onnx`` on ONNX Runtime.
 
-    model: a path, or the file's bytes with their ``manifest``; device: cpu or cuda:N; threads: 0 leaves it to ONNX
-    Runtime (one per core); verdict: of `onnx_graph.check`, where the file was checked before. On a GPU inputs and
-    outputs are bound to memory of the device, once for each batch size, and where every node runs there the whole run
-    is one CUDA graph. Raises ArtifactError for a file that is not ours or
-    damaged, or whose data file is missing or too short, and EngineError when ONNX Runtime cannot load it or the device
-    is not there: it never falls back to another.
+    On a GPU inputs and outputs are bound to memory of the device, once for each batch size, and where every node runs
+    there the whole run is one CUDA graph.
+
+    Args:
+        model: a path, or the file's bytes with their ``manifest``.
+        manifest: the file's, if it was read before.
+        options: device cpu or cuda:N; precision auto, or the file's.
+        verdict: of `onnx_graph.check`, if the file was checked before.
+
+    Raises:
+        ArtifactError: The file is no export, or damaged, or its data file is missing or too short.
+        EngineError: ONNX Runtime cannot load it, or the device is not there; it never falls back to another.
+        RequestError: Another precision than the file's.
     """
 
     name = "ort"
@@ -60,26 +67,30 @@ class OrtBackend(Backend):
         self,
         model: str | os.PathLike[str] | bytes,
         manifest: Manifest | None = None,
-        device: str = "cpu",
-        threads: int = 0,
+        options: EngineOptions = ON_CPU,
         verdict: Verdict | None = None,
     ) -> None:
         ort = require("onnxruntime", "the ONNX Runtime backend")
         where = "the exported graph" if isinstance(model, bytes) else str(Path(model))
         self.source = Path(where).name
         self.manifest = manifest or read_manifest(where)
-        self.device = device
+        self.device = options.device
         self.precision = self.manifest.precision
+        if options.precision not in ("auto", self.precision):
+            raise RequestError(
+                f"ONNX Runtime computes in the types of the file, {self.precision}; for {options.precision} export with"
+                f" --precision {options.precision}, or take --backend openvino"
+            )
         self._graphs = 0
         self.version = f"onnxruntime {ort.__version__}"
-        self._device = Device() if can_stay(device) else None
+        self._device = Device() if can_stay(self.device) else None
         data = None if isinstance(model, bytes) else external_data.data_file(Path(where), self.manifest)
         if verdict is None:
             onnx_graph.check(model, self.manifest)
         self._bound: OrderedDict[tuple[Any, ...], Bound] = OrderedDict()
         try:
             stream = self._device.stream if self._device else 0
-            self._session = open_session(model, where, device, threads, stream, data)
+            self._session = open_session(model, where, options, stream, data)
         except (ArtifactError, EngineError) as error:
             if data and "External" in str(error):  # as ONNX Runtime calls an initializer, or the path of its data
                 raise external_data.damaged(where, data) from error
@@ -224,36 +235,35 @@ def _failure(error: Exception) -> EngineError:
 def open_session(
     model: str | os.PathLike[str] | bytes,
     where: str,
-    device: str,
-    threads: int,
+    options: EngineOptions,
     stream: int = 0,
     data: Path | None = None,
 ) -> Any:
     """An onnxruntime.InferenceSession of a path or a file's bytes, on cpu or cuda:N and no other device.
 
-    where: what errors call it; threads: 0 leaves it to ONNX Runtime; stream: a CUDA stream's handle that its runs go
-    to, or 0 for one of its own; data: the file of the weights, if any. Raises ArtifactError and EngineError.
+    where: what errors call it; stream: a CUDA stream's handle that its runs go to, or 0 for one of its own; data: the
+    file of the weights, if any. Raises ArtifactError and EngineError.
     """
-    ort = require("onnxruntime", "the ONNX Runtime backend")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = engine_threads(checked_threads(threads))
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file begins with
-    options.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
+    ort, device = require("onnxruntime", "the ONNX Runtime backend"), options.device
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = engine_threads(options.threads)
+    settings.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file begins with
+    settings.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
     provider = _provider(ort, device, stream)
     source = model if isinstance(model, bytes) else where
     if linked := external_data.linked(data):
-        _give_weights(options, linked)
+        _give_weights(settings, linked)
         source = streams.read_bytes(where, ArtifactError, external_data.LARGEST_GRAPH)
     try:
         # Without enable_fallback=0 it would print on standard output and go on with other providers.
         try:
-            session = ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+            session = ort.InferenceSession(source, settings, providers=[provider], enable_fallback=0)
         except Exception as error:
             if isinstance(provider, str) or NO_CAPTURE not in str(error):
                 raise
             LOG.warning("%s runs without a CUDA graph: ONNX Runtime has not all of its nodes on the GPU", where)
             provider = provider[0], {**provider[1], "enable_cuda_graph": "0"}
-            session = ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+            session = ort.InferenceSession(source, settings, providers=[provider], enable_fallback=0)
     except Exception as error:  # its exceptions share no base of their own
         reason = first_line(error)
         if provider == "CPUExecutionProvider":
@@ -264,11 +274,11 @@ def open_session(
     return session
 
 
-def _give_weights(options: Any, data: external_data.Linked) -> None:
+def _give_weights(settings: Any, data: external_data.Linked) -> None:
     """Let a session of a file's bytes take its weights from memory. Raises EngineError for an older ONNX Runtime."""
-    if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+    if not hasattr(settings, "add_external_initializers_from_files_in_memory"):
         raise EngineError(f"ONNX Runtime before 1.24 cannot read weights behind a link, {data.path}: update it")
-    options.add_external_initializers_from_files_in_memory([data.path.name], [data.content], [data.content.size])
+    settings.add_external_initializers_from_files_in_memory([data.path.name], [data.content], [data.content.size])
 
 
 def _provider(ort: Any, device: str, stream: int) -> Any:

@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.backends import engine_file
-from cm_runtime.backends.base import Backend, finite_images, images_at_once, interface, read_outputs
+from cm_runtime.backends.base import (
+    DEFAULTS,
+    Backend,
+    EngineOptions,
+    finite_images,
+    images_at_once,
+    interface,
+    read_outputs,
+)
 from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
 from cm_runtime.choices import GraphKind
 from cm_runtime.cuda import context
@@ -31,33 +39,40 @@ from cm_runtime.sampling import Array, Batch
 
 DEVICES = ("auto", "cuda", "cuda:0")
 KEPT_LINES = 10_000
+PACKAGES: dict[str, Package] = {form: package for package, form in FORMATS.items()}
 # NumPy's names, with bfloat16, which it has not, and trt.DataType's
 _TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "uint8": "UINT8", "bool": "BOOL"}
 
 
 class TensorRtBackend(Backend):
-    """An ``.engine`` of ours on the GPU it was built for.
+    """An exported ``.engine`` on the GPU it was built for.
 
-    engine: a path, or an engine's bytes with their ``manifest``; package: None is the engine's own. Raises
-    ArtifactError for a file that is not as its manifest says or not for this machine, before TensorRT sees it,
-    MissingExtraError, and EngineError where there is no GPU or TensorRT refuses.
+    Args:
+        engine: a path, or an engine's bytes with their ``manifest``.
+        manifest: the file's, if it was read before.
+        options: backend tensorrt or tensorrt-rtx, or auto for the engine's own; device auto or cuda:0.
+
+    Raises:
+        ArtifactError: The file is not as its manifest says or not for this machine; TensorRT never sees it.
+        EngineError: There is no GPU, or TensorRT refuses.
+        MissingExtraError: The package is not installed.
     """
 
     def __init__(
         self,
         engine: str | os.PathLike[str] | bytes,
         manifest: EngineManifest | None = None,
-        package: Package | None = None,
-        device: str = "auto",
+        options: EngineOptions = DEFAULTS,
     ) -> None:
         where = "the built engine" if isinstance(engine, bytes) else str(Path(engine))
         self.source = Path(where).name
         self.file = manifest or engine_file.read_engine_manifest(where)
-        if device not in DEVICES:
+        if options.device not in DEVICES:
             raise EngineError(
-                f"device must be auto or cuda:0 for TensorRT, not {device}; choose among GPUs by CUDA_VISIBLE_DEVICES"
+                f"device must be auto or cuda:0 for TensorRT, not {options.device}; choose among GPUs by"
+                " CUDA_VISIBLE_DEVICES"
             )
-        package = package or self.file.package
+        package = PACKAGES.get(options.backend, self.file.package)
         if not has_driver() and not has(package):
             raise EngineError(f"{where} runs on an NVIDIA GPU: {NO_DRIVER}")
         trt = module(package)
@@ -67,7 +82,7 @@ class TensorRtBackend(Backend):
             engine_file.check_target(self.file, where, *target)
             engine_file.check_hash(engine, self.file, where)
         else:
-            engine = engine_file.verified(where, self.file, *target)
+            engine = engine_file.read_engine(where, self.file, *target)
         self.name = FORMATS[package]
         self.manifest = self.file.model
         self.device = "cuda:0"

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cm_runtime.backends.base import Backend
-from cm_runtime.choices import GraphKind, Precision
+from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions
+from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Captured, Evaluate
 from cm_runtime.cuda.sampler import OnDevice, can_stay
@@ -36,10 +36,16 @@ MOST_BATCH_SIZES = 256  # that are compiled, each apart; torch by itself gives u
 
 
 class TorchBackend(Backend):
-    """A torch module as a backend; the module is put in evaluation mode while it is asked.
+    """A torch module as a backend; the module is put in evaluation mode for each evaluation.
 
-    precision: in bf16 and fp16 by torch.autocast, with skip-scaling and statistics in float32. is_compiled: by
-    torch.compile, once for each batch size, when it is first asked for; never in parts.
+    Args:
+        model: f, moved to the device.
+        manifest: of its checkpoint.
+        options: bf16 and fp16 are torch.autocast's, with skip-scaling and statistics in float32; auto is fp32.
+            torch.compile compiles once for each batch size, at its first use; never in parts.
+
+    Raises:
+        EngineError: There is no such device.
     """
 
     name = "torch"
@@ -49,28 +55,27 @@ class TorchBackend(Backend):
         self,
         model: ConsistencyModel,
         manifest: Manifest,
-        device: str = "cpu",
-        precision: Precision = "fp32",
-        is_compiled: bool = False,
+        options: EngineOptions = ON_CPU,
     ) -> None:
-        self._model = model.to(chosen_device(device))
+        device = find_device(options.device)
+        self._model = model.to(device)
         self._f: Callable[..., torch.Tensor] = self._model
         self.manifest = manifest
-        self.device = device
-        self.precision = precision
+        self.device = str(device)
+        self.precision = "fp32" if options.precision == "auto" else options.precision
         self.version = f"torch {torch.__version__}"
         self.outputs = OUTPUTS[manifest.graph]
-        self._type = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self._is_compiled = is_compiled
+        self._type = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        self._is_compiled = options.backend == "torch.compile"
         self._process = os.getpid()
         if self._type is not None:
             out = self._model.F.out
             out[-1] = out[-1] if isinstance(out[-1], _InFloat32) else _InFloat32(out[-1])
-        if is_compiled:
+        if self._is_compiled:
             self.name = "torch.compile"
             limits: Any = importlib.import_module("torch._dynamo").config
             limits.recompile_limit = max(limits.recompile_limit, MOST_BATCH_SIZES)
-            mode = "max-autotune" if device.startswith("cuda") else "default"
+            mode = "max-autotune" if device.type == "cuda" else "default"
             self._f = torch.compile(self._model, fullgraph=True, dynamic=False, mode=mode)
 
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -263,7 +268,7 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(allowed)
 
 
-def chosen_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """auto: the first GPU where torch has one, else the CPU. Raises EngineError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from cm_runtime import noise
 from cm_runtime.backends.base import Backend
 from cm_runtime.backends.measurements import Measurement, Question
+from cm_runtime.choices import Precision
 from cm_runtime.errors import CmRuntimeError, EngineError
-from cm_runtime.manifest import Precision
 
 LOG = logging.getLogger("cm_runtime")
 ROUNDS, SECONDS = 3, 0.15  # of measuring, and of an engine's turn in each

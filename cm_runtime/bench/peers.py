@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.backends import openvino
-from cm_runtime.backends.base import checked_threads
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.ort import open_session
 from cm_runtime.bench.scenario import PEERS, Peer
 from cm_runtime.errors import CheckpointError, EngineError, RequestError
@@ -64,10 +64,10 @@ def peer(name: Peer, checkpoint: Checkpoint | Path, work: Path, threads: int = 0
             openvino.package()
         else:
             require(package, f"the peer {name}")
-    from cm_runtime.backends.torch import chosen_device, set_threads
+    from cm_runtime.backends.torch import find_device, set_threads
 
-    where = chosen_device(device)
-    set_threads(checked_threads(threads))
+    where = find_device(device)
+    set_threads(EngineOptions(threads=threads).threads)
     loaded = _read(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=work) as folder:
@@ -208,7 +208,7 @@ def _onnx(checkpoint: Checkpoint, folder: Path, device: str, threads: int) -> Dr
 
     ort = require("onnxruntime", "the peer onnx")
     path = _plain(checkpoint, folder)
-    session = open_session(path, str(path), device, threads)
+    session = open_session(path, str(path), EngineOptions(device=device, threads=threads))
 
     def denoise(feed: dict[str, Any]) -> Array:
         (x0,) = session.run(None, feed)

@@ -74,14 +74,14 @@ def _plan(config: TrainConfig, images: ImageSet, folder: Path) -> str:
     """One line: the phases, their images, the device, and the folder."""
     import torch
 
-    from cm_runtime.backends.torch import chosen_device
+    from cm_runtime.backends.torch import find_device
     from cm_runtime.errors.wording import quantity
 
     phases = ", ".join(
         f"{phase.method} {quantity(phase.steps, 'step')} of {quantity(phase.batch, 'image')}" for phase in config.phase
     )
     shape = "x".join(map(str, images.image_shape))
-    device = chosen_device(config.device)
+    device = find_device(config.device)
     threads = f" with {quantity(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     data = f"{quantity(len(images), 'image')} {shape} of {images.name}"
     return f"training on {data}: {phases}; on {device}{threads}, into {folder}/"

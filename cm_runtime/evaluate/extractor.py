@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime import onnx_graph
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.ort import has_cuda, open_session
 from cm_runtime.errors import ArtifactError, EngineError, RequestError
 from cm_runtime.errors.reasons import first_line
@@ -64,7 +65,7 @@ class Extractor:
         self.sha256 = _sha256(self.path)
         onnx_graph.check_extractor(self.path)
         self.device = ("cuda:0" if has_cuda() else "cpu") if device == "auto" else device
-        self._session = open_session(self.path, str(self.path), self.device, threads)
+        self._session = open_session(self.path, str(self.path), EngineOptions(device=self.device, threads=threads))
         inputs, names, said = _inspected(self._session, self.path)
         if len(inputs) != 1:
             raise ArtifactError(f"{self.path} has {len(inputs)} inputs; an extractor has one, the images")

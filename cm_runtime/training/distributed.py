@@ -17,7 +17,7 @@ import torch.distributed.nn.functional
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cm_runtime.backends.torch import chosen_device
+from cm_runtime.backends.torch import find_device
 from cm_runtime.errors import TrainingError
 from cm_runtime.errors.reasons import first_line
 
@@ -83,11 +83,11 @@ def join_workers(device: str) -> Iterator[Workers]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Workers(0, 1, chosen_device(device))
+        yield Workers(0, 1, find_device(device))
         return
-    worker_device = chosen_device(device)
+    worker_device = find_device(device)
     if worker_device.type == "cuda":
-        worker_device = chosen_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        worker_device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(worker_device)
     try:
         dist.init_process_group("nccl" if worker_device.type == "cuda" else "gloo")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cm_runtime.backends import engine_file
-from cm_runtime.backends.engine_file import EngineManifest, Profile, profile, read_engine_manifest, verified
+from cm_runtime.backends.engine_file import EngineManifest, Profile, profile, read_engine, read_engine_manifest
 from cm_runtime.errors import ArtifactError, RequestError
 from cm_runtime.manifest import Manifest
 
@@ -50,7 +50,7 @@ def write(path: Path, manifest: EngineManifest) -> None:
 
 
 def opened(path: Path, package: Any = HERE[0], version: str = HERE[1], capability: str = HERE[2]) -> bytes:
-    return verified(path, read_engine_manifest(path), package, version, capability)
+    return read_engine(path, read_engine_manifest(path), package, version, capability)
 
 
 def refused(path: Path, pattern: str, *machine: str) -> None:
@@ -185,7 +185,7 @@ def test_what_was_hashed_is_what_is_returned(engine: Path, monkeypatch: pytest.M
 
     manifest = read_engine_manifest(engine)
     monkeypatch.setattr(os, "open", counted)
-    content = verified(engine, manifest, "tensorrt_rtx", HERE[1], HERE[2])
+    content = read_engine(engine, manifest, "tensorrt_rtx", HERE[1], HERE[2])
     assert reads == [engine]
     engine.write_bytes(b"something else")
     assert content == CONTENT

@@ -15,6 +15,7 @@ import pytest
 
 import cm_runtime as cm
 from cm_runtime.backends import external_data, openvino
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.errors import ArtifactError, EngineError
@@ -54,7 +55,7 @@ def test_a_model_behind_links_draws_what_it_draws_without(
     boundary: exports.Files, linked: Callable[[str], Path], form: str, engine: str
 ) -> None:
     request = {"x": np.full((2, 3, 8, 8), 0.5, np.float32), "sigma": 2.0, "label": 1}
-    expected = OrtBackend(boundary.apart, threads=1).denoise(**request)  # type: ignore[arg-type]
+    expected = OrtBackend(boundary.apart, options=EngineOptions(device="cpu", threads=1)).denoise(**request)  # type: ignore[arg-type]
     made = ENGINES[engine](linked(form), threads=1).denoise(**request)  # type: ignore[arg-type]
     assert np.array_equal(made, expected) if engine == "ort" else np.abs(made - expected).max() < 1e-5
 

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 import cm_runtime as cm
 from cm_runtime import noise, onnx_graph
 from cm_runtime.backends import openvino as module
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.openvino import OpenVinoBackend, split
 from cm_runtime.backends.torch import TorchBackend
 from cm_runtime.checkpoints.native import read_checkpoint
@@ -69,7 +70,7 @@ def test_a_file_of_half_types_computes_in_full_or_half(each: exports.Files, prec
     path = each.exported(precision=precision)
     torch = reference(each)
     for computed in ("fp32", "bf16") if module.has_bf16() else ("fp32",):
-        engine = OpenVinoBackend(path, precision=computed)  # type: ignore[arg-type]
+        engine = OpenVinoBackend(path, options=EngineOptions(device="cpu", precision=computed))  # type: ignore[arg-type]
         for n in (7, 1, 3):
             given = inputs(engine.manifest, n)
             found = engine.denoise(*given)
@@ -83,7 +84,7 @@ def test_a_file_of_half_types_computes_in_full_or_half(each: exports.Files, prec
 def test_a_sampler_draws_what_the_loop_draws(each: exports.Files, precision: Any) -> None:
     """In fp32 to one grey level."""
     path = each.exported(graph="sampler", sigmas=(80.0, 1.5))
-    engine, torch = OpenVinoBackend(path, precision=precision), reference(each)
+    engine, torch = OpenVinoBackend(path, options=EngineOptions(device="cpu", precision=precision)), reference(each)
     for n in (1, 3, 7, 1):
         z = noise.normals(1, np.arange(n, dtype=np.uint64), 2, engine.manifest.image_shape)
         label = inputs(engine.manifest, n)[2]
@@ -101,12 +102,14 @@ def test_a_sampler_draws_what_the_loop_draws(each: exports.Files, precision: Any
 def test_it_computes_with_the_threads_it_is_given(boundary: exports.Files) -> None:
     for precision in ("fp32", "bf16") if module.has_bf16() else ("fp32",):
         for threads in (1, 2):
-            engine = OpenVinoBackend(boundary.onnx, threads=threads, precision=precision)  # type: ignore[arg-type]
+            engine = OpenVinoBackend(
+                boundary.onnx, options=EngineOptions(device="cpu", threads=threads, precision=precision)
+            )  # type: ignore[arg-type]
             for compiled in filter(None, (engine._request.get_compiled_model(), engine._before)):
                 assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
     for threads in (-1, 1 << 40):
         with pytest.raises(RequestError, match="threads"):
-            OpenVinoBackend(boundary.onnx, threads=threads)
+            OpenVinoBackend(boundary.onnx, options=EngineOptions(device="cpu", threads=threads))
 
 
 @pytest.mark.process
@@ -127,7 +130,7 @@ def test_an_answer_is_the_callers_and_inputs_may_be_read_only(boundary: exports.
 @pytest.mark.process
 def test_threads_take_turns(boundary: exports.Files) -> None:
     """A request of OpenVINO serves one at a time, and would raise for the other."""
-    engine = OpenVinoBackend(boundary.onnx, threads=1)
+    engine = OpenVinoBackend(boundary.onnx, options=EngineOptions(device="cpu", threads=1))
     given = inputs(engine.manifest, 7)
     wanted, wrong = engine.denoise(*given), []
 
@@ -152,7 +155,10 @@ def test_threads_take_turns(boundary: exports.Files) -> None:
 @exports.needs_bf16
 @pytest.mark.parametrize("form", ["onnx", "inline", "apart"])
 def test_bfloat16_keeps_40_dB_at_every_noise_level(each: exports.Files, form: str) -> None:
-    engine, torch = OpenVinoBackend(getattr(each, form), precision="bf16"), reference(each)
+    engine, torch = (
+        OpenVinoBackend(getattr(each, form), options=EngineOptions(device="cpu", precision="bf16")),
+        reference(each),
+    )
     given = inputs(engine.manifest, 7)
     wanted, found = torch.denoise(*given), engine.denoise(*given)
     assert psnr(found, wanted).min() >= 40
@@ -165,7 +171,7 @@ def test_without_the_split_bfloat16_loses_the_noise_level(boundary: exports.File
     """What the split is for: 1095, which c_noise is at sigma 80, lies between two numbers of bfloat16."""
     core = module.core()
     whole = core.compile_model(module.read(boundary.onnx), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
-    engine = OpenVinoBackend(boundary.onnx, precision="bf16")
+    engine = OpenVinoBackend(boundary.onnx, options=EngineOptions(device="cpu", precision="bf16"))
     x, sigma, label = inputs(engine.manifest, 7)
     wanted = reference(boundary).denoise(x, sigma, label)
     assert psnr(whole({"x": x, "sigma": sigma, "label": label})["denoised"], wanted).min() < 40
@@ -213,7 +219,10 @@ def test_nodes_of_one_name_are_split_apart(boundary: exports.Files, tmp_path: Pa
     for node in model.graph.node:
         node.name = "same"
     onnx.save(model, tmp_path / "m.onnx")
-    plain, same = (OpenVinoBackend(path, precision="bf16") for path in (boundary.onnx, tmp_path / "m.onnx"))
+    plain, same = (
+        OpenVinoBackend(path, options=EngineOptions(device="cpu", precision="bf16"))
+        for path in (boundary.onnx, tmp_path / "m.onnx")
+    )
     given = inputs(plain.manifest, 7)
     assert np.array_equal(plain.denoise(*given), same.denoise(*given))
 
@@ -222,7 +231,7 @@ def test_nodes_of_one_name_are_split_apart(boundary: exports.Files, tmp_path: Pa
 @exports.needs_bf16
 def test_a_sampler_without_classes_has_nothing_to_split_off(edm: exports.Files) -> None:
     path = edm.exported(graph="sampler", steps=2)
-    engine = OpenVinoBackend(path, precision="bf16")
+    engine = OpenVinoBackend(path, options=EngineOptions(device="cpu", precision="bf16"))
     assert engine._apart == []
     z = noise.normals(0, np.arange(3, dtype=np.uint64), 2, engine.manifest.image_shape)
     full = OpenVinoBackend(path).draw(z)
@@ -236,13 +245,13 @@ def test_a_sampler_without_classes_has_nothing_to_split_off(edm: exports.Files) 
 def test_another_device_is_one_line(boundary: exports.Files) -> None:
     for device in ("cuda:0", "GPU", "nonsense"):
         with pytest.raises(RequestError, match="OpenVINO runs on the CPU here"):
-            OpenVinoBackend(boundary.onnx, device=device)
+            OpenVinoBackend(boundary.onnx, options=EngineOptions(device=device))
 
 
 def test_a_processor_without_bfloat16_is_one_line(boundary: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_bf16", lambda: False)
     with pytest.raises(EngineError, match="this one does not: use fp32"):
-        OpenVinoBackend(boundary.onnx, precision="bf16")
+        OpenVinoBackend(boundary.onnx, options=EngineOptions(device="cpu", precision="bf16"))
 
 
 def test_a_missing_package_names_the_pip_command(boundary: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +460,7 @@ def test_memory_does_not_grow_with_every_new_batch_size(boundary: exports.Files)
     def resident() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
-    engine = OpenVinoBackend(boundary.onnx, threads=1)
+    engine = OpenVinoBackend(boundary.onnx, options=EngineOptions(device="cpu", threads=1))
     sizes = [100, *range(1, 46)]
     grown = []
     for n in sizes:

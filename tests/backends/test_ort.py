@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 
 from cm_runtime.backends import ort as ort_module
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.ort import Bound, OrtBackend
 from cm_runtime.cuda import sampler
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
@@ -139,10 +140,11 @@ def test_a_label_for_a_model_without_classes_is_refused(unlabelled: OrtBackend) 
 COUNT_THREADS = """
 import os, sys
 import onnxruntime
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends import ort as ort_module
 from cm_runtime.backends.ort import Bound, OrtBackend
 before = len(os.listdir("/proc/self/task"))
-backend = OrtBackend(sys.argv[1], threads=int(sys.argv[2]))
+backend = OrtBackend(sys.argv[1], options=EngineOptions(device="cpu", threads=int(sys.argv[2])))
 print(len(os.listdir("/proc/self/task")) - before)
 """
 
@@ -160,7 +162,7 @@ def test_an_engine_of_n_threads_starts_one_less_beside_the_callers(boundary: exp
 @pytest.mark.parametrize("threads", [-1, 1 << 40])
 def test_a_number_of_threads_no_engine_takes_is_one_error(boundary: exports.Files, threads: int) -> None:
     with pytest.raises(CmRuntimeError, match="thread"):
-        OrtBackend(boundary.onnx, threads=threads)
+        OrtBackend(boundary.onnx, options=EngineOptions(device="cpu", threads=threads))
 
 
 @pytest.mark.skipif(
@@ -172,14 +174,14 @@ def test_cuda_without_its_provider_is_an_error_and_not_the_cpu(
     for module in (ort_module, sampler):
         monkeypatch.setattr(module, "has_driver", lambda: True)
     with pytest.raises(EngineError, match=r"cuda:0: pip install 'cm-runtime\[gpu\]'") as caught:
-        OrtBackend(boundary.onnx, device="cuda:0")
+        OrtBackend(boundary.onnx, options=EngineOptions(device="cuda:0"))
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0:1", "CPU", "", "cpu:0", "tpu:0"])
 def test_a_device_that_is_no_device_is_one_error(boundary: exports.Files, device: str) -> None:
     with pytest.raises(EngineError, match=r"device|CUDA"):
-        OrtBackend(boundary.onnx, device=device)
+        OrtBackend(boundary.onnx, options=EngineOptions(device=device))
 
 
 def test_the_micro_batch_follows_the_size_of_the_images(boundary: exports.Files) -> None:
@@ -299,7 +301,7 @@ def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     for module in (ort_module, sampler):
         monkeypatch.setattr(module, "has_driver", lambda: True)
-    OrtBackend(path, device="cuda:0")
+    OrtBackend(path, options=EngineOptions(device="cuda:0"))
     assert asked == (["1"] if captures else ["1", "0"])
     said = [record.getMessage().partition(": ")[0] for record in caplog.records]
     no_pycuda = "images go through the host after each step; pycuda is missing"  # nor is it on any machine of ours

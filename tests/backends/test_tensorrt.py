@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 
 import cm_runtime as cm
 from cm_runtime.backends import engine_file, tensorrt
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.engine_file import EngineManifest, Profile
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend
@@ -244,7 +245,7 @@ def test_an_engine_of_the_other_package_is_refused(
 ) -> None:
     monkeypatch.setattr(tensorrt, "has_driver", lambda: True)
     with pytest.raises(ArtifactError, match="is an engine of tensorrt_rtx, not of tensorrt; "):
-        TensorRtBackend(engine, package="tensorrt")
+        TensorRtBackend(engine, options=EngineOptions(backend="tensorrt"))
     assert trt.opened == []
 
 
@@ -259,7 +260,7 @@ def test_an_engine_with_other_tensors_than_its_manifest_says_is_refused(
 @pytest.mark.parametrize("device", ["cpu", "cuda:1", "gpu", ""])
 def test_another_device_is_refused(trt: stand_in_gpu.TensorRt, engine: Path, device: str) -> None:
     with pytest.raises(EngineError, match="device must be auto or cuda:0"):
-        TensorRtBackend(engine, device=device)
+        TensorRtBackend(engine, options=EngineOptions(device=device))
     assert trt.opened == []
 
 

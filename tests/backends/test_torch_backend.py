@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.torch import TorchBackend, ieee
 from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import EngineError, RequestError
@@ -92,7 +93,7 @@ def test_no_gradient_is_kept(boundary: exports.Files) -> None:
 def test_cuda_without_a_gpu_is_one_error_and_not_the_cpu(boundary: exports.Files, device: str) -> None:
     ours = read_checkpoint(boundary.checkpoint)
     with pytest.raises(EngineError, match=f"torch cannot use device {device}") as caught:
-        TorchBackend(ours.model(), ours.manifest(), device)
+        TorchBackend(ours.model(), ours.manifest(), EngineOptions(device=device))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -100,7 +101,7 @@ def test_cuda_without_a_gpu_is_one_error_and_not_the_cpu(boundary: exports.Files
 def test_a_device_that_is_no_device_is_one_error(boundary: exports.Files, device: str) -> None:
     ours = read_checkpoint(boundary.checkpoint)
     with pytest.raises(EngineError, match="device") as caught:
-        TorchBackend(ours.model(), ours.manifest(), device)
+        TorchBackend(ours.model(), ours.manifest(), EngineOptions(device=device))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -125,7 +126,7 @@ def test_half_precision_keeps_its_decibels_at_every_noise_level(
 ) -> None:
     """By autocast, with the last convolution in float32."""
     full = TorchBackend(boundary.model(), read_checkpoint(boundary.checkpoint).manifest())
-    half = TorchBackend(boundary.model(), full.manifest, precision=precision)
+    half = TorchBackend(boundary.model(), full.manifest, EngineOptions(device="cpu", precision=precision))
     sigma = np.geomspace(0.002, 80, 7).astype(np.float32)
     x = np.random.default_rng(0).standard_normal((7, 3, 8, 8)) * np.hypot(sigma, 0.5)[:, None, None, None]
     label = np.arange(7) % exports.CLASSES
@@ -140,7 +141,10 @@ def test_a_module_may_serve_two_backends(boundary: exports.Files) -> None:
     manifest, model = read_checkpoint(boundary.checkpoint).manifest(), boundary.model()
     full = TorchBackend(model, manifest)
     wanted = full.denoise(image(), 2.0, 1)
-    one, other = (TorchBackend(model, manifest, precision="bf16").denoise(image(), 2.0, 1) for _ in range(2))
+    one, other = (
+        TorchBackend(model, manifest, EngineOptions(device="cpu", precision="bf16")).denoise(image(), 2.0, 1)
+        for _ in range(2)
+    )
     assert np.array_equal(one, other)
     assert isinstance(model.F.out[-1].layer, torch.nn.Conv2d)
     assert np.array_equal(full.denoise(image(), 2.0, 1), wanted)
@@ -153,7 +157,7 @@ def test_a_compiler_that_fails_is_one_line(boundary: exports.Files, monkeypatch:
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: compiled)
     ours = read_checkpoint(boundary.checkpoint)
-    backend = TorchBackend(ours.model(), ours.manifest(), is_compiled=True)
+    backend = TorchBackend(ours.model(), ours.manifest(), EngineOptions(device="cpu", backend="torch.compile"))
     assert backend.name == "torch.compile"
     with pytest.raises(EngineError) as caught:
         backend.denoise(image(), 1.0, 0)
@@ -166,7 +170,14 @@ def test_compiled_it_computes_the_same_for_more_batch_sizes_than_torch_allows_by
     boundary: exports.Files,
 ) -> None:
     ours = read_checkpoint(boundary.checkpoint)
-    eager, compiled = (TorchBackend(ours.model(), ours.manifest(), is_compiled=c) for c in (False, True))
+    eager, compiled = (
+        TorchBackend(
+            ours.model(),
+            ours.manifest(),
+            EngineOptions(device="cpu", backend="torch.compile" if c else "torch"),
+        )
+        for c in (False, True)
+    )
     for n in range(1, 11):
         x = np.random.default_rng(n).standard_normal((n, 3, 8, 8)).astype(np.float32)
         assert np.abs(eager.denoise(x, 1.0, 0) - compiled.denoise(x, 1.0, 0)).max() < 1e-4

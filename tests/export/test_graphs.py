@@ -15,6 +15,7 @@ from onnx import TensorProto
 
 import cm_runtime as cm
 from cm_runtime import export, noise
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
@@ -181,7 +182,7 @@ def test_levels_that_make_no_sampler_are_refused(
 PRECISIONS = {
     "ort": OrtBackend,
     "openvino": OpenVinoBackend,
-    "openvino bf16": lambda path: OpenVinoBackend(path, precision="bf16"),
+    "openvino bf16": lambda path: OpenVinoBackend(path, options=EngineOptions(device="cpu", precision="bf16")),
 }
 ON_ENGINES = [pytest.param(name, marks=exports.needs_bf16 if "bf16" in name else ()) for name in PRECISIONS]
 

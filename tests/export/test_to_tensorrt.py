@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import engine_file
-from cm_runtime.backends.engine_file import Profile, profile, read_engine_manifest, verified
+from cm_runtime.backends.engine_file import Profile, profile, read_engine, read_engine_manifest
 from cm_runtime.backends.tensorrt import TensorRtBackend
 from cm_runtime.cuda.context import Gpu
 from cm_runtime.errors import (
@@ -131,7 +131,7 @@ def test_every_form_builds_for_two_gpus(each: exports.Files, no_gpu: None, tmp_p
     assert manifest.model == read_manifest(each.onnx)
     assert (manifest.onnx_sha256, manifest.data_sha256) == (atomic.sha256(each.onnx), None)
     assert (manifest.parity, manifest.plugin) == (None, False)
-    assert verified(path, manifest, "tensorrt_rtx", trt.__version__, "12.0") == content
+    assert read_engine(path, manifest, "tensorrt_rtx", trt.__version__, "12.0") == content
     log = (tmp_path / manifest.log).read_text()
     assert log.startswith(f"tensorrt_rtx {trt.__version__}: model.onnx for 8.9, 12.0, batches 1:4:8\n")
     assert "Engine generation completed" in log
@@ -310,7 +310,7 @@ def test_an_engine_is_replaced_only_by_force(small: Path, no_gpu: None, tmp_path
     second = build(small, path, "tensorrt_rtx", profile=BATCH, gpus=["12.0"], force=True)
     assert (first.gpus, second.gpus) == (("8.9",), ("12.0",))
     assert read_engine_manifest(path) == second
-    assert verified(path, second, "tensorrt_rtx", trt.__version__, "12.0") == path.read_bytes()
+    assert read_engine(path, second, "tensorrt_rtx", trt.__version__, "12.0") == path.read_bytes()
     assert left(tmp_path) == {"small.engine", "small.engine.json", "small.engine.log"}
 
 

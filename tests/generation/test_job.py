@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import cm_runtime as cm
 from cm_runtime import sampling
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.errors import DataError, EngineError, OutOfMemoryError, OutputError, RequestError
 from cm_runtime.generation import job as jobs
@@ -36,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> OrtBackend:
-    return OrtBackend(model, threads=1)
+    return OrtBackend(model, options=EngineOptions(device="cpu", threads=1))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import cm_runtime as cm
 from cm_runtime import backends
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.errors import CmRuntimeError, MissingExtraError, RequestError
 
@@ -36,7 +37,7 @@ def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(path: Path) -> OrtBackend:
-    return OrtBackend(path, threads=1)
+    return OrtBackend(path, options=EngineOptions(device="cpu", threads=1))
 
 
 def threads() -> list[threading.Thread]:
@@ -65,7 +66,9 @@ def test_a_mapping_of_labels_ends_a_stream(engine: OrtBackend) -> None:
 def test_sample_opens_a_path_and_by_default_the_bundled_model(
     path: Path, engine: OrtBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "load", lambda where: OrtBackend(where, threads=1))
+    monkeypatch.setattr(
+        backends, "load", lambda where: OrtBackend(where, options=EngineOptions(device="cpu", threads=1))
+    )
     wanted = cm.sample(engine, 2, 1)
     for model in (path, str(path)):
         assert np.array_equal(cm.sample(model, 2, 1), wanted)

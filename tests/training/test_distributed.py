@@ -295,7 +295,7 @@ def test_on_gpus_every_worker_has_its_own(monkeypatch: pytest.MonkeyPatch) -> No
             raise EngineError("there is no cuda:1")
         return torch.device("cuda:0")
 
-    monkeypatch.setattr(distributed, "chosen_device", device)
+    monkeypatch.setattr(distributed, "find_device", device)
     refused: Callable[[], Any] = joined("auto").__enter__
     with pytest.raises(EngineError, match="cuda:1"):
         refused()

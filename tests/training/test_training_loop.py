@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from cm_runtime import noise
-from cm_runtime.backends.torch import chosen_device
+from cm_runtime.backends.torch import find_device
 from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import CheckpointError, CmRuntimeError, EngineError, Interrupted, OutputError, TrainingError
 from cm_runtime.files import atomic
@@ -922,13 +922,13 @@ def test_the_model_is_what_config_and_images_make_it(tiny_config: Config, toy_im
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", "meta", ""])
 def test_a_device_that_cannot_train_is_refused_by_name(name: str) -> None:
     with pytest.raises(EngineError) as caught:
-        chosen_device(name)
+        find_device(name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_devices_that_can() -> None:
-    assert chosen_device("cpu").type == "cpu"
-    assert chosen_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert find_device("cpu").type == "cpu"
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.process
