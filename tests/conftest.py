@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiers
 
-from cm_runtime.backends import auto
+from cm_runtime.backends import trials
 from cm_runtime.cli import main
 
 
@@ -59,8 +59,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder: Path = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setattr(auto, "PAUSE", 0.0)  # seconds: it matters little here which engine is the faster
-        patch.setattr(auto, "SECONDS", 0.01)
+        patch.setattr(trials, "PAUSE", 0.0)  # seconds: it matters little here which engine is the faster
+        patch.setattr(trials, "SECONDS", 0.01)
         yield
 
 
