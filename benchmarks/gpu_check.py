@@ -50,7 +50,7 @@ from cm_runtime.cuda.device import Device  # noqa: E402
 from cm_runtime.errors import CmRuntimeError  # noqa: E402
 from cm_runtime.files import atomic  # noqa: E402
 from cm_runtime.kernels import launches  # noqa: E402
-from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Images  # noqa: E402
+from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Arrays, Images  # noqa: E402
 from cm_runtime.request import Draw, sampling_request  # noqa: E402
 
 BUDGET = 470.0  # seconds
@@ -193,23 +193,29 @@ def kernel_work(device: Device, count: int, type: Any) -> dict[str, tuple[int, C
     work = {
         "cm_first_noise": (
             n * (4 + size),
-            launches.first_noise(images, request, level, at["x"], x_in=at["x_in"]),
+            launches.first_noise(images, Arrays(request, level, x=at["x"], x_in=at["x_in"])),
         ),
         "cm_step": (
             n * (8 + 2 * size),
-            launches.step(images, request, level, 1, at["F"], at["x"], at["flag"], x=at["x"], x_in=at["x_in"]),
+            launches.step(
+                images, Arrays(request, level, 0, at["x"], at["F"], at["x"], at["x_in"], not_finite=at["flag"]), 1
+            ),
         ),
         "cm_finish": (
             n * (4 + size + 1),
-            launches.finish(images, level, at["F"], at["flag"], x=at["x"], bytes=at["bytes"]),
+            launches.finish(images, Arrays(0, level, 0, at["x"], at["F"], bytes=at["bytes"], not_finite=at["flag"])),
         ),
         "cm_skip_scale": (
             n * (8 + size),
-            launches.skip_scale(images, at["x"], at["F"], sigma, at["y"], precond("boundary")),
+            launches.skip_scale(images, Arrays(x=at["x"], F=at["F"], sigma=sigma, y=at["y"]), precond("boundary")),
         ),
         "cm_group_norm_silu": (
             2 * m * size,
-            launches.group_norm_silu(norm, at["norm"], gamma, gamma, at["normed"], shared=64 << 10),
+            launches.group_norm_silu(
+                norm,
+                Arrays(x=at["norm"], gamma=gamma, beta=gamma, y=at["normed"]),
+                block=launches.NormBlock(shared=64 << 10),
+            ),
         ),
     }
     copied = n * 4

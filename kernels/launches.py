@@ -26,7 +26,6 @@ THREADS = 256
 MOST_ROWS = 65535  # of blocks
 MOST_BLOCKS = 1 << 16  # a launch of fewer threads than items goes round
 PATCHES = (2, 4, 8)
-NORM_THREADS = 512
 SECTOR = 32  # bytes that memory moves at least
 
 LEVEL = np.dtype([("c_skip", "f4"), ("c_out", "f4"), ("renoise", "f4"), ("c_in", "f4")])  # steps.cu's Level
@@ -46,7 +45,7 @@ class Launch(NamedTuple):
 class Images(NamedTuple):
     """A batch as a network sees it: n images of (channels, height, width), their type and layout.
 
-    type: of what it reads, x_in; made: of F, its output, where that is float32 all the same; None is ``type``.
+    type: of what it reads, x_in; output: of F, where that is float32 all the same; None is ``type``.
     """
 
     n: int
@@ -55,31 +54,65 @@ class Images(NamedTuple):
     width: int
     type: Type = "fp32"
     layout: Layout = "nchw"
-    made: Literal["fp32"] | None = None
+    output: Literal["fp32"] | None = None
 
     @property
     def pixels(self) -> int:
-        """Of one image."""
+        """Pixels of one image."""
         return self.height * self.width
 
     @property
     def elements(self) -> int:
-        """Of the batch."""
+        """Elements of the batch."""
         return self.n * self.channels * self.pixels
 
     @property
     def F_type(self) -> Type:
         """The type of F."""
-        return self.made or self.type
+        return self.output or self.type
 
     def suffix(self, *types: Type) -> str:
-        """Of the names of the kernels for it; with one channel the layouts are one."""
-        named = "_".join(TYPES[type] for type in dict.fromkeys(types))
-        return f"{named}_{'nchw' if self.channels == 1 else self.layout}"
+        """The end of its kernels' names; with one channel the layouts are one."""
+        types_text = "_".join(TYPES[type] for type in dict.fromkeys(types))
+        return f"{types_text}_{'nchw' if self.channels == 1 else self.layout}"
+
+
+class Arrays(NamedTuple):
+    """Addresses of a kernel's arrays, as its formula names them; 0 for those that it does without."""
+
+    request: int = 0
+    level: int = 0
+    given: int = 0
+    x: int = 0
+    F: int = 0
+    x_next: int = 0
+    x_in: int = 0
+    y: int = 0
+    sigma: int = 0
+    gamma: int = 0
+    beta: int = 0
+    scale_shift: int = 0
+    bytes: int = 0
+    floats: int = 0
+    not_finite: int = 0
+
+    def pointers(self, *names: str, is_wide: bool = True) -> tuple[np.generic, ...]:
+        """Some of them as arguments. Raises RequestError for one that is misaligned."""
+        return _pointers(is_wide, **{name: getattr(self, name) for name in names})
+
+
+class NormBlock(NamedTuple):
+    """A block of the normalisation: bytes of shared memory that it may have, and threads."""
+
+    shared: int = 48 << 10
+    threads: int = 512
+
+
+NORM_BLOCK = NormBlock()
 
 
 class Placed(NamedTuple):
-    """A projection whose arrays are on the device: the addresses of what is known and of a mask."""
+    """A projection whose arrays are on the device: the addresses of the known image and of a mask."""
 
     projection: Projection
     known: int
@@ -100,80 +133,51 @@ def levels(sigmas: tuple[float, ...], form: Precond, sigma_min: float, *, is_f: 
     return table
 
 
-def first_noise(
-    images: Images, request: int, level: int, x: int, *, x_in: int = 0, given: int = 0, draw: int = 0
-) -> Launch:
-    """x = sigma_0 z float32, and x_in = c_in x in the network's type, unless 0; z is drawn, or ``given``."""
+def first_noise(images: Images, at: Arrays, draw: int = 0) -> Launch:
+    """x = sigma_0 z float32, and x_in = c_in x in the network's type, unless 0; z is ``given``, or drawn if 0."""
     arguments = (
-        *_pointers(request=request, level=level),
+        *at.pointers("request", "level"),
         _draw(draw),
-        *_pointers(_width(images.pixels, images.type) > 1, given=given, x=x, x_in=x_in),
+        *at.pointers("given", "x", "x_in", is_wide=_width(images.pixels, images.type) > 1),
         *_sizes(images),
     )
     return Launch(f"cm_first_noise_{images.suffix(images.type)}", *_grid(_runs(images, images.type)), 0, arguments)
 
 
-def step(
-    images: Images,
-    request: int,
-    level: int,
-    draw: int,
-    F: int,
-    x_next: int,
-    not_finite: int,
-    *,
-    x: int = 0,
-    x_in: int = 0,
-    given: int = 0,
-    clip: bool = True,
-    edit: Placed | None = None,
-) -> Launch:
+def step(images: Images, at: Arrays, draw: int, *, clip: bool = True, edit: Placed | None = None) -> Launch:
     """x_next = project(clamp(c_skip x + c_out F)) + renoise z_draw, and x_in = c_in x_next, unless 0.
 
     x 0: F is f itself. not_finite: an int32 that becomes 1 where f is not finite. x_next may be x, and x_in may be F
     where they have one type.
     """
-    if x_in and x_in == F and images.type != images.F_type:
+    if at.x_in and at.x_in == at.F and images.type != images.F_type:
         raise RequestError(f"x_in cannot be written over F, which is {images.F_type} and not {images.type}")
     head = (
-        *_pointers(request=request, level=level),
+        *at.pointers("request", "level"),
         _draw(draw),
-        *_pointers(_is_wide(images, images.type, edit), given=given, x=x, F=F, x_next=x_next, x_in=x_in),
+        *at.pointers("given", "x", "F", "x_next", "x_in", is_wide=_is_wide(images, images.type, edit)),
         *_sizes(images),
         np.uint32(clip),
-        *_pointers(not_finite=not_finite),
+        *at.pointers("not_finite"),
     )
     kind, more = _edit(images, edit)
     name = f"cm_step_{kind}{images.suffix(images.type, images.F_type)}"
     return Launch(name, *_grid(_items(images, images.type, edit)), 0, head + more)
 
 
-def finish(
-    images: Images,
-    level: int,
-    F: int,
-    not_finite: int,
-    *,
-    x: int = 0,
-    bytes: int = 0,
-    floats: int = 0,
-    clip: bool = True,
-    edit: Placed | None = None,
-) -> Launch:
+def finish(images: Images, at: Arrays, *, clip: bool = True, edit: Placed | None = None) -> Launch:
     """project(clamp(c_skip x + c_out F)) as uint8 at ``bytes`` and as float32 at ``floats``, NHWC, unless 0."""
-    if not bytes and not floats:
+    if not at.bytes and not at.floats:
         raise RequestError("finish writes bytes or floats, and was given neither")
-    pointers = {"level": level, "x": x, "F": F, "bytes": bytes, "floats": floats}
     is_wide = _is_wide(images, images.F_type, edit)
-    head = (*_pointers(is_wide, **pointers), *_sizes(images), np.uint32(clip), *_pointers(not_finite=not_finite))
+    pointers = at.pointers("level", "x", "F", "bytes", "floats", is_wide=is_wide)
+    head = (*pointers, *_sizes(images), np.uint32(clip), *at.pointers("not_finite"))
     kind, more = _edit(images, edit)
     name = f"cm_finish_{kind}{images.suffix(images.F_type)}"
     return Launch(name, *_grid(_items(images, images.F_type, edit)), 0, head + more)
 
 
-def skip_scale(
-    images: Images, x: int, F: int, sigma: int, y: int, form: Precond, *, levels: int | None = None
-) -> Launch:
+def skip_scale(images: Images, at: Arrays, form: Precond, *, levels: int | None = None) -> Launch:
     """y = c_skip(sigma) x + c_out(sigma) F, float32; sigma: (levels,) float32, one an image or one for all."""
     if form.form == "piecewise":
         raise RequestError("the piecewise form has no skip-scale; it is a choice between x and F")
@@ -183,33 +187,27 @@ def skip_scale(
     _sizes(images)
     size = images.channels * images.pixels
     bits = (np.float32(value).view(np.int32) for value in (form.sigma_data, form.sigma_boundary))
-    arguments = (*_pointers(x=x, F=F, sigma=sigma), np.int32(size), np.int32(count), *bits, *_pointers(y=y))
+    arguments = (*at.pointers("x", "F", "sigma"), np.int32(size), np.int32(count), *bits, *at.pointers("y"))
     (blocks, _, _), block = _grid(-(-size // _width(size, images.F_type)))
     return Launch(f"cm_skip_scale_{TYPES[images.F_type]}", (blocks, _rows(images), 1), block, 0, arguments)
 
 
 def group_norm_silu(
     images: Images,
-    x: int,
-    gamma: int,
-    beta: int,
-    y: int,
-    *,
+    at: Arrays,
     groups: int = 32,
     eps: float = 1e-5,
-    scale_shift: int = 0,
     silu: bool = True,
-    shared: int = 48 << 10,
-    threads: int = NORM_THREADS,
+    block: NormBlock = NORM_BLOCK,
 ) -> Launch:
     """y = silu(group_norm(x) (1 + scale) + shift), NHWC; gamma, beta: (C,) float32.
 
-    scale_shift: (N, 2C) in the network's type, scales first, or 0. shared: bytes of shared memory that a block may
-    have; an image's slab that fits is read once. y may be x.
+    scale_shift: (N, 2C) in the network's type, scales first, or 0. An image's slab that fits ``block`` is read once. y
+    may be x.
     """
     if images.layout != "nhwc":
         raise RequestError("cm_group_norm_silu takes NHWC images")
-    channels = images.channels
+    channels, (shared, threads) = images.channels, block
     if groups < 1 or channels % groups:
         raise RequestError(f"{channels} channels cannot be split in {groups} groups")
     size = SIZES[images.type]
@@ -221,17 +219,17 @@ def group_norm_silu(
         raise RequestError(f"groups of {channels // groups} channels need {columns} threads, more than {threads}")
     rows = threads // columns
     sums = -(-(rows + 3) * slab // 4) * 16
-    kept = sums + images.pixels * slab * size
-    is_kept = kept <= shared
+    slab_bytes = sums + images.pixels * slab * size
+    is_in_shared = slab_bytes <= shared
     if sums > shared:
         raise RequestError(f"groups of {channels // groups} channels need {sums} bytes of shared memory")
-    pointers = {"x": x, "gamma": gamma, "beta": beta, "scale_shift": scale_shift, "y": y}
     numbers = map(np.uint32, (channels, images.pixels, groups, slab))
-    arguments = (*_pointers(True, **pointers), *numbers, np.float32(eps), np.uint32(silu), np.uint32(is_kept))
+    pointers = at.pointers("x", "gamma", "beta", "scale_shift", "y")
+    arguments = (*pointers, *numbers, np.float32(eps), np.uint32(silu), np.uint32(is_in_shared))
     _sizes(images)
     name = f"cm_group_norm_silu_{TYPES[images.type]}{'' if width > 1 else '_any'}"
     grid = (-(-channels // slab), _rows(images), 1)
-    return Launch(name, grid, (threads, 1, 1), kept if is_kept else sums, arguments)
+    return Launch(name, grid, (threads, 1, 1), slab_bytes if is_in_shared else sums, arguments)
 
 
 def _pointers(is_wide: bool = True, /, **addresses: int) -> tuple[np.generic, ...]:
@@ -262,7 +260,7 @@ def _width(size: int, type: Type) -> int:
 
 
 def _is_wide(images: Images, type: Type, edit: Placed | None) -> bool:
-    """Whether a thread moves several elements at once; where not, arrays may lie at any of their elements."""
+    """Return True if a thread moves several elements together; if not, arrays may lie at any of their elements."""
     return _width(images.pixels, type) > 1 or (edit is not None and isinstance(edit.projection, PatchMean))
 
 
@@ -284,7 +282,7 @@ def _runs(images: Images, type: Type) -> int:
 
 
 def _items(images: Images, type: Type, edit: Placed | None) -> int:
-    """What the threads of a launch are shared out over."""
+    """The items that the threads of a launch are shared out over."""
     if edit is not None and isinstance(edit.projection, PatchMean):
         patches = images.elements // edit.projection.p**2
         if patches >= 1 << 32:

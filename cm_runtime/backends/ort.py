@@ -127,7 +127,7 @@ class OrtBackend(Backend):
     def images(self, count: int) -> Images:
         """As the file's graph takes them."""
         kind = self.manifest.precision if self.graph == "network" else "fp32"
-        return Images(count, *self.manifest.image_shape, type=kind, made="fp32")
+        return Images(count, *self.manifest.image_shape, type=kind, output="fp32")
 
     def bind(self, device: Device, count: int) -> Evaluate:
         """Evaluations bound to addresses; those of each step are a binding, and a CUDA graph, of their own."""

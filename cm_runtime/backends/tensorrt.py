@@ -154,7 +154,7 @@ class TensorRtBackend(Backend):
         if count > profile.max:
             raise RequestError(_beyond(profile, count))
         kind = self.manifest.precision if network else "fp32"
-        return Images(max(count, profile.min), *self.manifest.image_shape, type=kind, made="fp32")
+        return Images(max(count, profile.min), *self.manifest.image_shape, type=kind, output="fp32")
 
     def bind(self, device: Device, count: int) -> Evaluate:
         """A context of its own for each batch size, as a captured graph needs it."""

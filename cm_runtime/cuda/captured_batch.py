@@ -9,7 +9,7 @@ from cm_runtime.cuda.engine import Captured, Engine
 from cm_runtime.cuda.layout import Layout, pad_projection
 from cm_runtime.cuda.steps import DeviceSteps, Places
 from cm_runtime.kernels import launches
-from cm_runtime.kernels.launches import Placed
+from cm_runtime.kernels.launches import Arrays, Placed
 from cm_runtime.request import Request
 from cm_runtime.sampling import run
 
@@ -60,7 +60,7 @@ class CapturedBatch:
             images = self._layout.images
             for k in range(0 if self._layout.has_noise else self._layout.steps):
                 z = at["noise"] + k * images.elements * 4
-                self._device.launch(launches.first_noise(images, at["request"], at["levels"], z, draw=k))
+                self._device.launch(launches.first_noise(images, Arrays(at["request"], at["levels"], x=z), k))
             self.evaluate()
             return
         run(_Unrolled(self), self._steps(), self._sigmas, at.get("label", 0))

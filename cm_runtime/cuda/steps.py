@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cm_runtime.kernels import launches
-from cm_runtime.kernels.launches import LEVEL, Images, Launch, Placed
+from cm_runtime.kernels.launches import LEVEL, Arrays, Images, Launch, Placed
 
 
 class Launcher(Protocol):
@@ -57,56 +57,38 @@ class DeviceSteps:
         if p.start:
             self._begin()
             return p.x_in or p.x
-        self.device.launch(
-            launches.first_noise(self.images, p.request, p.levels, p.x, x_in=p.x_in, given=self._given(0))
-        )
+        self.device.launch(launches.first_noise(self.images, self._arrays(0)._replace(x=p.x)))
         return p.x_in or p.x
 
     def _begin(self) -> None:
         """An edit's first images take the place of f in a step, with the table's entry 0 for noise and scale."""
-        p, given = self.places, self._given(0)
-        images = self.images._replace(made="fp32")
-        self.device.launch(
-            launches.step(
-                images, p.request, p.levels, 0, p.start, p.x, p.not_finite, x_in=p.x_in, given=given, clip=False
-            )
-        )
+        images = self.images._replace(output="fp32")
+        at = self._arrays(0)._replace(x=0, F=self.places.start)
+        self.device.launch(launches.step(images, at, 0, clip=False))
 
     def step(self, x0: int, k: int, sigma: float) -> int:
         """x0: the address of F, or of f; the input of evaluation k."""
-        p = self.places
-        self.device.launch(
-            launches.step(
-                self.images,
-                p.request,
-                self._level(k),
-                k,
-                x0,
-                p.x,
-                p.not_finite,
-                x=p.x if p.x_in else 0,
-                x_in=p.x_in,
-                given=self._given(k),
-                clip=self.clip,
-                edit=self.edit,
-            )
-        )
-        return p.x_in or p.x
+        at = self._arrays(k)._replace(F=x0)
+        self.device.launch(launches.step(self.images, at, k, clip=self.clip, edit=self.edit))
+        return self.places.x_in or self.places.x
 
     def finish(self, x0: int) -> int:
         """x0: the address of the last F, or f; the images, NHWC."""
+        at = self._arrays(self.steps)._replace(F=x0)
+        self.device.launch(launches.finish(self.images, at, clip=self.clip, edit=self.edit))
+        return self.places.bytes or self.places.floats
+
+    def _arrays(self, k: int) -> Arrays:
+        """The arrays of the launch before evaluation k, or after the last; without x where F is f itself."""
         p = self.places
-        x = p.x if p.x_in else 0
-        options = {"bytes": p.bytes, "floats": p.floats}
-        self.device.launch(
-            launches.finish(
-                self.images, self._level(self.steps), x0, p.not_finite, x=x, clip=self.clip, edit=self.edit, **options
-            )
+        return Arrays(
+            request=p.request,
+            level=p.levels + k * LEVEL.itemsize,
+            given=p.noise and p.noise + k * self.images.elements * 4,
+            x=p.x if p.x_in else 0,
+            x_next=p.x,
+            x_in=p.x_in,
+            bytes=p.bytes,
+            floats=p.floats,
+            not_finite=p.not_finite,
         )
-        return p.bytes or p.floats
-
-    def _level(self, k: int) -> int:
-        return self.places.levels + k * LEVEL.itemsize
-
-    def _given(self, k: int) -> int:
-        return self.places.noise and self.places.noise + k * self.images.elements * 4

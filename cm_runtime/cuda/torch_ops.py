@@ -29,7 +29,7 @@ from cm_runtime.cuda.torch_launch import launch
 from cm_runtime.errors import RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.kernels import launches
-from cm_runtime.kernels.launches import Images, Type
+from cm_runtime.kernels.launches import Arrays, Images, Type
 from cm_runtime.precond import Precond, precond
 
 TYPES: dict[torch.dtype, Type] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -57,8 +57,8 @@ def skip_scale(x: Tensor, F: Tensor, sigma: Tensor, sigma_data: float, sigma_bou
 def _skip_scale_cuda(x: Tensor, F: Tensor, sigma: Tensor, sigma_data: float, sigma_boundary: float) -> Tensor:
     images = _check_skip_scale(x, F, sigma)
     y, each, form = torch.empty_like(x), sigma.contiguous(), _form(sigma_data, sigma_boundary)
-    pointers = x.data_ptr(), F.data_ptr(), each.data_ptr(), y.data_ptr()
-    launch(launches.skip_scale(images, *pointers, form, levels=sigma.numel()), x.device)
+    at = Arrays(x=x.data_ptr(), F=F.data_ptr(), sigma=each.data_ptr(), y=y.data_ptr())
+    launch(launches.skip_scale(images, at, form, levels=sigma.numel()), x.device)
     return y
 
 
@@ -103,9 +103,8 @@ def _first_noise_cuda(
     images = _check_noise(_batch("like", like), like, z, draw)
     x, x_in = torch.empty_like(like, dtype=torch.float32), torch.empty_like(like)
     level, request = _written(like, torch.float32, 0, 0, sigma, c_in), _written(like, torch.int64, seed, first)
-    pointers = (each.data_ptr() for each in (request, level, x))
-    work = launches.first_noise(images, *pointers, x_in=x_in.data_ptr(), given=_address("z", z), draw=draw)
-    launch(work, like.device)
+    at = Arrays(request.data_ptr(), level.data_ptr(), _address("z", z), x=x.data_ptr(), x_in=x_in.data_ptr())
+    launch(launches.first_noise(images, at, draw), like.device)
     return x, x_in
 
 
@@ -154,20 +153,17 @@ def _step_cuda(
     x_next, x_in = torch.empty_like(x), torch.empty_like(F)
     level, request = _written(x, torch.float32, c_skip, c_out, renoise, c_in), _written(x, torch.int64, seed, first)
     flag = x.new_empty(1, dtype=torch.int32)
-    work = launches.step(
-        images,
+    at = Arrays(
         request.data_ptr(),
         level.data_ptr(),
-        draw,
+        _address("z", z),
+        x.data_ptr(),
         F.data_ptr(),
         x_next.data_ptr(),
-        flag.data_ptr(),
-        x=x.data_ptr(),
-        x_in=x_in.data_ptr(),
-        given=_address("z", z),
-        clip=clip,
+        x_in.data_ptr(),
+        not_finite=flag.data_ptr(),
     )
-    launch(work, x.device)
+    launch(launches.step(images, at, draw, clip=clip), x.device)
     return x_next, x_in
 
 
@@ -187,8 +183,9 @@ def finish(x: Tensor, F: Tensor, c_skip: float, c_out: float) -> Tensor:
 def _finish_cuda(x: Tensor, F: Tensor, c_skip: float, c_out: float) -> Tensor:
     images = _pair(x, F)
     made, flag, level = _bytes(x), x.new_empty(1, dtype=torch.int32), _written(x, torch.float32, c_skip, c_out, 0, 0)
-    pointers = (each.data_ptr() for each in (level, F, flag))
-    launch(launches.finish(images, *pointers, x=x.data_ptr(), bytes=made.data_ptr()), x.device)
+    addresses = {"level": level, "x": x, "F": F, "bytes": made, "not_finite": flag}
+    at = Arrays(**{name: tensor.data_ptr() for name, tensor in addresses.items()})
+    launch(launches.finish(images, at), x.device)
     return made
 
 
@@ -221,12 +218,10 @@ def _group_norm_silu_cuda(
     x: Tensor, gamma: Tensor, beta: Tensor, scale_shift: Tensor | None, groups: int, eps: float, silu: bool
 ) -> Tensor:
     images, y = _check_norm(x, gamma, beta, scale_shift, groups), torch.empty_like(x)
-    pointers = (each.data_ptr() for each in (x, gamma, beta, y))
-    options: dict[str, Any] = {"groups": groups, "eps": eps, "silu": silu}
-    launch(
-        launches.group_norm_silu(images, *pointers, scale_shift=_address("scale_shift", scale_shift), **options),
-        x.device,
-    )
+    addresses = {"x": x, "gamma": gamma, "beta": beta, "y": y}
+    at = Arrays(**{name: tensor.data_ptr() for name, tensor in addresses.items()})
+    at = at._replace(scale_shift=_address("scale_shift", scale_shift))
+    launch(launches.group_norm_silu(images, at, groups, eps, silu), x.device)
     return y
 
 

@@ -13,8 +13,9 @@ from host_gpu import address, placed
 
 from cm_runtime.errors import RequestError
 from cm_runtime.kernels import launches
-from cm_runtime.kernels.launches import Images
+from cm_runtime.kernels.launches import Arrays, Images, NormBlock
 
+AT = Arrays(*[16] * len(Arrays._fields))  # nowhere
 Array = np.ndarray[Any, Any]
 TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 # N, C, H, W, groups: 1 to 24 channels a group, widths that no 16 bytes divide, slabs that do not divide the channels
@@ -56,9 +57,9 @@ def run(shape: tuple[int, ...], type: Any, given: dict[str, Array], has_scale: b
     n, c, h, w, groups = shape
     y = host_gpu.empty(given["x"].shape, TYPES[type])
     both = address(given["scale_shift"]) if has_scale else 0
-    pointers = (address(each) for each in (given["x"], given["gamma"], given["beta"], y))
+    at = Arrays(x=address(given["x"]), gamma=address(given["gamma"]), beta=address(given["beta"]), y=address(y))
     images = Images(n, c, h, w, type, "nhwc")
-    host_gpu.launch(launches.group_norm_silu(images, *pointers, groups=groups, eps=EPS, scale_shift=both, **options))
+    host_gpu.launch(launches.group_norm_silu(images, at._replace(scale_shift=both), groups, EPS, **options))
     return y
 
 
@@ -109,27 +110,27 @@ def test_a_mean_far_from_0_costs_nothing(type: Any) -> None:
 def test_every_launch_computes_the_same(shape: Any, type: Any) -> None:
     """With the slab in shared memory or not, with more threads or fewer, and in place; sums have another order."""
     given = inputs(shape, type)
-    wanted = run(shape, type, given, shared=1 << 20).astype(np.float64)
+    wanted = run(shape, type, given, block=NormBlock(1 << 20)).astype(np.float64)
     for threads in (64, 255, 512, 1024):
         for shared in (1 << 20, 34 << 10):
-            found = run(shape, type, given, shared=shared, threads=threads).astype(np.float64)
+            found = run(shape, type, given, block=NormBlock(shared, threads)).astype(np.float64)
             rounding = {"fp32": 2.0**-20, "fp16": 2.0**-10, "bf16": 2.0**-7}[type]
             assert (np.abs(found - wanted) <= rounding * np.maximum(np.abs(wanted), 1)).all()
     again = dict(given, x=placed(given["x"]))
     n, c, h, w, groups = shape
-    pointers = (address(again[name]) for name in ("x", "gamma", "beta", "x"))
-    work = launches.group_norm_silu(
-        Images(n, c, h, w, type, "nhwc"), *pointers, groups=groups, eps=EPS, scale_shift=address(given["scale_shift"])
+    at = Arrays(
+        **{name: address(again["x" if name == "y" else name]) for name in ("x", "gamma", "beta", "scale_shift", "y")}
     )
+    work = launches.group_norm_silu(Images(n, c, h, w, type, "nhwc"), at, groups, EPS)
     host_gpu.launch(work)
     assert (np.abs(again["x"].astype(np.float64) - wanted) <= rounding * np.maximum(np.abs(wanted), 1)).all()
 
 
 def test_a_slab_that_fits_is_kept_and_others_are_not() -> None:
     images = Images(1, 128, 32, 32, "fp16", "nhwc")
-    fits = launches.group_norm_silu(images, 16, 16, 16, 16, shared=100 << 10)
+    fits = launches.group_norm_silu(images, AT, block=NormBlock(100 << 10))
     assert fits.shared > 16 * 1024 * 2 and fits.arguments[-1] == 1
-    larger = launches.group_norm_silu(images._replace(height=256), 16, 16, 16, 16, shared=100 << 10)
+    larger = launches.group_norm_silu(images._replace(height=256), AT, block=NormBlock(100 << 10))
     assert larger.shared < 48 << 10 and larger.arguments[-1] == 0
     assert fits.grid == larger.grid == (8, 1, 1)  # slabs of 16 channels, 32 bytes
 
@@ -137,10 +138,10 @@ def test_a_slab_that_fits_is_kept_and_others_are_not() -> None:
 def test_what_it_cannot_is_refused() -> None:
     images = Images(1, 32, 4, 4, "fp16", "nhwc")
     with pytest.raises(RequestError, match="NHWC"):
-        launches.group_norm_silu(images._replace(layout="nchw"), 16, 16, 16, 16)
+        launches.group_norm_silu(images._replace(layout="nchw"), AT)
     with pytest.raises(RequestError, match="32 channels cannot be split in 5 groups"):
-        launches.group_norm_silu(images, 16, 16, 16, 16, groups=5)
+        launches.group_norm_silu(images, AT, groups=5)
     with pytest.raises(RequestError, match="gamma is misaligned: its address must be a multiple of 4"):
-        launches.group_norm_silu(images, 16, 18, 16, 16)
+        launches.group_norm_silu(images, AT._replace(gamma=18))
     with pytest.raises(RequestError, match="need 1023 threads"):
-        launches.group_norm_silu(Images(1, 1023, 1, 1, "fp32", "nhwc"), 16, 16, 16, 16, groups=1)
+        launches.group_norm_silu(Images(1, 1023, 1, 1, "fp32", "nhwc"), AT, groups=1)

@@ -12,7 +12,7 @@ from host_gpu import address
 
 from cm_runtime import noise
 from cm_runtime.kernels import launches
-from cm_runtime.kernels.launches import LEVEL, REQUEST, Images
+from cm_runtime.kernels.launches import LEVEL, REQUEST, Arrays, Images
 
 ONES = 0xFFFFFFFF
 
@@ -61,9 +61,10 @@ def drawn(images: Images, seed: int, first: int, draw: int = 0, grid: int | None
     x = host_gpu.empty(shape, np.float32)
     if draw:
         F, bad = host_gpu.empty(shape, np.float32, 0), host_gpu.empty((1,), np.int32)
-        work = launches.step(images, *map(address, (request, level)), draw, *map(address, (F, x, bad)))
+        at = Arrays(address(request), address(level), F=address(F), x_next=address(x), not_finite=address(bad))
+        work = launches.step(images, at, draw)
     else:
-        work = launches.first_noise(images, *map(address, (request, level, x)))
+        work = launches.first_noise(images, Arrays(address(request), address(level), x=address(x)))
     host_gpu.launch(work._replace(grid=(grid or work.grid[0], 1, 1)))
     return x if layout == "nchw" else np.moveaxis(x, -1, 1)
 

@@ -12,9 +12,10 @@ from host_gpu import address, placed
 
 from cm_runtime.errors import RequestError
 from cm_runtime.kernels import launches
-from cm_runtime.kernels.launches import Images
+from cm_runtime.kernels.launches import Arrays, Images
 from cm_runtime.precond import precond
 
+AT = Arrays(*[16] * len(Arrays._fields))  # nowhere
 TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 ULP = 2.0**-23
 
@@ -36,22 +37,21 @@ def test_it_is_its_formula(type: Any, shape: Any, form: str) -> None:
         placed_x, placed_F, placed_sigma = placed(x), placed(F), placed(sigma)
         memory = host_gpu.empty((x.size + 16,), np.float32)
         y = memory[: x.size].reshape(shape)
-        pointers = map(address, (placed_x, placed_F, placed_sigma, y))
-        host_gpu.launch(launches.skip_scale(images, *pointers, c, levels=len(sigma)))
+        at = Arrays(x=address(placed_x), F=address(placed_F), sigma=address(placed_sigma), y=address(y))
+        host_gpu.launch(launches.skip_scale(images, at, c, levels=len(sigma)))
         assert (np.abs(y - (skip + out)) <= 2 * ULP * np.maximum(np.abs(skip), np.abs(out))).all()
         assert np.isnan(memory[x.size :]).all()
-        pointers = map(address, (placed_x, placed_F, placed_sigma, placed_x))
-        host_gpu.launch(launches.skip_scale(images, *pointers, c, levels=len(sigma)))
+        host_gpu.launch(launches.skip_scale(images, at._replace(y=address(placed_x)), c, levels=len(sigma)))
         assert np.array_equal(placed_x, y)
 
 
 def test_what_it_cannot_is_refused() -> None:
     images = Images(3, 1, 4, 4)
     with pytest.raises(RequestError, match="piecewise"):
-        launches.skip_scale(images, 16, 16, 16, 16, precond("piecewise"))
+        launches.skip_scale(images, AT, precond("piecewise"))
     with pytest.raises(RequestError, match="sigma must be one number, or one for each of 3 images, not 2"):
-        launches.skip_scale(images, 16, 16, 16, 16, precond("edm"), levels=2)
+        launches.skip_scale(images, AT, precond("edm"), levels=2)
     with pytest.raises(RequestError, match="y is misaligned"):
-        launches.skip_scale(images, 16, 16, 16, 20, precond("edm"))
+        launches.skip_scale(images, AT._replace(y=20), precond("edm"))
     with pytest.raises(RequestError, match="65535 images at once, not 65536"):
-        launches.skip_scale(Images(65536, 1, 1, 1), 16, 16, 16, 16, precond("edm"))
+        launches.skip_scale(Images(65536, 1, 1, 1), AT, precond("edm"))

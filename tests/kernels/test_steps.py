@@ -13,11 +13,12 @@ from host_gpu import address, placed
 
 from cm_runtime.errors import RequestError
 from cm_runtime.kernels import launches
-from cm_runtime.kernels.launches import LEVEL, REQUEST, Images, Placed
+from cm_runtime.kernels.launches import LEVEL, REQUEST, Arrays, Images, Placed
 from cm_runtime.precond import precond
 from cm_runtime.projections import Edit, Luma, Mask, PatchMean, Projection
 from cm_runtime.sampling import HostSteps, to_uint8
 
+AT = Arrays(*[16] * len(Arrays._fields))  # nowhere
 Array = np.ndarray[Any, Any]
 TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # relative, of a result in that type
@@ -66,8 +67,11 @@ class Case:
         self.edit = self.projection and Placed(self.projection, address(known), 0 if mask is None else address(mask))
         self.kept = known, mask
 
-    def level(self, k: int) -> int:
-        return address(self.levels) + k * LEVEL.itemsize
+    def arrays(self, k: int, **arrays: Array) -> Arrays:
+        """Those of the case, at level ``k``, and others."""
+        level = address(self.levels) + k * LEVEL.itemsize
+        named = {name: address(array) for name, array in arrays.items()}
+        return Arrays(request=address(self.request), level=level, not_finite=address(self.bad), **named)
 
     def f(self) -> tuple[Array, Array]:
         """x0 in float64 as algorithm 4 has it, and the size of what was added to make it."""
@@ -88,35 +92,14 @@ class Case:
         n, c, h, w = self.images[:4]
         if kind == "finish":
             made = host_gpu.empty((n, h, w, c), np.uint8), host_gpu.empty((n, h, w, c), np.float32)
-            work = launches.finish(
-                self.images,
-                self.level(1),
-                address(F),
-                address(self.bad),
-                x=address(x),
-                bytes=address(made[0]),
-                floats=address(made[1]),
-                clip=self.clip,
-                edit=self.edit,
-            )
+            at = self.arrays(1, x=x, F=F, bytes=made[0], floats=made[1])
+            work = launches.finish(self.images, at, clip=self.clip, edit=self.edit)
         else:
             z = placed(self.z)
             type = TYPES[self.images.type]
             made = (x, F) if in_place else (host_gpu.empty(x.shape, x.dtype), host_gpu.empty(F.shape, type))
-            work = launches.step(
-                self.images,
-                address(self.request),
-                self.level(1),
-                1,
-                address(F),
-                address(made[0]),
-                address(self.bad),
-                x=address(x),
-                x_in=address(made[1]),
-                given=address(z) if noise == "given" else 0,
-                clip=self.clip,
-                edit=self.edit,
-            )
+            at = self.arrays(1, x=x, F=F, x_next=made[0], x_in=made[1], **({"given": z} if noise == "given" else {}))
+            work = launches.step(self.images, at, 1, clip=self.clip, edit=self.edit)
         host_gpu.launch(work)
         return made
 
@@ -257,7 +240,9 @@ def test_noise_that_is_drawn_is_noise_that_is_given(images: Images) -> None:
     level, bad = placed(np.array([(0, 1, 1, 1)], LEVEL)), host_gpu.empty((1,), np.int32)
     zero, z = host_gpu.empty(images[:4], np.float32, 0), host_gpu.empty(images[:4], np.float32)
     host_gpu.launch(
-        launches.step(plain, address(case.request), address(level), 1, address(zero), address(z), address(bad))
+        launches.step(
+            plain, case.arrays(0, F=zero, x_next=z)._replace(level=address(level), not_finite=address(bad)), 1
+        )
     )
     case.z = z
     for given, drawn in zip(case.run("step", noise="given"), case.run("step", noise="drawn"), strict=True):
@@ -270,11 +255,7 @@ def test_the_first_noise_is_scaled_by_sigma_and_c_in(images: Images) -> None:
     z = placed(case.z)
     shape = laid_out(case.x, images).shape
     x, x_in = host_gpu.empty(shape, np.float32), host_gpu.empty(shape, TYPES[images.type])
-    host_gpu.launch(
-        launches.first_noise(
-            images, address(case.request), case.level(0), address(x), x_in=address(x_in), given=address(z)
-        )
-    )
+    host_gpu.launch(launches.first_noise(images, case.arrays(0, x=x, x_in=x_in, given=z)))
     found = as_nchw(x, images)
     assert np.array_equal(found, np.float32(80) * case.z)
     scaled = precond("boundary").c_in(80.0) * found.astype(np.float64)
@@ -294,15 +275,12 @@ def test_the_steps_of_a_denoiser_are_those_of_the_host(kind: str, clip: bool) ->
     case = Case(images, clip=clip, projection=projection)
     case.levels = placed(launches.levels((80.0, 1.5), precond("boundary"), 0.002, is_f=True))
     f, z, x_next = placed(case.F * 1.2), placed(case.z), host_gpu.empty(images[:4], np.float32)
-    options: Any = {"given": address(z), "clip": clip, "edit": case.edit}
-    pointers = address(case.request), case.level(1), 1, address(f), address(x_next), address(case.bad)
-    host_gpu.launch(launches.step(images, *pointers, **options))
+    options: Any = {"clip": clip, "edit": case.edit}
+    host_gpu.launch(launches.step(images, case.arrays(1, given=z, F=f, x_next=x_next), 1, **options))
     host = HostSteps(lambda k: case.z, 0.002, clip, Edit(case.x, projection))
     assert np.abs(x_next - host.step(case.F * 1.2, 1, 1.5)).max() < 1e-6
     made, floats = host_gpu.empty((3, 8, 12, 3), np.uint8), host_gpu.empty((3, 8, 12, 3), np.float32)
-    del options["given"]
-    outputs = {"bytes": address(made), "floats": address(floats)}
-    host_gpu.launch(launches.finish(images, case.level(2), address(f), address(case.bad), **outputs, **options))
+    host_gpu.launch(launches.finish(images, case.arrays(2, F=f, bytes=made, floats=floats), **options))
     x0 = host.finish(case.F * 1.2)
     assert np.abs(floats - np.moveaxis(x0, 1, -1)).max() < 1e-6
     assert np.abs(made.astype(int) - to_uint8(x0)).max() <= 1
@@ -350,8 +328,7 @@ def test_nothing_is_written_beside_the_images() -> None:
         x, F = laid_out(case.x, images), laid_out(case.F, images)
         around = host_gpu.empty((x.size + 64,), np.float32, 7), host_gpu.empty((F.size + 64,), F.dtype, 7)
         inside = [each[32:] for each in around]
-        pointers = address(case.request), case.level(1), 1, address(F), address(inside[0]), address(case.bad)
-        host_gpu.launch(launches.step(images, *pointers, x=address(x), x_in=address(inside[1])))
+        host_gpu.launch(launches.step(images, case.arrays(1, x=x, F=F, x_next=inside[0], x_in=inside[1]), 1))
         for each in around:
             assert (each[:32] == 7).all() and (each[-32:] == 7).all() and not (each[32:-32] == 7).any()
 
@@ -364,11 +341,10 @@ def test_images_that_are_moved_one_by_one_may_lie_anywhere() -> None:
     assert (address(both) + both[0].nbytes) % 16
     made = [host_gpu.empty((*images[:4],), np.float32) for _ in range(2)]
     for z, x in zip(both, made, strict=True):
-        launch = launches.first_noise(images, address(case.request), case.level(0), address(x), given=address(z))
-        host_gpu.launch(launch)
+        host_gpu.launch(launches.first_noise(images, case.arrays(0, x=x, given=z)))
     assert np.array_equal(*made)
     with pytest.raises(RequestError, match="given is misaligned: its address must be a multiple of 16"):
-        launches.first_noise(Images(3, 3, 8, 8), 16, 16, 16, given=20)
+        launches.first_noise(Images(3, 3, 8, 8), AT._replace(given=20))
 
 
 # What is refused
@@ -377,11 +353,9 @@ def test_images_that_are_moved_one_by_one_may_lie_anywhere() -> None:
 @pytest.mark.parametrize("name", ["F", "x_next", "x", "x_in", "given"])
 @pytest.mark.parametrize("offset", [2, 4, 8])
 def test_a_misaligned_view_is_refused(name: str, offset: int) -> None:
-    pointers = {"F": 64, "x_next": 64, "x": 64, "x_in": 64, "given": 64}
-    pointers[name] += offset
-    F, x_next = pointers.pop("F"), pointers.pop("x_next")
+    at = AT._replace(**{name: 64 + offset})
     with pytest.raises(RequestError, match=f"{name} is misaligned"):
-        launches.step(Images(1, 1, 8, 8), 16, 16, 1, F, x_next, 4, **pointers)
+        launches.step(Images(1, 1, 8, 8), at, 1)
 
 
 @pytest.mark.parametrize(
@@ -389,24 +363,24 @@ def test_a_misaligned_view_is_refused(name: str, offset: int) -> None:
 )
 def test_sizes_that_are_no_batch_are_refused(shape: Any) -> None:
     with pytest.raises(RequestError, match="are no batch"):
-        launches.finish(Images(*shape), 16, 16, 4, bytes=16)
+        launches.finish(Images(*shape), AT)
 
 
 def test_numbers_out_of_range_and_a_place_that_is_taken_are_refused() -> None:
     images = Images(1, 3, 8, 8, "fp16", "nchw", "fp32")
     with pytest.raises(RequestError, match="x_in cannot be written over F, which is fp32 and not fp16"):
-        launches.step(images, 16, 16, 1, 64, 16, 4, x_in=64)
+        launches.step(images, AT._replace(F=64, x_in=64), 1)
     for draw in (-1, 1 << 32):
         with pytest.raises(RequestError, match="draw must be from 0"):
-            launches.first_noise(images, 16, 16, 16, draw=draw)
+            launches.first_noise(images, AT, draw)
     with pytest.raises(RequestError, match="patches are more than"):
         edit = Placed(PatchMean(np.zeros((1, 64, 128, 64), np.float32), 2), 16)
-        launches.finish(Images(1 << 16, 64, 256, 128), 16, 16, 4, bytes=16, edit=edit)
+        launches.finish(Images(1 << 16, 64, 256, 128), AT, edit=edit)
 
 
 def test_nothing_to_write_is_refused() -> None:
     with pytest.raises(RequestError, match="neither"):
-        launches.finish(Images(1, 1, 8, 8), 16, 16, 4)
+        launches.finish(Images(1, 1, 8, 8), AT._replace(bytes=0, floats=0))
 
 
 def test_projections_that_do_not_fit_are_refused() -> None:
@@ -424,6 +398,6 @@ def test_projections_that_do_not_fit_are_refused() -> None:
     ]
     for projection, reason in wrong:
         with pytest.raises(RequestError, match=reason):
-            launches.finish(images, 16, 16, 4, bytes=16, edit=Placed(projection, 16, 16))
+            launches.finish(images, AT, edit=Placed(projection, 16, 16))
     with pytest.raises(RequestError, match="3 channels, not 1"):
-        launches.finish(Images(2, 1, 8, 8), 16, 16, 4, bytes=16, edit=Placed(Luma(zeros(2, 1, 8, 8)), 16))
+        launches.finish(Images(2, 1, 8, 8), AT, edit=Placed(Luma(zeros(2, 1, 8, 8)), 16))
