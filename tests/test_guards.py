@@ -310,6 +310,64 @@ def test_public_names() -> None:
         _ = cm.nothing
 
 
+# One formula, one loop
+
+COEFFICIENTS = {"c_skip", "c_out", "c_in", "c_noise"}
+OTHER_FORMULAS = ["training.losses"]  # EDM's weight of a loss: 1 / c_out^2
+OTHER_LOOPS = {
+    "heun",  # an ODE solver, for teachers
+    "_images",  # a trial of engines, which compares what they make of every step
+    "_multistep",  # the loop around other programs' engines
+}
+
+
+def formulas(tree: ast.AST) -> Iterator[int]:
+    """Lines that assign arithmetic to a coefficient, or add the squares of sigma_data and of something else."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) and node.value:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+            is_arithmetic = any(isinstance(each, ast.BinOp) for each in ast.walk(node.value))
+            calls = {getattr(each.func, "attr", "") for each in ast.walk(node.value) if isinstance(each, ast.Call)}
+            if names & COEFFICIENTS and (is_arithmetic or calls & {"divide", "multiply", "sqrt"}):
+                yield node.lineno
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            squares = [ast.unparse(side) for side in (node.left, node.right)]
+            if all("** 2" in each for each in squares) and any("data" in each for each in squares):
+                yield node.lineno
+
+
+def model_loops(tree: ast.AST) -> Iterator[str]:
+    """Functions that call denoise inside for or while."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            loops = (node for node in ast.walk(function) if isinstance(node, ast.For | ast.While))
+            calls = (node.func for loop in loops for node in ast.walk(loop) if isinstance(node, ast.Call))
+            if any("denoise" in (getattr(call, "attr", ""), getattr(call, "id", "")) for call in calls):
+                yield function.name
+
+
+def test_nothing_but_precond_computes_a_coefficient() -> None:
+    files = {name: ast.parse(file.read_text()) for name, file in modules(PACKAGE).items()}
+    assert [name for name, tree in files.items() if name != "precond" and [*formulas(tree)]] == OTHER_FORMULAS
+    assert len([*formulas(files["precond"])]) == 2  # the sums of squares under c_in and c_out
+    for source in (
+        "c_out = sigma_data * d / root",
+        "c_skip = ops.divide(variance, total)",
+        "x = f(s**2 + sigma_data**2)",
+        "if c_in := 1 / root: pass",
+    ):
+        assert [*formulas(ast.parse(source))] == [1], source
+    assert not [*formulas(ast.parse("c_skip, c_out = form.c_skip(s), form.c_out(s)"))]
+
+
+def test_nothing_but_run_loops_over_steps() -> None:
+    trees = [ast.parse(file.read_text()) for file in modules(PACKAGE).values()]
+    assert sorted(name for tree in trees for name in model_loops(tree)) == sorted(["run", *OTHER_LOOPS])
+    planted = "def f():\n while 1:\n  x = model.denoise(x, sigma, label)"
+    assert [*model_loops(ast.parse(planted))] == ["f"]
+
+
 # Words of the product
 
 # Options of other programs that are run or named: pip, nvidia-smi, git.
