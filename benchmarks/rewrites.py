@@ -1,4 +1,4 @@
-"""What each form of `export.forms` is worth: a network as it is exported, against the same with one form made plain.
+"""The worth of each form in `export.ops`: a network as it is exported, against the same with one form made plain.
 
     python benchmarks/rewrites.py --network cifar32 --batch 1 8 --seconds 20
 

@@ -1,8 +1,8 @@
-"""Preconditioning: how the network F becomes the consistency function f, for NumPy and torch arrays alike.
+"""Preconditioning: the step from the network F to the consistency function f, for NumPy, torch and graphs alike.
 
     f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))
 
-Nothing else computes a c_ coefficient. Every form returns coefficients in the dtype of ``sigma``.
+Nothing else computes a c_ coefficient, the CUDA sources apart. Coefficients have the dtype of ``sigma``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,18 @@ class Precond:
     boundary    arXiv 2303.01469, appendix C: c_skip = 1 and c_out = 0 at ``sigma_boundary``
     edm         arXiv 2206.00364, table 1: the same with ``sigma_boundary`` = 0
     piecewise   arXiv 2303.01469, eq. 4: x itself up to ``sigma_boundary``, F above it
+
+    Args:
+        form: one of the above.
+        sigma_data: standard deviation of the data.
+        sigma_boundary: where f is the identity; 0 for edm.
+
+    Raises:
+        ConfigError: a constant is out of range, or does not fit the form.
+
+    Example:
+        >>> Precond("boundary").c_skip(np.float32(0.002))
+        np.float32(1.0)
     """
 
     form: Form
@@ -101,7 +113,7 @@ def c_out(sigma: Any, sigma_data: Any, sigma_boundary: Any) -> Any:
 
 
 def precond(form: str, sigma_data: float = 0.5, sigma_boundary: float | None = None) -> Precond:
-    """The named form; its boundary defaults to 0 for edm and to 0.002 for the others. Raises ConfigError."""
+    """Return the named form; its boundary defaults to 0 for edm and to 0.002 for the others. Raises ConfigError."""
     if sigma_boundary is None:
         sigma_boundary = 0.0 if form == "edm" else 0.002
     return Precond(cast("Form", form), sigma_data, sigma_boundary)

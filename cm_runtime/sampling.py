@@ -1,4 +1,4 @@
-"""The one sampling loop, over requests. Nothing else in the project loops over steps."""
+"""The one sampling loop, over requests: NumPy, CUDA and the exporter share `run`. Nothing else loops over steps."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Evaluation(Protocol[X, L]):
 
 
 class StepOps(Protocol[X]):
-    """Steps around f in the loop; see `HostSteps`, and `cuda.DeviceSteps`."""
+    """Steps around f: `HostSteps` in NumPy, `cuda.steps.DeviceSteps`, and `export.steps.GraphSteps` as nodes."""
 
     def first(self, sigma: float) -> X: ...
     def step(self, x0: X, k: int, sigma: float) -> X: ...

@@ -74,9 +74,9 @@ class Graph:
         name = "/".join([*self._scope, kind])
         count = self._used[name] = self._used.get(name, 0) + 1
         name = name if count == 1 else f"{name}_{count}"
-        made = [name] if outputs == 1 else [f"{name}:{i}" for i in range(outputs)]
-        self._nodes.append(helper.make_node(kind, inputs, made, name=name, domain=domain, **attributes))
-        return made
+        values = [name] if outputs == 1 else [f"{name}:{i}" for i in range(outputs)]
+        self._nodes.append(helper.make_node(kind, inputs, values, name=name, domain=domain, **attributes))
+        return values
 
     def cast(self, value: str, old: int, new: int) -> str:
         """``value``, of element type ``old``, as ``new``."""

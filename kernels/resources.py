@@ -1,4 +1,4 @@
-"""What nvcc made of the kernels: its log and kernels.fatbin -> kernels.json. `make` calls it.
+"""The report of a build of the kernels: nvcc's log and kernels.fatbin -> kernels.json. `make` calls it.
 
     python resources.py NVCC LOG FOLDER        # writes FOLDER/kernels.json
     python resources.py --compare FOLDER       # holds what is committed to the build in FOLDER
@@ -27,33 +27,33 @@ KERNEL = re.compile(
 
 def sources() -> dict[str, str]:
     """The hash of each file that decides what is built, by its name."""
-    found = sorted(path for pattern in SOURCES for path in FOLDER.glob(pattern))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    paths = sorted(path for pattern in SOURCES for path in FOLDER.glob(pattern))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def kernels(log: str) -> dict[str, dict[str, dict[str, int]]]:
     """Kernel -> GPU -> registers, bytes of stack, and bytes spilled."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
+    table: dict[str, dict[str, dict[str, int]]] = {}
     for match in KERNEL.finditer(log):
         spills = int(match["stores"]) + int(match["loads"])
         numbers = {"registers": int(match["registers"]), "stack": int(match["stack"]), "spills": spills}
-        found.setdefault(match["name"], {})[f"sm_{match['gpu']}"] = numbers
-    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
+        table.setdefault(match["name"], {})[f"sm_{match['gpu']}"] = numbers
+    return {name: dict(sorted(table[name].items())) for name in sorted(table)}
 
 
 def main(nvcc: str, log: Path, folder: Path) -> None:
     """Writes ``folder``/kernels.json; ends the program where a kernel spills."""
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = kernels(log.read_text())
+    table = kernels(log.read_text())
     result = {
         "nvcc": re.findall(r"release ([\d.]+), V([\d.]+)", version)[0][1],
         "fatbin_sha256": hashlib.sha256((folder / "kernels.fatbin").read_bytes()).hexdigest(),
         "sources_sha256": sources(),
-        "kernels": found,
+        "kernels": table,
     }
-    spilled = [f"{name} on {gpu}" for name, each in found.items() for gpu, has in each.items() if has["spills"]]
-    if spilled or not found:
-        sys.exit(f"registers are spilled in {', '.join(spilled)}" if spilled else "no kernel was compiled")
+    spills = [f"{name} on {gpu}" for name, each in table.items() for gpu, has in each.items() if has["spills"]]
+    if spills or not table:
+        sys.exit(f"registers are spilled in {', '.join(spills)}" if spills else "no kernel was compiled")
     lines = json.dumps(result, indent=1)
     (folder / "kernels.json").write_text(re.sub(r"\{\s+(\"registers\".*?)\s+\}", _on_a_line, lines, flags=re.S) + "\n")
 

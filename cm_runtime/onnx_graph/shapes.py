@@ -183,18 +183,18 @@ def _concat(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
 
 def _gather(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
     data, index = inputs[0], inputs[1]
-    shape, picked = _shape(data), _shape(index)
+    shape, index_shape = _shape(data), _shape(index)
     axis = _axis(node, shape)
     numbers = None
-    shape_out = (*shape[:axis], *picked, *shape[axis + 1 :])
+    shape_out = (*shape[:axis], *index_shape, *shape[axis + 1 :])
     if data and index and data.numbers is not None and index.numbers is not None and math.prod(shape_out) <= SMALL:
         numbers = np.take(data.numbers, index.numbers, axis)
     yield of_shape(shape_out, numbers)
 
 
 def _gather_nd(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape, picked = _shape(inputs[0]), _shape(inputs[1])
-    yield Value(None, math.prod(picked[:-1]) * math.prod(shape[picked[-1] :]))
+    shape, index_shape = _shape(inputs[0]), _shape(inputs[1])
+    yield Value(None, math.prod(index_shape[:-1]) * math.prod(shape[index_shape[-1] :]))
 
 
 def _gather_elements(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
@@ -308,10 +308,10 @@ def _conv_transpose(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
     n, _, *sides = _shape(inputs[0])
     rank = len(sides)
     strides, dilations = _attribute(node, "strides", (1,) * rank), _attribute(node, "dilations", (1,) * rank)
-    more, wanted = _attribute(node, "output_padding", (0,) * rank), _attribute(node, "output_shape")
+    more, sides_out = _attribute(node, "output_padding", (0,) * rank), _attribute(node, "output_shape")
     widest = [strides[i] * (side - 1) + dilations[i] * (kernel[i] - 1) + 1 + more[i] for i, side in enumerate(sides)]
     pads = _attribute(node, "pads", (0,) * 2 * rank)
-    out = wanted or [side - pads[i] - pads[i + rank] for i, side in enumerate(widest)]
+    out = sides_out or [side - pads[i] - pads[i + rank] for i, side in enumerate(widest)]
     yield of_shape((n, part * _attribute(node, "group", 1), *out))
 
 
@@ -352,12 +352,12 @@ def _reduce(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
     axes = _axes(node, inputs, len(shape))
     if node.kind in ("ArgMax", "ArgMin"):
         axes = {_axis(node, shape)}
-    kept = _attribute(node, "keepdims", 1)
-    sides = tuple(1 if i in axes else side for i, side in enumerate(shape) if kept or i not in axes)
+    keeps_dims = _attribute(node, "keepdims", 1)
+    sides = tuple(1 if i in axes else side for i, side in enumerate(shape) if keeps_dims or i not in axes)
     numbers = inputs[0].numbers if inputs[0] else None
     total = None
     if node.kind == "ReduceProd" and numbers is not None:
-        total = np.asarray(np.prod(numbers, axis=tuple(axes), keepdims=bool(kept)))
+        total = np.asarray(np.prod(numbers, axis=tuple(axes), keepdims=bool(keeps_dims)))
     yield of_shape(sides, total)
 
 
