@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +50,7 @@ def train(
     from cm_runtime.training.config import load_config
     from cm_runtime.training.data import open_data
     from cm_runtime.training.distributed import is_lead
+    from cm_runtime.training.loop import Observer
     from cm_runtime.training.loop import train as run
 
     if Path(preset).is_dir():
@@ -62,16 +64,15 @@ def train(
     quiet = progress.is_quiet() or not is_lead()
     with progress.spinner(f"reading {config.data.source}", has_bar=True):
         images = open_data(config.data.source, image_size=config.data.image_size, progress=not quiet)
-    with _Progress(_plan(config, images, folder), config, quiet) as shown:
-        checkpoint = run(
-            config, images, folder, resume=resume, force=force, report=shown.step, milestone=shown.milestone
-        )
+    with closing(_Progress(_plan(config, images, folder), config, quiet)) as display:
+        observer = Observer(display.begin, display.step, display.save)
+        checkpoint = run(config, images, folder, resume=resume, force=force, observer=observer)
     if is_lead():
         typer.echo(f"{checkpoint}: now cm-runtime export {checkpoint}")
 
 
 def _plan(config: TrainConfig, images: ImageSet, folder: Path) -> str:
-    """One line: the phases, their images, the device, and the folder."""
+    """Write the plan: the phases, their images, the device, and the folder."""
     import torch
 
     from cm_runtime.backends.torch import find_device
@@ -88,37 +89,31 @@ def _plan(config: TrainConfig, images: ImageSet, folder: Path) -> str:
 
 
 class _Progress:
-    """What is shown of a run: the plan, then a bar, a notebook's line or plain lines."""
+    """Display of a run: the plan, then a bar, a notebook's line or plain lines."""
 
     def __init__(self, plan: str, config: TrainConfig, quiet: bool) -> None:
         self._plan, self._config, self._text = plan, config, ""
         self._place: progress.Place = "nowhere" if quiet else progress.place()
         self._bar = _bar() if self._place == "terminal" else None
         self._line = progress.Line() if self._place == "notebook" else None
-        self._first, self._began = 0, 0.0
+        self._first, self._start_time = 0, 0.0
         self._task: Any = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Stop the bar, or clear the line."""
         if self._bar is not None:
             self._bar.stop()
         if self._line is not None:
             self._line.clear()
 
-    def milestone(self, which: str, phase: int, step: int) -> None:
-        """Shows the plan, once, and that a phase begins; or that a step is saved."""
+    def begin(self, phase: int, step: int) -> None:
+        """Print the plan, once, and that a phase begins."""
         if self._place == "nowhere":
-            return
-        if which == "saved":
-            if self._place == "lines" and (step == self._config.phase[phase].steps or progress.is_due(progress.LONG)):
-                progress.say(f"{self._text}, saved")
             return
         if self._plan:
             progress.say(self._plan)
             self._plan = ""
-        self._first, self._began = step, progress.now()
+        self._first, self._start_time = step, progress.now()
         method, steps = self._config.phase[phase].method, self._config.phase[phase].steps
         if self._bar is not None:
             self._bar.start()
@@ -130,20 +125,25 @@ class _Progress:
             progress.say(f"phase {phase + 1} of {len(self._config.phase)}: {method}, {quantity(steps, 'step')}{at}")
 
     def step(self, report: Report) -> None:
-        """Shows where the run is."""
+        """Show the step, its loss and the time that is left."""
         if self._bar is not None:
             rate = report.images_per_second
             self._bar.update(self._task, completed=report.step, loss=report.loss, rate=rate)
         elif self._place != "nowhere":
-            left = (progress.now() - self._began) / (report.step - self._first) * (report.steps - report.step)
+            seconds = (progress.now() - self._start_time) / (report.step - self._first) * (report.steps - report.step)
             self._text = (
                 f"{report.method}: step {report.step}/{report.steps}, loss {report.loss:.3g},"
-                f" {report.images_per_second:.0f} images/s, {progress.duration(left)} left"
+                f" {report.images_per_second:.0f} images/s, {progress.duration(seconds)} left"
             )
             if self._line is not None:
                 self._line.show(self._text)
             else:
                 progress.tick(self._text)
+
+    def save(self, phase: int, step: int) -> None:
+        """Print that a step is saved, off a terminal, if it is the phase's last or a line is due."""
+        if self._place == "lines" and (step == self._config.phase[phase].steps or progress.is_due(progress.LONG)):
+            progress.say(f"{self._text}, saved")
 
 
 def _bar() -> Progress:

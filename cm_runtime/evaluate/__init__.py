@@ -1,1 +1,1 @@
-"""How good images are: Fréchet distance, precision, recall and class agreement, in one pass and constant memory."""
+"""Quality of images: Fréchet distance, precision, recall and class agreement, in one pass and constant memory."""

@@ -1,4 +1,4 @@
-"""What an extractor's input and outputs mean: said by its file, read off its graph, or asked for; never guessed."""
+"""Meaning of an extractor's input and outputs: from its metadata, its graph or the options; never guessed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ RANGES: dict[Range, tuple[float, float]] = {"-1:1": (-1, 1), "0:1": (0, 1), "0:2
 
 
 class Preparation(Record):
-    """How images become an extractor's input, and the outputs to take; JSON under the key cm_runtime_extractor.
+    """Conversion of images to an extractor's input, and its outputs; JSON under the key cm_runtime_extractor.
 
-    value_range: what black and white are; resize: what to do with images of another size than a fixed input's.
+    value_range: black and white; resize: the treatment of images of another size than a fixed input's.
     """
 
     format_version: Literal[1] = 1
@@ -32,22 +32,22 @@ class Preparation(Record):
     logits: str | None = None
 
 
-def own(path: Path, said: str, shape: Sequence[Any], outputs: Sequence[str]) -> Preparation:
-    """The preparation that the file itself states. Raises ArtifactError where it does not fit input and outputs."""
+def from_metadata(path: Path, metadata: str, shape: Sequence[Any], outputs: Sequence[str]) -> Preparation:
+    """Parse the preparation in a file's metadata. Raises ArtifactError if it does not fit input and outputs."""
     try:
-        found = Preparation.model_validate_json(said)
+        preparation = Preparation.model_validate_json(metadata)
     except ValidationError as error:
         raise ArtifactError(f"{path}: its extractor metadata is not valid: {explain(error, METADATA_KEY)}") from error
-    missing = {found.features, found.logits or found.features} - set(outputs)
-    if missing or found.layout not in _layouts(shape):
+    names = {preparation.features, preparation.logits or preparation.features}
+    if not names <= set(outputs) or preparation.layout not in _layouts(shape):
         raise ArtifactError(f"{path}: its extractor metadata does not fit its graph")
-    return found
+    return preparation
 
 
-def foreign(
+def from_graph(
     path: Path, is_uint8: bool, shape: Sequence[Any], outputs: Sequence[str], value_range: str | None, name: str | None
 ) -> Preparation:
-    """The preparation of a file that says nothing, from its graph and the options --range and --output-name.
+    """Derive the preparation of a file without metadata from its graph and the options --range and --output-name.
 
     Raises ArtifactError for a graph that cannot be an extractor, RequestError for an option that is missing or wrong.
     """
@@ -72,20 +72,20 @@ def foreign(
     )
 
 
-def _range(path: Path, is_uint8: bool, given: str | None) -> Range:
+def _range(path: Path, is_uint8: bool, value_range: str | None) -> Range:
     if is_uint8:
-        if given not in (None, "0:255"):
+        if value_range not in (None, "0:255"):
             raise RequestError(f"{path} takes uint8, which is 0:255; leave --range out")
         return "0:255"
-    for known in RANGES:
-        if given == known:
-            return known
-    if given is None:
+    for each in RANGES:
+        if value_range == each:
+            return each
+    if value_range is None:
         raise RequestError(f"{path} does not say what its pixels range over; give --range {'|'.join(RANGES)}")
-    raise RequestError(f"--range is one of {', '.join(RANGES)}, not {given!r}")
+    raise RequestError(f"--range is one of {', '.join(RANGES)}, not {value_range!r}")
 
 
 def _layouts(shape: Sequence[Any]) -> list[Layout]:
-    """Those of the two that an input's shape allows."""
-    found: list[Layout] = ["NCHW"] if shape[1] in (1, 3) else []
-    return [*found, "NHWC"] if shape[3] in (1, 3) else found
+    """Layouts that an input's shape allows."""
+    axes: dict[Layout, int] = {"NCHW": 1, "NHWC": 3}
+    return [layout for layout, axis in axes.items() if shape[axis] in (1, 3)]

@@ -1,4 +1,4 @@
-"""Mean and covariance of features as they come, and the Fréchet distance between two Gaussians."""
+"""Running mean and covariance of features, and the Fréchet distance between two Gaussians."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunningMoments:
         self._scatter: Float64 = np.zeros((0, 0))
 
     def update(self, features: NDArray[Any]) -> None:
-        """Takes in ``features`` (N, D), N >= 1. Raises DataError where they are not finite or D changes."""
+        """Add ``features`` (N, D), N >= 1. Raises DataError if they are not finite or D changes."""
         f = np.asarray(features, np.float64)
         if f.ndim != 2 or 0 in f.shape:
             raise DataError(f"features of shape {f.shape}: rows of numbers are needed")
@@ -36,8 +36,8 @@ class RunningMoments:
         if not np.isfinite(f).all():
             raise DataError("features hold NaN or infinity; the extractor cannot take these images")
         mean = f.mean(0)
-        centred = f - mean
-        scatter = centred.T @ centred
+        deviations = f - mean
+        scatter = deviations.T @ deviations
         if not self.count:
             self.count, self._mean, self._scatter = len(f), mean, scatter
             return
@@ -59,9 +59,9 @@ class RunningMoments:
 
 def moments(features: NDArray[Any]) -> tuple[Float64, Float64]:
     """Mean (D,) and covariance (D, D) float64 of ``features`` (N, D), N at least 2, with divisor N - 1."""
-    running = RunningMoments()
-    running.update(features)
-    return running.result()
+    accumulator = RunningMoments()
+    accumulator.update(features)
+    return accumulator.result()
 
 
 def frechet_distance(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> float:
@@ -69,7 +69,7 @@ def frechet_distance(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> 
 
     arXiv 1706.08500, eq. 6. With S = R R^T, tr (S_a S_b)^(1/2) is the sum of the singular values of
     R_a^T R_b: real and accurate for singular covariances too, where a square root of the product is neither.
-    Raises DataError where the numbers are too large for it.
+    Raises DataError if the numbers are too large for it.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
     try:
@@ -82,7 +82,7 @@ def frechet_distance(a: tuple[Float64, Float64], b: tuple[Float64, Float64]) -> 
 
 
 def _root(covariance: Float64) -> Float64:
-    """R (D, D) with R R^T = ``covariance``; eigenvalues that rounding alone could have made count as zero."""
+    """R (D, D) with R R^T = ``covariance``; eigenvalues within rounding error of zero count as zero."""
     values, vectors = np.linalg.eigh(covariance)
     noise = len(values) * np.finfo(np.float64).eps * np.abs(values).max()
     root: Float64 = vectors * np.sqrt(np.where(values > noise, values, 0.0))

@@ -1,4 +1,4 @@
-"""One pass over images, whatever their number, and what it says beside a reference."""
+"""Metrics of images beside a reference, from one pass over any number of them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ FEWEST = 2048  # images: the dimension of Inception's features, below which thei
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What one pass kept: statistics, some features (M, D) float32, and the class agreement.
+    """Result of one pass: statistics, some features (M, D) float32, and the class agreement.
 
-    features: None where none were kept; agreement: None without labels or logits;
-    image_shape: (H, W, C), None where no image was seen.
+    features: None if not wanted; agreement: None without labels or logits; image_shape: (H, W, C), None if unknown.
     """
 
     statistics: Statistics
@@ -38,7 +37,7 @@ class Observation:
 
 
 class Figures(Record):
-    """How far images are from a reference; None is what could not be measured."""
+    """Metrics of images beside a reference; None is one that could not be measured."""
 
     count: int = Field(description="images measured")
     dimension: int = Field(description="numbers in the features of an image")
@@ -51,7 +50,7 @@ class Figures(Record):
 
 
 class Report(Record):
-    """Figures and everything it takes to have them again."""
+    """Figures and everything it takes to reproduce them."""
 
     cm_runtime: str = Field(description="the version")
     images: dict[str, Any]
@@ -69,41 +68,39 @@ def observe(
     classes: int | None = None,
     reference: Statistics | None = None,
 ) -> Observation:
-    """Takes in every batch of uint8 images once; memory does not grow with their number.
+    """Measure batches of uint8 images in one pass; memory does not grow with their number.
 
-    manifold: features to keep for precision and recall, 0 for none. classes: of the labels, None where only the
-    labels tell; agreement is measured where the extractor's logits are for that many. reference: refused at the
-    first batch, not at the last, where it is another extractor's.
-    Raises DataError, RequestError, EngineError.
+    manifold: features to keep for precision and recall, 0 for none. classes: of the labels, None if unknown; agreement
+    is measured if the extractor's logits are for as many. reference: another extractor's is refused at the first batch,
+    not at the last. Raises DataError, RequestError, EngineError.
     """
-    running = RunningMoments()
-    kept = Reservoir(manifold) if manifold else None
-    labelled = agreed = 0
+    moments = RunningMoments()
+    reservoir = Reservoir(manifold) if manifold else None
+    labels = matches = 0
     shape = None
     for batch in batches:
-        made = extractor(batch.images)
+        extraction = extractor(batch.images)
+        features, logits = extraction.features, extraction.logits
         if shape is None:
             shape = tuple(batch.images.shape[1:])
             if reference is not None:
-                reference.check(made.features.shape[1], extractor.sha256, "the reference")
-        running.update(made.features)
-        if kept is not None:
-            kept.update(made.features)
-        if batch.labels is not None and made.logits is not None and classes in (None, made.logits.shape[1]):
-            if batch.labels.max() >= made.logits.shape[1]:
-                raise DataError(
-                    f"label {batch.labels.max()}, but the extractor knows {quantity(made.logits.shape[1], 'class')}"
-                )
-            labelled += len(batch.labels)
-            agreed += int((made.logits.argmax(1) == batch.labels).sum())
-    mean, covariance = running.result()
-    statistics = Statistics(mean, covariance, running.count, extractor.sha256)
-    features = None if kept is None else kept.result()
-    return Observation(statistics, features, agreed / labelled if labelled else None, shape)
+                reference.check(features.shape[1], extractor.sha256, "the reference")
+        moments.update(features)
+        if reservoir is not None:
+            reservoir.update(features)
+        if batch.labels is not None and logits is not None and classes in (None, logits.shape[1]):
+            if batch.labels.max() >= logits.shape[1]:
+                count = quantity(logits.shape[1], "class")
+                raise DataError(f"label {batch.labels.max()}, but the extractor knows {count}")
+            labels += len(batch.labels)
+            matches += int((logits.argmax(1) == batch.labels).sum())
+    statistics = Statistics(*moments.result(), moments.count, extractor.sha256)
+    sample = None if reservoir is None else reservoir.result()
+    return Observation(statistics, sample, matches / labels if labels else None, shape)
 
 
 def compare(images: Observation, reference: Observation | None) -> Figures:
-    """Fréchet distance, precision and recall of ``images``, as far as the reference has what they need."""
+    """Compute Fréchet distance, precision and recall of ``images``, as far as the reference allows."""
     values: dict[str, Any] = {"frechet_distance": None, "precision": None, "recall": None, "manifold": None}
     if reference is not None:
         a, b = images.statistics, reference.statistics
@@ -112,12 +109,12 @@ def compare(images: Observation, reference: Observation | None) -> Figures:
             values["precision"], values["recall"] = precision_recall(reference.features, images.features)
             values["manifold"] = len(reference.features), len(images.features)
     count = images.statistics.count
-    assert count is not None  # it was observed
+    assert count is not None  # `observe` counts
     return Figures(count=count, dimension=len(images.statistics.mean), class_agreement=images.agreement, **values)
 
 
 def few_images(images: Observation, reference: Observation | None) -> str | None:
-    """A warning where either side has too few images for its Fréchet distance, None where not or where there is none.
+    """Word a warning if either side has too few images for a Fréchet distance; None if there is no distance.
 
     The covariances of few images bias the distance upwards (arXiv 1911.07023): below 2048 images, or twice as many as
     the features have dimensions, it is no property of the model alone.

@@ -1,4 +1,4 @@
-"""What tuning minimises: the Fréchet distance of a model's images at given noise levels, with common noise."""
+"""Objective of tuning: the Fréchet distance of a model's images as a function of noise levels, on common noise."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MEMORY = 1 << 28
 
 
 class FirstStep:
-    """A Denoiser that remembers f at sigma_max: the first step of every candidate is the same.
+    """A Denoiser that caches f at sigma_max: the first step of every candidate is the same.
 
-    It keeps at most ``memory`` bytes and computes the rest anew; what it gives is the model's, to the bit.
+    It keeps at most ``memory`` bytes and computes the rest anew; its results are the model's, to the bit.
     """
 
     def __init__(self, model: Denoiser, memory: int = MEMORY) -> None:
-        self._model, self._left = model, memory
-        self._made: dict[bytes, Array] = {}
+        self._model, self._room = model, memory
+        self._cache: dict[bytes, Array] = {}
 
     @property
     def manifest(self) -> Manifest:
@@ -38,19 +38,19 @@ class FirstStep:
         return self._model.micro_batch
 
     def denoise(self, x: Array, sigma: float | Array, label: NDArray[np.int64] | None = None) -> Array:
-        """As the model's; the caller may write on what it gets."""
+        """Denoise as the model does; the caller may write on the result."""
         if not isinstance(sigma, float) or sigma != self.manifest.sigma_max:
             return self._model.denoise(x, sigma, label)
         digest = hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=32)
         if label is not None:
             digest.update(label.tobytes())
         key = digest.digest()
-        if key in self._made:
-            return self._made[key].copy()
+        if key in self._cache:
+            return self._cache[key].copy()
         x0 = self._model.denoise(x, sigma, label)
-        if x0.nbytes <= self._left:
-            self._made[key] = x0.copy()
-            self._left -= x0.nbytes
+        if x0.nbytes <= self._room:
+            self._cache[key] = x0.copy()
+            self._room -= x0.nbytes
         return x0
 
 
@@ -68,10 +68,10 @@ class FrechetObjective:
     track: Callable[[Iterator[Batch], tuple[float, ...]], Iterator[Batch]]
 
     def __call__(self, sigmas: tuple[float, ...]) -> float:
-        """Raises RequestError, EngineError, DataError."""
+        """Measure the distance. Raises RequestError, EngineError, DataError."""
         request = sampling_request(self.model.manifest, replace(self.draw, sigmas=sigmas), self.model.micro_batch)
         parts = self.track(sampling.batches(self.model, request), sigmas)
-        seen = observe(parts, self.extractor, manifold=0, reference=self.reference.statistics)
-        distance = compare(seen, self.reference).frechet_distance
+        observation = observe(parts, self.extractor, manifold=0, reference=self.reference.statistics)
+        distance = compare(observation, self.reference).frechet_distance
         assert distance is not None  # there is a reference
         return distance

@@ -17,7 +17,7 @@ from cm_runtime.errors.wording import quantity
 from cm_runtime.evaluate.frechet import Float64
 
 K = 3
-_BLOCK = 1 << 20  # distances held at once
+_BLOCK = 1 << 20  # distances in memory
 
 
 class Reservoir:
@@ -29,31 +29,31 @@ class Reservoir:
     def __init__(self, size: int) -> None:
         self.size = size
         self._random = np.random.Generator(np.random.PCG64(0))
-        self._kept: NDArray[np.float32] | None = None
-        self._seen = 0
+        self._features: NDArray[np.float32] | None = None
+        self._count = 0
 
     def update(self, features: NDArray[np.float32]) -> None:
-        """Takes in ``features`` (N, D)."""
-        if self._kept is None:
-            self._kept = np.empty((self.size, features.shape[1]), np.float32)
-        room = features[: max(self.size - self._seen, 0)]
-        self._kept[self._seen : self._seen + len(room)] = room
-        self._seen += len(room)
+        """Add ``features`` (N, D)."""
+        if self._features is None:
+            self._features = np.empty((self.size, features.shape[1]), np.float32)
+        room = features[: max(self.size - self._count, 0)]
+        self._features[self._count : self._count + len(room)] = room
+        self._count += len(room)
         for feature in features[len(room) :]:
-            self._seen += 1
-            place = int(self._random.integers(self._seen))
+            self._count += 1
+            place = int(self._random.integers(self._count))
             if place < self.size:
-                self._kept[place] = feature
+                self._features[place] = feature
 
     def result(self) -> NDArray[np.float32]:
-        """(min(size, N), D) float32."""
-        return np.empty((0, 0), np.float32) if self._kept is None else self._kept[: self._seen]
+        """Features (min(size, N), D) float32."""
+        return np.empty((0, 0), np.float32) if self._features is None else self._features[: self._count]
 
 
 def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = K) -> tuple[float, float]:
-    """The shares of ``generated`` (M, D) on the manifold of ``real`` (N, D), and of ``real`` on that of ``generated``.
+    """Shares of ``generated`` (M, D) on the manifold of ``real`` (N, D), and of ``real`` on that of ``generated``.
 
-    Memory grows with N + M, not with N M. Raises DataError where either set has no k neighbours.
+    Memory grows with N + M, not with N M. Raises DataError if either set has no k neighbours.
     """
     if min(len(real), len(generated)) <= k:
         raise DataError(f"precision and recall need more than {quantity(k, 'image')} of each side")
@@ -61,16 +61,16 @@ def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = K) ->
     centre = a.mean(0)  # distances stay, and lose fewer digits
     a, b = a - centre, b - centre
     reach_a, reach_b = _reach(a, k), _reach(b, k)
-    precise = np.zeros(len(b), bool)
-    recalled = 0
+    on_manifold = np.zeros(len(b), bool)
+    recalls = 0
     for first, distance in _distances(a, b):
-        precise |= (distance <= reach_a[first : first + len(distance), None]).any(0)
-        recalled += int((distance <= reach_b).any(1).sum())
-    return float(precise.mean()), recalled / len(a)
+        on_manifold |= (distance <= reach_a[first : first + len(distance), None]).any(0)
+        recalls += int((distance <= reach_b).any(1).sum())
+    return float(on_manifold.mean()), recalls / len(a)
 
 
 def _reach(points: Float64, k: int) -> Float64:
-    """The squared distance of each point to its k-th neighbour: the k-th after itself, at distance zero."""
+    """Squared distance of each point to its k-th neighbour: the k-th after itself, at distance zero."""
     reach = np.empty(len(points))
     for first, distance in _distances(points, points):
         distance.partition(k, axis=1)
@@ -79,9 +79,9 @@ def _reach(points: Float64, k: int) -> Float64:
 
 
 def _distances(a: Float64, b: Float64) -> Iterator[tuple[int, Float64]]:
-    """(first row, squared distances (n, M)) of a few rows of ``a`` (N, D) at a time to all of ``b`` (M, D).
+    """Yield (first row, squared distances (n, M)) of a few rows of ``a`` (N, D) at a time to all of ``b`` (M, D).
 
-    A distance that rounding alone could have made is zero, so that equal points are equal in every block.
+    A distance within rounding error of zero is zero, so that equal points are equal in every block.
     """
     squares_a, squares_b = (a**2).sum(1), (b**2).sum(1)
     rows = max(1, _BLOCK // len(b))

@@ -1,4 +1,4 @@
-"""Images to measure, a batch at a time: samples in an npz of any length, or a data set in memory."""
+"""Sources of images to measure, a batch at a time: samples in an npz of any length, or a data set in memory."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Samples:
     has_labels: bool
 
     def batches(self) -> Iterator[Batch]:
-        """All of it, in order. Raises DataError where the file does not hold what its headers promise."""
+        """Read all batches in order. Raises DataError if the file does not hold what its headers promise."""
         height, width, channels = self.image_shape
         rows = max(1, min(256, _BLOCK // (4 * height * width * channels)))
         with open_npz(self.path) as archive:
             pixels, labels = _members(archive, self.path)
             first = 0
-            given = repeat(None) if labels is None else blocks(archive, labels, self.path, rows)
-            for block, label in zip(blocks(archive, pixels, self.path, rows), given, strict=labels is not None):
+            label_blocks = repeat(None) if labels is None else blocks(archive, labels, self.path, rows)
+            for block, label in zip(blocks(archive, pixels, self.path, rows), label_blocks, strict=labels is not None):
                 index = np.arange(first, first + len(block), dtype=np.uint64)
                 yield Batch(
                     index, None if label is None else class_numbers(label, self.path), _pixels(block, self.path)
@@ -50,12 +50,12 @@ class Samples:
 
 
 def is_samples(path: Path) -> bool:
-    """Whether ``path`` is an npz with ``arr_0``, and without the ``images`` of a data set. Raises DataError."""
+    """Return True if ``path`` is an npz with ``arr_0`` and without the ``images`` of a data set. Raises DataError."""
     return path.suffix == ".npz" and streams.exists(path) and {"arr_0", "images"} & keys(path) == {"arr_0"}
 
 
 def open_samples(path: Path) -> Samples:
-    """The samples in ``path``, headers checked. Raises DataError."""
+    """Open the samples in ``path``, headers checked. Raises DataError."""
     with open_npz(path) as archive:
         pixels, labels = _members(archive, path)
     count, height, width, channels = pixels.shape
@@ -63,7 +63,7 @@ def open_samples(path: Path) -> Samples:
 
 
 def array_batches(images: NDArray[Any], labels: NDArray[np.int64] | None, size: int = 256) -> Iterator[Batch]:
-    """A data set in memory: ``images`` (N,C,H,W) uint8, or float32 in [-1, 1], which are rounded as sampling does."""
+    """Batches of a data set in memory: (N,C,H,W) uint8, or float32 in [-1, 1], which is rounded as sampling does."""
     for first in range(0, len(images), size):
         part = images[first : first + size]
         pixels = np.ascontiguousarray(np.moveaxis(part, 1, -1)) if part.dtype == np.uint8 else to_uint8(part)
@@ -72,7 +72,7 @@ def array_batches(images: NDArray[Any], labels: NDArray[np.int64] | None, size: 
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> tuple[Member, Member | None]:
-    """The checked headers of images and labels."""
+    """Read and check the headers of images and labels."""
     pixels = header(archive, archive.getinfo("arr_0.npy"), path)
     kind = pixels.dtype.newbyteorder("=")
     if len(pixels.shape) != 4 or pixels.shape[3] not in (1, 3) or kind not in (np.uint8, np.float32):

@@ -1,7 +1,7 @@
-"""Reference statistics on disk: an npz of ``mu`` and ``sigma``, as pytorch-fid and ADM keep them, and of whose.
+"""Reference statistics on disk: an npz of ``mu`` and ``sigma``, as of pytorch-fid and ADM.
 
-Ours add ``count`` and ``extractor_sha256``, so that statistics of another extractor are refused where the file says
-so. What a foreign file does not say is not asked.
+cm-runtime adds ``count`` and ``extractor_sha256``, by which statistics of another extractor are refused. Files of
+other tools lack them, and are taken as they are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LARGEST = 1e100  # a number of statistics; its square is finite
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean (D,) and covariance (D, D) float64 of features; ``count`` and ``extractor_sha256`` where they are known."""
+    """Mean (D,) and covariance (D, D) float64 of features; ``count`` and ``extractor_sha256`` if known."""
 
     mean: Float64
     covariance: Float64
@@ -35,7 +35,7 @@ class Statistics:
     extractor_sha256: str | None = None
 
     def check(self, dimension: int, extractor_sha256: str, where: object) -> None:
-        """Raises DataError naming ``where`` unless these are statistics of that extractor, as far as one can tell."""
+        """Raise DataError naming ``where`` unless these are statistics of that extractor, as far as the file says."""
         if self.extractor_sha256 not in (None, extractor_sha256):
             raise DataError(
                 f"{where}: statistics of another extractor ({str(self.extractor_sha256)[:12]}, not"
@@ -49,12 +49,12 @@ class Statistics:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether ``path`` is an npz with ``mu`` and ``sigma``. Raises DataError for one that cannot be read."""
+    """Return True if ``path`` is an npz with ``mu`` and ``sigma``. Raises DataError for one that cannot be read."""
     return path.suffix == ".npz" and streams.exists(path) and {"mu", "sigma"} <= keys(path)
 
 
 def read_statistics(path: Path) -> Statistics:
-    """What `write_statistics`, pytorch-fid or ADM wrote.
+    """Read statistics of `write_statistics`, pytorch-fid or ADM.
 
     Raises DataError unless mu is (D,), sigma (D, D), symmetric with no negative variance, and all of it finite.
     """
@@ -76,7 +76,7 @@ def read_statistics(path: Path) -> Statistics:
 
 
 def write_statistics(path: str | os.PathLike[str], statistics: Statistics, dtype: Any = np.float64) -> None:
-    """Writes an npz, whole or not at all. Raises OutputError."""
+    """Write an npz, whole or not at all. Raises OutputError."""
     content = {"mu": statistics.mean.astype(dtype), "sigma": statistics.covariance.astype(dtype)}
     if statistics.count is not None:
         content["count"] = np.array(statistics.count, np.int64)
@@ -87,7 +87,7 @@ def write_statistics(path: str | os.PathLike[str], statistics: Statistics, dtype
 
 
 def _numbers(archive: zipfile.ZipFile, key: str, path: Path) -> Float64:
-    """mu or sigma as float64, its size checked before memory is taken."""
+    """Read mu or sigma as float64, its size checked before memory is allocated."""
     member = header(archive, archive.getinfo(f"{key}.npy"), path)
     if member.dtype.kind != "f" or len(member.shape) not in (1, 2) or max(member.shape) > MAX_DIMENSION:
         cure = f"floats, (D,) or (D, D) with D up to {MAX_DIMENSION}, are needed"

@@ -1,8 +1,8 @@
-"""The middle noise levels of a few-step sampler, searched for in log sigma.
+"""Search for the middle noise levels of a few-step sampler, in log sigma.
 
 Every candidate draws the same indices of the same seed, so the same noise: the objective is a function of the levels
-alone, and a few thousand images tell candidates apart that other noise would blur. For the same reason the distance
-it ends at flatters: measure the result with another seed.
+alone, and a few thousand images separate candidates that other noise would blur. For the same reason its last distance
+flatters: measure the result with another seed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Objective = Callable[[Levels], float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best levels found and their objective; those of the Karras default; how many candidates were evaluated."""
+    """Best levels and their objective; those of the Karras default; the number of candidates."""
 
     sigmas: Levels
     value: float
@@ -40,79 +40,79 @@ class Tuned:
 
 
 def most_candidates(steps: int) -> int:
-    """How many levels `search` asks for, at most."""
+    """Largest number of levels that `search` evaluates."""
     if steps == 2:
         return 2 + GRID + SECTIONS
     return 1 + steps + SWEEPS * (steps - 1) * SECTIONS
 
 
 class _Search:
-    """Asks the objective once for the same levels, rounded to the six digits that are stored."""
+    """Cache of the objective, by levels of the six digits that a model file has."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        self.known: dict[Levels, float] = {}
+        self.values: dict[Levels, float] = {}
 
     def __call__(self, levels: Sequence[float]) -> float:
-        rounded = tuple(float(f"{level:.6g}") for level in levels)
-        if rounded not in self.known:
-            self.known[rounded] = self._objective(rounded)
-        return self.known[rounded]
+        key = tuple(float(f"{level:.6g}") for level in levels)
+        if key not in self.values:
+            self.values[key] = self._objective(key)
+        return self.values[key]
 
     @property
     def best(self) -> Levels:
-        return min(self.known, key=lambda levels: self.known[levels])
+        return min(self.values, key=lambda levels: self.values[levels])
 
 
 def search(
     objective: Objective,
     steps: int,
-    known: Mapping[int, Levels] | None = None,
+    tuned: Mapping[int, Levels] | None = None,
     noise_range: NoiseRange | None = None,
 ) -> Tuned:
-    """Minimises ``objective`` over the middle levels of a sampler of 2, 3 or 4 steps; the first is sigma_max.
+    """Minimise ``objective`` over the middle levels of a sampler of 2, 3 or 4 steps; the first is sigma_max.
 
-    known: levels tuned already; those of as many steps are a candidate too, those of one step fewer, or else the
+    tuned: levels by number of steps; those of as many steps are a candidate too, those of one step fewer, or else the
     Karras default, are where three and four steps begin. The Karras default is a candidate, so the result is never
     worse. Two steps: a coarse grid, then golden section around its best. More: every way to add a level, then
     coordinate descent by golden section. Raises RequestError for another number of steps.
     """
     if steps not in STEPS:
         raise RequestError(f"noise levels are tuned for 2, 3 or 4 steps, not {steps}")
-    known = known or {}
-    ask = _Search(objective)
+    tuned = tuned or {}
+    evaluate = _Search(objective)
     noise_range = noise_range or NoiseRange()
     sigma_min, sigma_max = noise_range.sigma_min, noise_range.sigma_max
     default = noise_range.levels(steps)
-    default_value = ask(default)
-    if steps in known:
-        ask(known[steps])
+    default_value = evaluate(default)
+    if steps in tuned:
+        evaluate(tuned[steps])
     if steps == 2:
         grid = np.geomspace(min(LOWEST * sigma_min, sigma_max / 4), sigma_max / 2, GRID)
         for level in grid:
-            ask((sigma_max, float(level)))
-        spacing = float(grid[1] / grid[0])
-        level = ask.best[1]
-        _refine(ask, ask.best, 1, max(level / spacing, sigma_min * 1.01), min(level * spacing, sigma_max * 0.99))
+            evaluate((sigma_max, float(level)))
+        ratio = float(grid[1] / grid[0])
+        level = evaluate.best[1]
+        _refine(evaluate, evaluate.best, 1, max(level / ratio, sigma_min * 1.01), min(level * ratio, sigma_max * 0.99))
     else:
-        fewer = noise_range.levels(steps - 1, known)
+        fewer = noise_range.levels(steps - 1, tuned)
         for place, (above, below) in enumerate(pairwise((*fewer, sigma_min)), start=1):
-            ask((*fewer[:place], math.sqrt(above * below), *fewer[place:]))
+            evaluate((*fewer[:place], math.sqrt(above * below), *fewer[place:]))
         for _ in range(SWEEPS):
-            before = ask.known[ask.best]
+            last_value = evaluate.values[evaluate.best]
             for place in range(1, steps):
-                above, level, below = (*ask.best, sigma_min)[place - 1 : place + 2]
-                _refine(ask, ask.best, place, math.sqrt(level * below), math.sqrt(level * above))
-            if ask.known[ask.best] == before:
+                above, level, below = (*evaluate.best, sigma_min)[place - 1 : place + 2]
+                _refine(evaluate, evaluate.best, place, math.sqrt(level * below), math.sqrt(level * above))
+            if evaluate.values[evaluate.best] == last_value:
                 break
-    return Tuned(ask.best, ask.known[ask.best], default, default_value, len(ask.known))
+    return Tuned(evaluate.best, evaluate.values[evaluate.best], default, default_value, len(evaluate.values))
 
 
-def _refine(ask: _Search, levels: Levels, place: int, low: float, high: float) -> None:
-    """Golden-section search in the logarithm of one level, between ``low`` and ``high``."""
+def _refine(evaluate: _Search, levels: Levels, place: int, low: float, high: float) -> None:
+    """Search by golden section in the logarithm of one level, between ``low`` and ``high``."""
 
     def value(x: float) -> float:
-        return ask((*levels[:place], math.exp(x), *levels[place + 1 :]))
+        return evaluate((*levels[:place], math.exp(x), *levels[place + 1 :]))
 
     a, b = math.log(low), math.log(high)
     c, d = b - _GOLDEN * (b - a), a + _GOLDEN * (b - a)

@@ -51,17 +51,13 @@ class Report:
     images_per_second: float
 
 
+@dataclass(frozen=True)
 class Observer:
-    """Callbacks of a run, which do nothing; a progress display overrides them."""
+    """Callbacks of a run: with (phase, step) as a phase begins or goes on, and once a step is on the disk."""
 
-    def begin(self, phase: int, step: int) -> None:
-        """Note that ``phase`` begins, or goes on, at ``step``."""
-
-    def step(self, report: Report) -> None:
-        """Note that a step is done."""
-
-    def save(self, phase: int, step: int) -> None:
-        """Note that the state after ``step`` is on the disk."""
+    begin: Callable[[int, int], object] = lambda *_: None
+    step: Callable[[Report], object] = lambda _: None
+    save: Callable[[int, int], object] = lambda *_: None
 
 
 def train(
@@ -71,7 +67,7 @@ def train(
     *,
     resume: bool = False,
     force: bool = False,
-    observer: Observer | None = None,
+    observer: Observer = Observer(),
 ) -> Path:
     """Run every phase and return the path of the checkpoint. Under torchrun every worker calls it alike.
 
@@ -99,7 +95,7 @@ def train(
             if workers.lead:
                 images = 0 if state is None else state["images"]
                 folder.begin(provenance.session(data, workers), images, tensorboard=config.tensorboard)
-            _Run(config, data, folder, observer or Observer(), must_stop, workers).train_phases(state, start)
+            _Run(config, data, folder, observer, must_stop, workers).train_phases(state, start)
     return folder.checkpoint
 
 

@@ -65,7 +65,7 @@ class Lpips(nn.Module):
         return d
 
     def _features(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield the last ReLU of each stage, channels to unit length, one by one: (N, C, H / 2^stage, W / 2^stage)."""
+        """Yield the last ReLU of each stage, channels to unit length: (N, C_stage, H / 2^stage, W / 2^stage)."""
         x = x.to(self.mean.dtype)
         if min(x.shape[2:]) < self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)

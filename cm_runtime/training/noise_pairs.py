@@ -26,9 +26,7 @@ def pairs_of(phase: ConsistencyPhase) -> Pairs:
         case CtPhase():
             return uniform(lambda k: schedule.N_of_k(k, phase.steps, phase.s0, phase.s1))
         case IctPhase():
-            return lognormal_bins(
-                lambda k: schedule.ict_N_of_k(k, phase.steps, phase.s0, phase.s1), phase.P_mean, phase.P_std
-            )
+            return bins(lambda k: schedule.ict_N_of_k(k, phase.steps, phase.s0, phase.s1), phase.P_mean, phase.P_std)
         case EctPhase():
             return continuous(phase)
 
@@ -44,7 +42,7 @@ def uniform(N_of_k: Callable[[int], int]) -> Pairs:
     return pairs
 
 
-def lognormal_bins(N_of_k: Callable[[int], int], P_mean: float, P_std: float) -> Pairs:
+def bins(N_of_k: Callable[[int], int], P_mean: float, P_std: float) -> Pairs:
     """Neighbours of the Karras grid of N(k) points, as often as a lognormal falls between them (arXiv 2310.14189)."""
 
     def pairs(draws: Draws, k: int) -> tuple[Tensor, Tensor]:

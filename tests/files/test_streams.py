@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 
 from cm_runtime.backends import DEFAULT_MODEL, engine_file, measurements
 from cm_runtime.checkpoints import diffusers, load, native
@@ -152,7 +153,7 @@ IN_FOLDERS: dict[str, Reader] = {
     "scheduler": beside("scheduler_config.json", load.load_checkpoint, ("config.json", "{}")),
     "weights": beside(f"{WEIGHTS}.bin", lambda folder: diffusers._tensors(diffusers._weights(folder))),
     "index": beside(f"{WEIGHTS}.bin.index.json", diffusers._weights),
-    "folder of pictures": lambda path: read_folder(path.parent, "train", "x", image_size=4, progress=False),
+    "folder of pictures": lambda path: read_folder(path.parent, "train", "x", image_size=4, bar=Progress(disable=True)),
 }
 SPECIAL = ("pipe", "socket", "device", "folder", "loop", "NUL", "long")
 

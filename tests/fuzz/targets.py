@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich.progress import Progress
 
 TARGETS: dict[str, Target] = {}
 RANDOM = np.random.default_rng(7)
@@ -326,7 +327,7 @@ def _pictures_of_classes(folder: Path) -> None:
 def picture_folder(path: Path) -> None:
     from cm_runtime.training.data.folder import read_folder
 
-    read_folder(path, "train", "data", image_size=8, progress=False)
+    read_folder(path, "train", "data", image_size=8, bar=Progress(disable=True))
 
 
 def _idx(folder: Path) -> None:

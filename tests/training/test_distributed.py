@@ -24,7 +24,7 @@ from run_folders import log_of, pt
 from cm_runtime import cli
 from cm_runtime.errors import EngineError, TrainingError
 from cm_runtime.training import distributed, loop
-from cm_runtime.training.distributed import Workers, is_lead, joined
+from cm_runtime.training.distributed import Workers, is_lead, join_workers
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
@@ -241,7 +241,7 @@ def test_no_thread_of_gloos_is_left_to_abort_when_python_ends(tmp_path: Path) ->
 def test_a_batch_of_fewer_images_than_workers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "joined", lambda device: nullcontext(Workers(0, 2, torch.device("cpu"))))
+    monkeypatch.setattr(loop, "join_workers", lambda device: nullcontext(Workers(0, 2, torch.device("cpu"))))
     with pytest.raises(SystemExit) as ended:
         cli.main(
             ["train", str(write_config(tmp_path, "fp64")), "--out", str(tmp_path / "out"), "--set", "phase.3.batch=1"]
@@ -262,7 +262,7 @@ def test_one_worker_needs_nobody() -> None:
     alone = Workers(0, 1, torch.device("cpu"))
     model = torch.nn.Linear(1, 1)
     assert alone.lead and alone.parallel(model) is model
-    assert alone.total(1.5, 2.0) == [1.5, 2.0] and alone.from_lead("x") == "x"
+    assert alone.total(1.5, 2.0) == [1.5, 2.0] and alone.from_lead(lambda: "x") == "x"
     assert alone.any(True) and not alone.any(False)
 
 
@@ -278,7 +278,7 @@ def test_workers_that_cannot_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(TrainingError, match="the 2 workers cannot meet") as caught, joined("cpu"):
+    with pytest.raises(TrainingError, match="the 2 workers cannot meet") as caught, join_workers("cpu"):
         pass
     assert "\n" not in str(caught.value)
 
@@ -296,7 +296,7 @@ def test_on_gpus_every_worker_has_its_own(monkeypatch: pytest.MonkeyPatch) -> No
         return torch.device("cuda:0")
 
     monkeypatch.setattr(distributed, "find_device", device)
-    refused: Callable[[], Any] = joined("auto").__enter__
+    refused: Callable[[], Any] = join_workers("auto").__enter__
     with pytest.raises(EngineError, match="cuda:1"):
         refused()
     assert asked == ["auto", "cuda:1"]

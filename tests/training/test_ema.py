@@ -115,9 +115,9 @@ def test_averages_are_stored_in_the_type_asked_for_and_their_own_stay() -> None:
     model = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
     averages = Averages(model, [0.5, 0.9])
     for dtype in (torch.float16, torch.float32):
-        stored = averages.stored(dtype)
-        assert list(stored) == ["0.5", "0.9"]
-        for name, tensor in stored["0.9"].items():
+        weights = averages.weights(dtype)
+        assert list(weights) == ["0.5", "0.9"]
+        for name, tensor in weights["0.9"].items():
             assert tensor.dtype == dtype and tensor.is_contiguous()
             assert torch.equal(tensor, averages.state()["0.9"][name].to(dtype))
     assert all(tensor.dtype == torch.float32 for tensor in averages.state()["0.9"].values())
@@ -131,7 +131,7 @@ def test_finite_is_asked_of_the_weights_as_they_will_be_stored(value: float, hal
     model = Walk()
     averages = Averages(model, [0.5, 0.9])
     averages.state()["0.9"]["inner.weight"][2, 1] = value
-    assert (averages.finite(torch.float16), averages.finite(torch.float32)) == (half, single)
+    assert (averages.is_finite(torch.float16), averages.is_finite(torch.float32)) == (half, single)
 
 
 # targets

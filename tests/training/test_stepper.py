@@ -18,7 +18,7 @@ from cm_runtime.training.data import ImageSet
 from cm_runtime.training.distributed import Workers
 from cm_runtime.training.losses import loss_of
 from cm_runtime.training.second_points import gaussian
-from cm_runtime.training.stepper import Stepper, dtype_of, finite, learning_rate_factor, optimizer_of
+from cm_runtime.training.stepper import Stepper, dtype_of, learning_rate_factor, optimizer_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,11 +170,6 @@ def test_optimizers_are_given_their_keys() -> None:
         phase: Phase = config_of("edm", optimizer=name, betas=[0.3, 0.6]).phase[0]
         found = optimizer_of(phase, model)  # type: ignore[arg-type]
         assert type(found) is kind and found.defaults["betas"] == (0.3, 0.6) and found.defaults["lr"] == 0.01
-
-
-def test_finite() -> None:
-    assert finite(0.0, 1e300) and finite()
-    assert not any(finite(1.0, bad) for bad in (float("inf"), float("-inf"), float("nan")))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from cm_runtime.files import atomic
 from cm_runtime.training import loop, provenance, second_points, stepper
 from cm_runtime.training.config import TrainConfig, parse_config
 from cm_runtime.training.data import ImageSet, open_data
-from cm_runtime.training.loop import Report, model_config_of, train
+from cm_runtime.training.loop import Observer, Report, model_config_of, train
 from cm_runtime.training.losses import Batch, Loss
 from cm_runtime.training.run_folder import RunFolder
 
@@ -150,7 +150,7 @@ def test_every_step_is_reported_and_every_tenth_is_logged(
         edm={"steps": 23, "batch": 2, "warmup": 30, "learning_rate": 3e-3}, ect={"steps": 10, "batch": 3}
     )
     reports: list[Report] = []
-    assert train(config, toy_images, tmp_path, report=reports.append) == tmp_path / "ckpt.pt"
+    assert train(config, toy_images, tmp_path, observer=Observer(step=reports.append)) == tmp_path / "ckpt.pt"
     assert [(r.phase, r.method, r.step, r.steps) for r in reports] == [
         *((0, "edm", step, 23) for step in range(1, 24)),
         *((1, "ect", step, 10) for step in range(1, 11)),
@@ -324,7 +324,7 @@ def test_the_loss_on_real_images_falls(tmp_path: Path, tiny_config: Config) -> N
         phases=1,
     )
     losses: list[float] = []
-    train(config, open_data(EXCERPT), tmp_path, report=lambda r: losses.append(r.loss))
+    train(config, open_data(EXCERPT), tmp_path, observer=Observer(step=lambda r: losses.append(r.loss)))
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
@@ -391,10 +391,12 @@ def test_a_run_stopped_at_every_step_ends_as_the_one_never_stopped(
     stops = [(0, at) for at in range(1, 12)] + [(1, 1), (1, 2)]
     for count, (phase, at) in enumerate(stops):
         with pytest.raises(Interrupted, match=f"phase {phase} step {at};.*--resume --out {tmp_path / 'stopped'}"):
-            train(config, toy_images, tmp_path / "stopped", resume=count > 0, report=stop_at(phase, at))
+            train(
+                config, toy_images, tmp_path / "stopped", resume=count > 0, observer=Observer(step=stop_at(phase, at))
+            )
         assert read_checkpoint(tmp_path / "stopped" / "ckpt.pt").training.steps == at + 11 * phase
     # asked to stop at its last step, a run is simply done
-    train(config, toy_images, tmp_path / "stopped", resume=True, report=stop_at(1, 3))
+    train(config, toy_images, tmp_path / "stopped", resume=True, observer=Observer(step=stop_at(1, 3)))
     assert_same(left_behind(tmp_path / "stopped"), left_behind(tmp_path / "whole"))
 
 
@@ -426,7 +428,7 @@ def test_a_run_with_targets_and_a_teacher_stopped_at_every_step_ends_as_the_one_
     stops = [(0, 1), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
     for count, (phase, at) in enumerate(stops):
         with pytest.raises(Interrupted, match=f"phase {phase} step {at};"):
-            train(config, toy_images, tmp_path / "run", resume=count > 0, report=stop_at(phase, at))
+            train(config, toy_images, tmp_path / "run", resume=count > 0, observer=Observer(step=stop_at(phase, at)))
         target, model = (pt(tmp_path / "run" / "state.pt")[key] for key in ("target", "model"))
         assert (target == {}) == (phase == 0)
         assert phase == 0 or not all(torch.equal(target[name], model[name]) for name in target)
@@ -503,7 +505,7 @@ def test_a_run_goes_on_from_the_same_start_wherever_it_lies_and_from_no_other(
     train(config(first), toy_images, tmp_path / "whole")
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        train(config(first), toy_images, out, report=stop_at(0, 1))
+        train(config(first), toy_images, out, observer=Observer(step=stop_at(0, 1)))
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     with pytest.raises(TrainingError, match="another init"):
         train(config(other), toy_images, out, resume=True)
@@ -545,7 +547,7 @@ def test_tensorboard_has_the_logs_curves_and_the_grids_and_a_resumed_run_hides_w
 
     config = tiny_config(edm={"steps": 20, "batch": 1}, phases=1, save_every=7, network={"channel_mult": [1]})
     with pytest.raises(Killed):
-        train(config, toy_images, tmp_path, report=killed)
+        train(config, toy_images, tmp_path, observer=Observer(step=killed))
     time.sleep(0.01)
     train(config, toy_images, tmp_path, resume=True)
     found, lines = curves(tmp_path), log_of(tmp_path)
@@ -582,7 +584,10 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, tiny_config: Co
     train(tiny_config(), toy_images, tmp_path)
     before = left_behind(tmp_path)
     reports: list[Report] = []
-    assert train(tiny_config(), toy_images, tmp_path, resume=True, report=reports.append) == tmp_path / "ckpt.pt"
+    assert (
+        train(tiny_config(), toy_images, tmp_path, resume=True, observer=Observer(step=reports.append))
+        == tmp_path / "ckpt.pt"
+    )
     assert reports == []
     assert_same(left_behind(tmp_path), before)
 
@@ -594,7 +599,7 @@ def test_signals_stop_a_run_and_their_handlers_come_back(
 ) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted):
-        train(tiny_config(), toy_images, tmp_path, report=stop_at(0, 2, kind))
+        train(tiny_config(), toy_images, tmp_path, observer=Observer(step=stop_at(0, 2, kind)))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     train(tiny_config(), toy_images, tmp_path, resume=True)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
@@ -610,7 +615,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path, tiny_config: Config, t
     config = tiny_config(save_every=1)
     train(config, toy_images, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(config, toy_images, tmp_path / "run", report=twice)
+        train(config, toy_images, tmp_path / "run", observer=Observer(step=twice))
     assert read_checkpoint(tmp_path / "run" / "ckpt.pt").training.steps == 1
     train(config, toy_images, tmp_path / "run", resume=True)
     assert_same(left_behind(tmp_path / "run"), left_behind(tmp_path / "whole"))
@@ -695,7 +700,7 @@ def test_a_run_whose_disk_fills_up_ends_in_one_line_and_goes_on_as_the_one_that_
         out = tmp_path / named
         room = 0 if fitting is None else (tmp_path / "whole" / fitting).stat().st_size + 32  # a log's times differ
         with full_disk(at, room) as report, pytest.raises(OutputError) as caught:
-            train(config, toy_images, out, report=report)
+            train(config, toy_images, out, observer=Observer(step=report))
         assert re.fullmatch(rf"{out}/(\w+/)?{named}\S* cannot be written: File too large", str(caught.value))
         saved = (at - 1) // 2 * 2
         assert read_checkpoint(out / "ckpt.pt").training.steps == saved + 2 * (named == "state.pt")
@@ -714,7 +719,7 @@ def test_a_log_holds_every_step_once_though_a_run_was_killed(
 
     config = tiny_config(edm={"steps": 20, "batch": 1}, network={"channel_mult": [1]}, save_every=7, phases=1)
     with pytest.raises(Killed):
-        train(config, toy_images, tmp_path, report=killed)
+        train(config, toy_images, tmp_path, observer=Observer(step=killed))
     assert pt(tmp_path / "state.pt")["step"] == 7
     assert [line["step"] for line in log_of(tmp_path)] == [10]
     train(config, toy_images, tmp_path, resume=True)
@@ -727,7 +732,7 @@ def test_moved_data_and_other_saving_may_be_given_when_a_run_goes_on(
 ) -> None:
     train(tiny_config(), toy_images, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        train(tiny_config(), toy_images, tmp_path / "run", report=stop_at(0, 2))
+        train(tiny_config(), toy_images, tmp_path / "run", observer=Observer(step=stop_at(0, 2)))
     moved = tiny_config(data={"source": "/moved"}, save_every=1, device="cpu")
     train(moved, toy_images, tmp_path / "run", resume=True)
     found, whole = left_behind(tmp_path / "run"), left_behind(tmp_path / "whole")
@@ -741,7 +746,12 @@ def test_a_run_does_not_go_on_with_other_images(
     tmp_path: Path, tiny_config: Config, toy_images: ImageSet, changed: str
 ) -> None:
     with pytest.raises(Interrupted):
-        train(tiny_config(network={"patch": 2, "channel_mult": [1]}), toy_images, tmp_path, report=stop_at(0, 2))
+        train(
+            tiny_config(network={"patch": 2, "channel_mult": [1]}),
+            toy_images,
+            tmp_path,
+            observer=Observer(step=stop_at(0, 2)),
+        )
     assert toy_images.labels is not None
     other = {
         "size": lambda: ImageSet(np.zeros((50, 1, 4, 4), np.uint8), toy_images.labels, 3, "small"),
@@ -766,7 +776,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
                 train(tiny_config(), toy_images, tmp_path / "run", **how)
             refusals.append(where.step)
 
-    train(tiny_config(), toy_images, tmp_path / "run", report=second)
+    train(tiny_config(), toy_images, tmp_path / "run", observer=Observer(step=second))
     assert len(refusals) == 18
     assert read_checkpoint(tmp_path / "run" / "ckpt.pt").training.steps == 6
 
@@ -845,7 +855,7 @@ def test_a_run_that_diverges_never_writes_a_checkpoint_that_does_not_load(
             read_checkpoint(tmp_path / "ckpt.pt")
 
     with pytest.raises(TrainingError):
-        train(config, toy_images, tmp_path, report=readable)
+        train(config, toy_images, tmp_path, observer=Observer(step=readable))
     if (tmp_path / "ckpt.pt").exists():
         read_checkpoint(tmp_path / "ckpt.pt").model()
 
