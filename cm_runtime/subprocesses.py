@@ -1,4 +1,4 @@
-"""Processes: the cores that this one may use, and Python child processes."""
+"""Processes and their machine: cores, the processor, git, and Python child processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 PROC, SYS = Path("/proc"), Path("/sys")
+GIT_PATIENCE = 60.0  # seconds
 
 
 def cores(proc: Path = PROC, system: Path = SYS) -> int:
@@ -27,17 +28,8 @@ def cores(proc: Path = PROC, system: Path = SYS) -> int:
     Returns:
         At least 1; a quota of 1.5 processors is 2.
     """
-    quotas = (math.ceil(quota) for quota in _quotas(proc, system))
-    return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
-
-
-def processor(proc: Path = PROC) -> str:
-    """The processor's name as the kernel has it, or its architecture."""
-    with suppress(OSError):
-        for line in (proc / "cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    limits = (math.ceil(quota) for quota in quotas(proc, system))
+    return max(1, min([len(os.sched_getaffinity(0)), *limits]))
 
 
 def engine_threads(threads: int) -> int:
@@ -65,27 +57,33 @@ def _physical_cores(system: Path = SYS) -> int:
     return len(mine)
 
 
-def _quotas(proc: Path, system: Path) -> Iterator[float]:
+def quotas(proc: Path = PROC, system: Path = SYS) -> Iterator[float]:
     """The quota of each control group that this process is in, in processors; of version 2, and of version 1."""
+    for is_first, folder in control_groups("cpu", proc, system):
+        with suppress(OSError, ValueError):
+            if is_first:
+                quota = (folder / "cpu.cfs_quota_us").read_text()
+                period = (folder / "cpu.cfs_period_us").read_text()
+            else:
+                quota, period = (folder / "cpu.max").read_text().split()
+            if int(quota) > 0 and int(period) > 0:  # "max", and -1, are none
+                yield int(quota) / int(period)
+
+
+def control_groups(controller: str, proc: Path = PROC, system: Path = SYS) -> Iterator[tuple[bool, Path]]:
+    """The folders of this process's control groups and of the groups around them, each with True for version 1."""
     try:
         groups = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
-        return
+        groups = ["0::/"]
     for group in groups:
         _, kinds, name = group.split(":", 2)
-        if kinds and "cpu" not in kinds.split(","):
+        if kinds and controller not in kinds.split(","):
             continue
-        tops = [system / "fs/cgroup" / kind for kind in (("cpu", kinds) if kinds else ("", "unified"))]
+        tops = [system / "fs/cgroup" / kind for kind in ((controller, kinds) if kinds else ("", "unified"))]
         inner = Path(name.lstrip("/"))
-        for folder in (top / each for top in tops for each in (inner, *inner.parents)):  # a parent's quota binds, too
-            with suppress(OSError, ValueError):
-                if kinds:
-                    quota = (folder / "cpu.cfs_quota_us").read_text()
-                    period = (folder / "cpu.cfs_period_us").read_text()
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-                if int(quota) > 0 and int(period) > 0:  # "max", and -1, are none
-                    yield int(quota) / int(period)
+        for folder in (top / each for top in tops for each in (inner, *inner.parents)):  # a parent's limit binds, too
+            yield bool(kinds), folder
 
 
 class PythonChild:
@@ -141,3 +139,40 @@ class PythonChild:
             if stream is not None:
                 with suppress(BrokenPipeError):
                     stream.close()
+
+
+def processor(proc: Path = PROC) -> str:
+    """Name of the processor; Arm's have numbers instead: "implementer 0x41, part 0xd0c"."""
+    records = cpuinfo(proc)
+    names = [core.get("model name", "") for core in records]
+    arm = [(core.get("CPU implementer"), core.get("CPU part")) for core in records if "CPU part" in core]
+    names += [f"implementer {implementer}, part {part}" for implementer, part in arm]
+    return "; ".join(dict.fromkeys(filter(None, names))) or platform.processor() or "unknown"
+
+
+def cpuinfo(proc: Path = PROC) -> list[dict[str, str]]:
+    """A record of /proc/cpuinfo for each core; at least one, if empty."""
+    try:
+        text = (proc / "cpuinfo").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        text = ""
+    pairs = [[line.partition(":") for line in block.splitlines()] for block in text.split("\n\n")]
+    return [{key.strip(): value.strip() for key, _, value in block} for block in pairs]
+
+
+def git(folder: Path, *words: str) -> str | None:
+    """The output of a git command in ``folder``; None where it fails, or there is no git."""
+    try:
+        child = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=GIT_PATIENCE)
+    except (OSError, subprocess.SubprocessError, ValueError):  # no git; it hangs; a name with a NUL
+        return None
+    return child.stdout.strip() if child.returncode == 0 else None
+
+
+def commit(root: Path, *parts: str) -> str:
+    """The commit of a checkout whose top is ``root``, with "+" behind it where ``parts`` of it differ; else ""."""
+    top = git(root, "rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != root.resolve():
+        return ""
+    changes = git(root, "status", "--porcelain", "--", *parts)
+    return f"{git(root, 'rev-parse', 'HEAD')}{'+' if changes else ''}"

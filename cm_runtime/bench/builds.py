@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from cm_runtime import backends
 from cm_runtime.bench.worker_process import HERE
 from cm_runtime.errors import RequestError
 from cm_runtime.files import streams
+from cm_runtime.subprocesses import commit, git
 
 MOST_WHEEL = 1 << 30  # bytes, packed or not
 MOST_FILES = 10_000
@@ -28,12 +28,12 @@ class Build:
 
 
 def this_build() -> Build:
-    """The one that runs now."""
-    return Build(HERE, commit_of(HERE))
+    """The build that runs now."""
+    return Build(HERE, _commit(HERE))
 
 
 def base_build(against: str, work: Path) -> Build:
-    """What ``--against`` names: a model file, a wheel, a source tree, or a git revision of this checkout or folder.
+    """The build of ``--against``: a model file, a wheel, a source tree, or a git revision of this checkout or folder.
 
     work: where a wheel or a revision is unpacked. Raises RequestError.
     """
@@ -41,19 +41,19 @@ def base_build(against: str, work: Path) -> Build:
     if path.suffix == ".whl" and streams.exists(path):
         return Build(_with_package(_unpack(path, work / "base"), against), path.name)
     if against and streams.exists(path / "cm_runtime" / "__init__.py"):  # "" would be this folder
-        return Build(path.resolve(), commit_of(path.resolve()))
+        return Build(path.resolve(), _commit(path.resolve()))
     if streams.exists(path) and backends.is_model(path):
-        return Build(HERE, commit_of(HERE), path)
-    repository = HERE if commit_of(HERE) else Path.cwd()
+        return Build(HERE, _commit(HERE), path)
+    repository = HERE if _commit(HERE) else Path.cwd()
     name = f"{against}^{{commit}}".replace("\0", " ")  # which no revision has
-    commit = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", name)
-    if not commit:
+    revision = git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", name)
+    if not revision:
         raise RequestError(f"{against!r} is no model file, wheel or source tree, nor a git revision of {repository}")
     root = work / "base"
     root.mkdir()
     archive = work / "base.tar"
-    top = _git(repository, "rev-parse", "--show-toplevel") or ""
-    if _git(Path(top), "archive", "--format=tar", f"--output={archive}", commit) is None:
+    top = git(repository, "rev-parse", "--show-toplevel") or ""
+    if git(Path(top), "archive", "--format=tar", f"--output={archive}", revision) is None:
         raise RequestError(f"git cannot unpack {against}")
     try:
         with tarfile.open(archive) as tar:
@@ -61,20 +61,15 @@ def base_build(against: str, work: Path) -> Build:
     except (tarfile.TarError, OSError) as error:
         raise RequestError(f"{against} cannot be unpacked: {error}") from error
     archive.unlink()
-    return Build(_with_package(root, against), commit)
+    return Build(_with_package(root, against), revision)
 
 
-def commit_of(root: Path) -> str:
-    """The commit of a checkout whose top is ``root``, with "+" behind it where the build's files differ; else ""."""
-    top = _git(root, "rev-parse", "--show-toplevel")
-    if not top or Path(top).resolve() != root.resolve():
-        return ""
-    changed = _git(root, "status", "--porcelain", "--", *(part for part in PARTS if (root / part).exists()))
-    return f"{_git(root, 'rev-parse', 'HEAD')}{'+' if changed else ''}"
+def _commit(root: Path) -> str:
+    return commit(root, *PARTS)
 
 
 def _unpack(path: Path, root: Path) -> Path:
-    """Unpacks the package of the wheel ``path`` into ``root``, which it returns. Raises RequestError."""
+    """Unpack the package of the wheel ``path`` into ``root``, and return that. Raises RequestError."""
     streams.regular(path, RequestError, MOST_WHEEL)
     try:
         with zipfile.ZipFile(path) as wheel:
@@ -94,11 +89,3 @@ def _with_package(root: Path, against: str) -> Path:
     if not (root / "cm_runtime" / "__init__.py").is_file():
         raise RequestError(f"{against} holds no cm_runtime")
     return root
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
-    except (FileNotFoundError, ValueError):  # no git; a name with a NUL
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""What the machine did during a run."""
+"""Clocks, throttling and other load of the machine during a run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from cm_runtime.bench.machine import ROOT, clocks, content, cpuinfo
+from cm_runtime.bench.machine import ROOT, clocks, content
 from cm_runtime.bench.nvidia import HARMLESS, number, nvidia_smi, reasons
 from cm_runtime.bench.results import Conditions
+from cm_runtime.subprocesses import cpuinfo
 
 BETWEEN_LOOKS = 1.0
 
 
 class Watch:
-    """What the machine does during a run: ``with Watch() as watch:``, and ``watch.conditions`` afterwards.
+    """Conditions of the machine during a run: ``with Watch() as watch:``, and ``watch.conditions`` afterwards.
 
-    The run calls `look` where nothing is timed; there is no thread. Clocks and temperatures are those seen then, of
+    The run calls `look` where nothing is timed; there is no thread. Clocks and temperatures are those at the looks, of
     all cores and GPUs, idle ones too. The shares are of all processors' time between start and stop. ``others`` is the
     busy time that neither ``pid`` nor its descendants used, those that run and those that were waited for; a daemon
     that left its parent counts as another.
@@ -37,7 +38,7 @@ class Watch:
         self.stop()
 
     def start(self) -> None:
-        """Begins, or begins again."""
+        """Begin, or begin again."""
         self._clocks: list[float] = []
         self._gpu: list[list[str]] = []
         self._fields = [f"clocks_{word}_reasons.active" for word in ("event", "throttle")]  # the newer name first
@@ -46,11 +47,11 @@ class Watch:
         self._before = _ticks(self._root, self._pid), _throttles(self._root)
 
     def look(self) -> None:
-        """Notes the clocks, and what nvidia-smi tells, which takes part of a second; once a second at most."""
+        """Note the clocks, and nvidia-smi's answer, which takes part of a second; once a second at most."""
         if time.monotonic() - self._looked < BETWEEN_LOOKS:
             return
-        shown = [float(core["cpu MHz"]) for core in cpuinfo(self._root) if "cpu MHz" in core]
-        self._clocks += clocks(self._root, "scaling_cur_freq") or shown
+        mhz = [float(core["cpu MHz"]) for core in cpuinfo(self._root / "proc") if "cpu MHz" in core]
+        self._clocks += clocks(self._root, "scaling_cur_freq") or mhz
         while self._fields and not (rows := nvidia_smi("gpu", "clocks.gr", "temperature.gpu", self._fields[0])):
             del self._fields[0]  # a name that this driver does not know, or no driver: not asked again
         if self._fields:
@@ -58,28 +59,28 @@ class Watch:
         self._looked = time.monotonic()
 
     def stop(self) -> Conditions:
-        """What was seen since the start."""
+        """The conditions since the start."""
         (before, counts), after = self._before, _ticks(self._root, self._pid)
         spent = {name: after[name] - before[name] for name in after.keys() & before.keys()}
-        total, busy, own = spent.get("total", 0), spent.get("busy", 0), spent.get("own")
+        total, busy, family = spent.get("total", 0), spent.get("busy", 0), spent.get("own")
         events = [count - counts[key] for key, count in _throttles(self._root).items() if key in counts]
-        throttled = {reason for _, _, mask in self._gpu for reason in reasons(mask)}
+        slowdowns = {reason for _, _, mask in self._gpu for reason in reasons(mask)}
         self.conditions = Conditions(
             seconds=time.monotonic() - self._began,
             mhz=_range(self._clocks),
             throttled=sum(events) if events else None,
             stolen=spent["stolen"] / total if total > 0 else None,
-            others=max(busy - own, 0) / total if total > 0 and own is not None else None,
+            others=max(busy - family, 0) / total if total > 0 and family is not None else None,
             gpu_mhz=_range(number(clock) for clock, _, _ in self._gpu),
             gpu_celsius=_range(number(celsius) for _, celsius, _ in self._gpu),
-            gpu_throttled=tuple(sorted(throttled - HARMLESS)),
+            gpu_throttled=tuple(sorted(slowdowns - HARMLESS)),
         )
         return self.conditions
 
 
 def _range(values: Iterable[float | None]) -> tuple[float, float] | None:
-    known = [value for value in values if value is not None]
-    return (min(known), max(known)) if known else None
+    numbers = [value for value in values if value is not None]
+    return (min(numbers), max(numbers)) if numbers else None
 
 
 def _ticks(root: Path, pid: int) -> dict[str, int]:
@@ -87,19 +88,19 @@ def _ticks(root: Path, pid: int) -> dict[str, int]:
     head = content(root / "proc/stat").partition("\n")[0].split()[1:9]
     if len(head) < 8:
         return {}
-    user, nice, system, idle, waiting, irq, softirq, stolen = map(int, head)
+    user, nice, system, idle, iowait, irq, softirq, stolen = map(int, head)
     busy = user + nice + system + irq + softirq
-    ticks = {"busy": busy, "stolen": stolen, "total": busy + stolen + idle + waiting}
-    parents, used = {}, {}
+    ticks = {"busy": busy, "stolen": stolen, "total": busy + stolen + idle + iowait}
+    parents, times = {}, {}
     for path in (root / "proc").glob("[0-9]*/stat"):
         if fields := content(path).rpartition(")")[2].split():
             parents[int(path.parent.name)] = int(fields[1])
-            used[int(path.parent.name)] = sum(map(int, fields[11:15]))  # its own, and of children it waited for
-    if pid in used:
+            times[int(path.parent.name)] = sum(map(int, fields[11:15]))  # its own, and of children it waited for
+    if pid in times:
         family = {pid}
-        while grown := {child for child, parent in parents.items() if parent in family} - family:
-            family |= grown
-        ticks["own"] = sum(used[each] for each in family)
+        while children := {child for child, parent in parents.items() if parent in family} - family:
+            family |= children
+        ticks["own"] = sum(times[each] for each in family)
     return ticks
 
 

@@ -1,13 +1,12 @@
-"""Where a run took place, and what the machine did meanwhile, as Linux and nvidia-smi tell; nothing is set.
+"""The machine of a run, by what Linux and nvidia-smi report; nothing is set.
 
-What a machine does not tell is None or empty. ``root`` is where /proc and /sys are found.
+Unknown facts are None or empty. ``root`` is the folder of /proc and /sys.
 """
 
 from __future__ import annotations
 
 import platform
 import sysconfig
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,17 @@ _MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 def machine(root: Path = ROOT) -> Machine:
     """This machine, with all the GPUs that nvidia-smi lists, whatever CUDA may use of them. 0 is an unknown memory."""
-    cores = cpuinfo(root)
-    flags = set((cores[0].get("flags") or cores[0].get("Features", "")).split())
+    first, *_ = subprocesses.cpuinfo(root / "proc")
+    flags = set((first.get("flags") or first.get("Features", "")).split())
     return Machine(
         processor=Processor(
-            model=_model(cores),
+            model=subprocesses.processor(root / "proc"),
             cores=subprocesses.cores(),
             sockets=len(_of_cores(root, "topology/physical_package_id") - {"-1"}) or None,
             flags=tuple(flag for flag in FLAGS if flag in flags),
             governor=", ".join(sorted(_of_cores(root, "cpufreq/scaling_governor"))) or None,
             asked_mhz=max(clocks(root, "scaling_max_freq"), default=None),
-            limit_cores=min(_core_limits(root), default=None),
+            limit_cores=min(subprocesses.quotas(root / "proc", root / "sys"), default=None),
             memory_bytes=_memory(root, "MemTotal"),
         ),
         gpus=gpus(),
@@ -60,7 +59,7 @@ def differences(a: Machine, b: Machine) -> list[str]:
     All of a fingerprint counts, but for the serial numbers of GPUs, and for 2% of memory, of which firmware and kernel
     take more or less.
     """
-    first, second = _told(a), _told(b)
+    first, second = _facts(a), _facts(b)
     lines = []
     for name in first | second:
         one, other = first.get(name), second.get(name)
@@ -72,18 +71,18 @@ def differences(a: Machine, b: Machine) -> list[str]:
     return lines
 
 
-def _told(a: Machine) -> dict[str, Any]:
-    """All that counts, under the names that a reader is shown."""
+def _facts(a: Machine) -> dict[str, Any]:
+    """The facts that must agree, under the names of reports."""
     cpu, gpus = a.processor, ", ".join(gpu.name for gpu in a.gpus)
-    told = {"processor": cpu.model, "cores": cpu.cores, "sockets": cpu.sockets, "processor flags": " ".join(cpu.flags)}
-    told |= {"clock governor": cpu.governor, "clock limit in MHz": cpu.asked_mhz, "limit in cores": cpu.limit_cores}
-    told |= {"memory": cpu.memory_bytes, "GPUs": gpus, "kernel": a.kernel, "architecture": a.architecture}
-    told |= {"C library": a.libc, "virtual machine": a.is_virtual, "Python": a.python}
+    facts = {"processor": cpu.model, "cores": cpu.cores, "sockets": cpu.sockets, "processor flags": " ".join(cpu.flags)}
+    facts |= {"clock governor": cpu.governor, "clock limit in MHz": cpu.asked_mhz, "limit in cores": cpu.limit_cores}
+    facts |= {"memory": cpu.memory_bytes, "GPUs": gpus, "kernel": a.kernel, "architecture": a.architecture}
+    facts |= {"C library": a.libc, "virtual machine": a.is_virtual, "Python": a.python}
     for i, gpu in enumerate(a.gpus):
-        told |= {f"GPU {i} driver": gpu.driver, f"GPU {i} memory": gpu.memory_bytes}
-        told |= {f"GPU {i} power limit in W": gpu.power_limit_w, f"GPU {i} clock in MHz": gpu.asked_mhz}
-        told[f"GPU {i} largest clock in MHz"] = gpu.max_mhz
-    return told | a.packages
+        facts |= {f"GPU {i} driver": gpu.driver, f"GPU {i} memory": gpu.memory_bytes}
+        facts |= {f"GPU {i} power limit in W": gpu.power_limit_w, f"GPU {i} clock in MHz": gpu.asked_mhz}
+        facts[f"GPU {i} largest clock in MHz"] = gpu.max_mhz
+    return facts | a.packages
 
 
 def _word(value: Any) -> str:
@@ -94,7 +93,8 @@ def _word(value: Any) -> str:
 
 def free_bytes(root: Path = ROOT) -> int:
     """Memory that can be had without swapping, within this process's own control group; 0 where it is not told."""
-    limits = [content(folder / name) for folder in _groups(root, "memory") for name in _MEMORY_LIMITS]
+    groups = subprocesses.control_groups("memory", root / "proc", root / "sys")
+    limits = [content(folder / name) for _, folder in groups for name in _MEMORY_LIMITS]
     return min([_memory(root, "MemAvailable"), *(int(limit) for limit in limits if limit.isdigit())])
 
 
@@ -113,58 +113,24 @@ def content(path: Path) -> str:
         return ""
 
 
-def cpuinfo(root: Path) -> list[dict[str, str]]:
-    """A record for each core; at least one, if empty."""
-    blocks = content(root / "proc/cpuinfo").split("\n\n")
-    pairs = [[line.partition(":") for line in block.splitlines()] for block in blocks]
-    return [{key.strip(): value.strip() for key, _, value in block} for block in pairs]
-
-
-def _model(cores: list[dict[str, str]]) -> str:
-    """The processor's name; Arm's have numbers instead: "implementer 0x41, part 0xd0c"."""
-    names = [core.get("model name", "") for core in cores]
-    arm = [(core.get("CPU implementer"), core.get("CPU part")) for core in cores if "CPU part" in core]
-    names += [f"implementer {implementer}, part {part}" for implementer, part in arm]
-    return "; ".join(dict.fromkeys(filter(None, names))) or platform.processor() or "unknown"
-
-
 def _of_cores(root: Path, name: str) -> set[str]:
     """The values of a file of every core's folder."""
     return {text for path in (root / "sys/devices/system/cpu").glob(f"cpu[0-9]*/{name}") if (text := content(path))}
 
 
 def clocks(root: Path, name: str) -> list[float]:
-    """MHz, of those cores that tell the cpufreq value ``name``."""
+    """MHz by the cpufreq value ``name`` of each core that has one."""
     return [int(khz) / 1000 for khz in _of_cores(root, f"cpufreq/{name}") if khz.isdigit()]
 
 
 def _memory(root: Path, name: str) -> int:
     """Bytes, by a line of /proc/meminfo; 0 where there is none."""
-    found = [line.split() for line in content(root / "proc/meminfo").splitlines() if line.startswith(f"{name}:")]
-    return int(found[0][1]) * 1024 if found else 0
+    lines = [line.split() for line in content(root / "proc/meminfo").splitlines() if line.startswith(f"{name}:")]
+    return int(lines[0][1]) * 1024 if lines else 0
 
 
 def _is_guest(root: Path) -> bool:
-    """For processors without a flag for it: whether firmware or kernel names a hypervisor."""
+    """True where firmware or kernel names a hypervisor, for processors without a flag for it."""
     board = " ".join(content(root / "sys/class/dmi/id" / name) for name in ("sys_vendor", "product_name"))
-    named = any(word in board for word in ("QEMU", "KVM", "Virtual", "VMware"))
-    return named or (root / "proc/device-tree/hypervisor").exists() or bool(content(root / "sys/hypervisor/type"))
-
-
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The control group of this process and those around it, of version 2 and of version 1."""
-    mount = root / "sys/fs/cgroup"
-    lines = [line.split(":", 2) for line in content(root / "proc/self/cgroup").splitlines()]
-    for _, controllers, group in [line for line in lines if len(line) == 3] or [["0", "", "/"]]:
-        if not controllers or controller in controllers.split(","):
-            for folder in (Path(group), *Path(group).parents):
-                yield mount / (controller if controllers else "") / str(folder).lstrip("/")
-
-
-def _core_limits(root: Path) -> Iterator[float]:
-    """What the control groups allow, in cores: cpu.max of version 2, the CFS quota of version 1."""
-    for group in _groups(root, "cpu"):
-        older = f"{content(group / 'cpu.cfs_quota_us')} {content(group / 'cpu.cfs_period_us')}"
-        quota, _, period = (content(group / "cpu.max") or older).partition(" ")
-        if quota.isdigit() and period.isdigit() and int(period):
-            yield int(quota) / int(period)
+    is_virtual = any(word in board for word in ("QEMU", "KVM", "Virtual", "VMware"))
+    return is_virtual or (root / "proc/device-tree/hypervisor").exists() or bool(content(root / "sys/hypervisor/type"))

@@ -1,4 +1,4 @@
-"""What nvidia-smi tells; nothing where it is missing, fails or hangs."""
+"""Answers of nvidia-smi; empty where it is missing, fails or hangs."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _MIB = 1 << 20
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """All that it lists, whatever CUDA may use of them."""
+    """All GPUs that it lists, whatever CUDA may use of them."""
     names = ["name", "uuid", "driver_version", "memory.total"]
     limits = ["power.limit", "clocks.applications.graphics", "clocks.max.graphics"]
     rows = nvidia_smi("gpu", *names, *limits) or [[*row, "", "", ""] for row in nvidia_smi("gpu", *names)]
-    found = []
+    devices = []
     for name, uuid, driver, *numbers in rows:
-        memory, power, asked, largest = map(number, numbers)
-        limit = {"power_limit_w": power, "asked_mhz": asked, "max_mhz": largest}
-        found.append(Gpu(name=name, uuid=uuid, driver=driver, memory_bytes=int((memory or 0) * _MIB), **limit))
-    return tuple(found)
+        memory, power, clock, largest = map(number, numbers)
+        limit = {"power_limit_w": power, "asked_mhz": clock, "max_mhz": largest}
+        devices.append(Gpu(name=name, uuid=uuid, driver=driver, memory_bytes=int((memory or 0) * _MIB), **limit))
+    return tuple(devices)
 
 
 def device_memory(pids: Iterable[int]) -> int | None:
-    """Bytes of GPU memory that these processes hold; None without a GPU, or where nvidia-smi tells of none of them.
+    """Bytes of GPU memory that these processes hold; None without a GPU, or where nvidia-smi lists none of them.
 
     In a container it may list no process, or under the numbers that the host gave them.
     """
-    rows, wanted = nvidia_smi("compute-apps", "pid", "used_memory"), set(map(str, pids))
-    held = [mib for pid, used in rows if pid in wanted and (mib := number(used)) is not None]
-    return int(sum(held) * _MIB) if held else None
+    rows, processes = nvidia_smi("compute-apps", "pid", "used_memory"), set(map(str, pids))
+    sizes = [mib for pid, memory in rows if pid in processes and (mib := number(memory)) is not None]
+    return int(sum(sizes) * _MIB) if sizes else None
 
 
 def nvidia_smi(what: str, *fields: str) -> list[list[str]]:
-    """Its answer to --query-WHAT, a row for each GPU or process; none where it is missing, fails or hangs."""
+    """The answer to --query-WHAT, a row for each GPU or process; none where it is missing, fails or hangs."""
     call = ["nvidia-smi", f"--query-{what}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         with tempfile.TemporaryFile("w+", errors="replace") as answer:  # a pipe may be held open by its children

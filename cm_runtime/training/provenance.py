@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from cm_runtime import __version__
 from cm_runtime.errors.wording import quantity
-from cm_runtime.subprocesses import processor
+from cm_runtime.subprocesses import commit, processor
 from cm_runtime.training.data import ImageSet
 from cm_runtime.training.distributed import Workers
 
@@ -25,12 +24,12 @@ def session(data: ImageSet, workers: Workers) -> dict[str, Any]:
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "cm_runtime": __version__,
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parents[2]) or None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
+        "processor": f"{processor()}, {quantity(os.cpu_count() or 1, 'thread')}",
         "device": torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -51,22 +50,3 @@ def fingerprint(data: ImageSet) -> str:
         if array is not None:
             digest.update(np.ascontiguousarray(array).data.cast("B"))
     return digest.hexdigest()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with + where it was changed; None where it is installed."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        run = [
-            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10)
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
-
-
-def _processor() -> str:
-    return f"{processor()}, {quantity(os.cpu_count() or 1, 'thread')}"

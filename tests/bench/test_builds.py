@@ -12,7 +12,7 @@ import pytest
 from exports import ROOT
 
 from cm_runtime import backends
-from cm_runtime.bench.builds import base_build, commit_of, this_build
+from cm_runtime.bench.builds import base_build, this_build
 from cm_runtime.errors import RequestError
 
 
@@ -51,7 +51,7 @@ def test_a_source_tree(work: Path, tmp_path: Path) -> None:
     (tmp_path / "tree" / "cm_runtime" / "__init__.py").touch()
     found = base_build(str(tmp_path / "tree"), work)
     assert found.root == tmp_path / "tree" and found.commit == ""  # no checkout of its own
-    assert base_build(str(ROOT), work).commit == commit_of(ROOT)
+    assert base_build(str(ROOT), work).commit == this_build().commit
 
 
 def test_a_wheel(work: Path, tmp_path: Path) -> None:
