@@ -1,7 +1,7 @@
 """The table of the README, made from committed results.
 
     python benchmarks/table.py benchmarks/results/epyc-2/*.json --readme README.md            # writes it
-    python benchmarks/table.py benchmarks/results/epyc-2/*.json --readme README.md --check    # says whether it is so
+    python benchmarks/table.py benchmarks/results/epyc-2/*.json --readme README.md --check    # fails where it differs
 
 It replaces what stands between the lines <!-- benchmarks:begin --> and <!-- benchmarks:end -->. Results of one machine
 and the same versions share a table; the machine and the versions stand in a line under it.
@@ -23,7 +23,7 @@ from cm_runtime.bench import results
 from cm_runtime.bench.report.environment import day, machine_line, versions_line
 from cm_runtime.bench.report.formatting import DASH, bounds, digits, interval, share, times
 from cm_runtime.bench.report.grouping import SetupNames, rivals, subject
-from cm_runtime.bench.report.markdown import escaped
+from cm_runtime.bench.report.markdown import escape
 from cm_runtime.bench.results import Contender, Result, ScenarioResult
 from cm_runtime.bench.scenario import Kind
 from cm_runtime.errors import CmRuntimeError, DataError
@@ -32,15 +32,15 @@ from cm_runtime.files import atomic
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
-def tables(found: Sequence[Result]) -> str:
+def tables(results: Sequence[Result]) -> str:
     """Markdown: a table for each machine and set of versions, in the order in which they come."""
     groups: dict[tuple[str, str], list[Result]] = {}
-    for result in found:
+    for result in results:
         groups.setdefault((machine_line(result), versions_line(result)), []).append(result)
     return "\n\n".join(_table(members) for members in groups.values())
 
 
-def replaced(text: str, table: str, where: Path) -> str:
+def replace_table(text: str, table: str, where: Path) -> str:
     """``text`` with ``table`` between its markers. Raises DataError without them, once each and in order."""
     lines = text.splitlines()
     if lines.count(BEGIN) != 1 or lines.count(END) != 1 or lines.index(BEGIN) > lines.index(END):
@@ -61,12 +61,12 @@ def _table(members: Sequence[Result]) -> str:
     columns.append("GFLOP/s (of the peak)")
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
     lines += [_row(result, scenario, peers) for result, scenario in pairs]
-    body = [f"| {' | '.join(map(escaped, line) if n != 1 else line)} |" for n, line in enumerate(lines)]
+    body = [f"| {' | '.join(map(escape, line) if n != 1 else line)} |" for n, line in enumerate(lines)]
     days = " and ".join(sorted({day(result) for result in members}))
     under = f"{machine_line(members[0])}; {versions_line(members[0])}; {days}."
     if not all(result.complete for result in members):
         under += " The run is incomplete."
-    return "\n".join(body) + "\n\n" + escaped(under)
+    return "\n".join(body) + "\n\n" + escape(under)
 
 
 def _row(result: Result, scenario: ScenarioResult, peers: Sequence[str]) -> list[str]:
@@ -96,7 +96,7 @@ def _ratio(side: Contender | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Put the table of benchmark results in a Markdown file.")
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--readme", type=Path, required=True, metavar="FILE.md", help="the file with the markers")
@@ -107,13 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = options.readme.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{options.readme} cannot be read: {error}") from error
-        wanted = replaced(text, tables([results.read(path) for path in options.results]), options.readme)
+        page = replace_table(text, tables([results.read(path) for path in options.results]), options.readme)
         if options.check:
-            if wanted != text:
+            if page != text:
                 print(f"{options.readme} is not what these results say; run benchmarks/table.py", file=sys.stderr)
-            return int(wanted != text)
+            return int(page != text)
         with atomic.write(options.readme) as temporary:
-            temporary.write_text(wanted, encoding="utf-8")
+            temporary.write_text(page, encoding="utf-8")
     except CmRuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

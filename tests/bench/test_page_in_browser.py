@@ -16,7 +16,7 @@ import example_results
 
 from cm_runtime.bench.report import page as pages
 from cm_runtime.bench.report import quality
-from cm_runtime.bench.report.plots import drawn
+from cm_runtime.bench.report.plots import draw_plots
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("pages")
     found = [quality.Quality.model_validate(example_results.evaluated(steps, 2.0 / steps)) for steps in (1, 2, 4)]
     for name, result, judged in (("full", example_results.full(), found), ("awkward", example_results.awkward(), [])):
-        (place / f"{name}.html").write_text(pages.html(result, drawn(result, judged), judged))
+        (place / f"{name}.html").write_text(pages.html(result, draw_plots(result, judged), judged))
     return place
 
 

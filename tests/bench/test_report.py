@@ -22,7 +22,7 @@ import table as readme_table  # type: ignore[import-not-found]
 from cm_runtime.bench import results
 from cm_runtime.bench.report import environment, formatting, markdown, quality, tables
 from cm_runtime.bench.report import page as pages
-from cm_runtime.bench.report.plots import drawn
+from cm_runtime.bench.report.plots import draw_plots
 from cm_runtime.cli.bench.report import report
 from cm_runtime.errors import ArtifactError, MissingExtraError, OutputError, RequestError
 
@@ -80,7 +80,7 @@ class Page(html.parser.HTMLParser):
 
 
 def page(result: results.Result, found: tuple[quality.Quality, ...] = ()) -> str:
-    return pages.html(result, drawn(result, found), found)
+    return pages.html(result, draw_plots(result, found), found)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_the_server_table_says_whether_the_bound_was_kept(full: Page) -> None:
     assert dict(zip(head, row, strict=True))["kept"] == "no"
     assert row[1:3] == ["19.7", "21.50 [21.29, 21.71]"] and row[5:7] == [formatting.DASH, "30.0"]
     kept = example_results.result(example_results.server().model_copy(update={"contenders": (_kept(),)}))
-    assert tables.served(kept).rows[0].cells[7].text == "yes"
+    assert tables.server(kept).rows[0].cells[7].text == "yes"
 
 
 def test_what_was_not_compared_says_why() -> None:
@@ -185,12 +185,12 @@ def test_an_empty_run_has_a_page() -> None:
 
 
 def test_plots_that_have_something_to_show() -> None:
-    assert [plot.name for plot in drawn(example_results.full())] == list(FULL)
+    assert [plot.name for plot in draw_plots(example_results.full())] == list(FULL)
     lone = example_results.result(
         example_results.scenario(2, 1, example_results.side(latency=example_results.latency(3.0)))
     )
-    assert drawn(lone) == []  # one point is no line
-    suffixed = {plot.name for plot in drawn(example_results.awkward())}
+    assert draw_plots(lone) == []  # one point is no line
+    suffixed = {plot.name for plot in draw_plots(example_results.awkward())}
     assert suffixed and all(re.fullmatch(r"[a-z-]+-fashion-mnist-torch-cuda-0", name) for name in suffixed)
 
 
@@ -200,15 +200,15 @@ def test_quality_by_steps() -> None:
     found = [quality.Quality.model_validate(example_results.evaluated(steps, 2.0 / steps)) for steps in (1, 2, 4)]
     real = {"kind": "data", "path": "fashion-mnist", "sigmas": [], "sampler": "", "sha256": ""}
     found.append(quality.Quality.model_validate(example_results.evaluated(1, 0.06, **real)))
-    names = [plot.name for plot in drawn(example_results.full(), found)]
+    names = [plot.name for plot in draw_plots(example_results.full(), found)]
     assert names == [*FULL, "quality-by-steps"]
-    (plot,) = [plot for plot in drawn(example_results.full(), found) if plot.name == "quality-by-steps"]
+    (plot,) = [plot for plot in draw_plots(example_results.full(), found) if plot.name == "quality-by-steps"]
     assert "fashion-mnist: 1: 2.000, 2: 1.000, 4: 0.5000" in plot.alt and "fashion-mnist" in plot.alt
-    assert [plot.name for plot in drawn(example_results.full(), found[:1])] == list(FULL)
+    assert [plot.name for plot in draw_plots(example_results.full(), found[:1])] == list(FULL)
     shown = Page(page(example_results.full(), tuple(found)))
     assert shown.column("qualities", "Frechet distance") == ["2.00", "1.00", "0.500", "0.0600"]
     other = [each.model_copy(update={"extractor": quality.Source(sha256="99" * 32)}) for each in found]
-    assert [plot.name for plot in drawn(example_results.full(), found + other)][-1] == "quality-by-steps-2"
+    assert [plot.name for plot in draw_plots(example_results.full(), found + other)][-1] == "quality-by-steps-2"
 
 
 def test_figures_have_their_numbers_in_words(full: Page) -> None:
@@ -232,7 +232,7 @@ def test_a_value_that_no_axis_can_hold_is_left_out() -> None:
         2, 1, example_results.side(latency=example_results.latency(0.0), images_per_s=example_results.estimate(1e99))
     )
     broken = example_results.result(odd, nothing, negative, example_results.server())
-    assert {plot.name for plot in drawn(broken)} <= {"outside-network", "gflops", "server"}
+    assert {plot.name for plot in draw_plots(broken)} <= {"outside-network", "gflops", "server"}
     assert "9223372 TB" in page(broken) and "1.000e99" in markdown.summary(broken)
 
 
@@ -240,7 +240,7 @@ def test_plots_are_of_the_first_setups_and_tables_of_all() -> None:
     """A plot takes a tenth of a second, and a result may hold a thousand models."""
     many = [example_results.scenario(1, 1, example_results.subject(1.0, 1), model=f"m{n}") for n in range(14)]
     many.append(example_results.scenario(1, 8, example_results.subject(2.0, 8), model="m0"))
-    plots = drawn(example_results.result(*many))
+    plots = draw_plots(example_results.result(*many))
     assert {plot.name.rpartition("-")[2] for plot in plots} == {f"m{n}" for n in range(12)}
     assert "first 12 setups" in plots[0].caption and "other 2 too" in plots[0].caption
     assert "m13" in markdown.summary(example_results.result(*many))
@@ -271,7 +271,7 @@ def test_markdown_is_escaped() -> None:
             width = len(re.split(r"(?<!\\)\|", line))
             rows = [row for row in lines[n - 1 :] if row.startswith("|")][: lines[n:].index("") + 1]
             assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {width}
-    assert markdown.escaped("a|b\n# c *d* <e> @f [g](https://h) `i`") == (
+    assert markdown.escape("a|b\n# c *d* <e> @f [g](https://h) `i`") == (
         "a\\|b \\# c \\*d\\* &lt;e&gt; &#64;f \\[g\\](https&#58;//h) \\`i\\`"
     )
 
@@ -290,7 +290,7 @@ def test_markdown_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert markdown.summary(example_results.full())
     with pytest.raises(MissingExtraError, match=r"needs matplotlib: pip install 'cm-runtime\[report\]'"):
-        drawn(example_results.full())
+        draw_plots(example_results.full())
     with pytest.raises(MissingExtraError, match=r"needs jinja2: pip install 'cm-runtime\[report\]'"):
         pages.html(example_results.full(), [])
 

@@ -425,9 +425,9 @@ def results(path: Path) -> None:
     late = reader.read(path)
     original = next(each for each in (path.parents[1] / "seeds").iterdir() if each.name == path.name)
     for act in (
-        lambda: compare.within(late, 0.05),
-        lambda: compare.between(reader.read(original), late, 0.05, allow_different=True),
-        lambda: compare.between(late, reader.read(original), 0.05, allow_different=True),
+        lambda: compare.compare_builds(late, 0.05),
+        lambda: compare.compare_runs(reader.read(original), late, 0.05, allow_different=True),
+        lambda: compare.compare_runs(late, reader.read(original), 0.05, allow_different=True),
         lambda: markdown.summary(late),
     ):
         try:

@@ -1,1 +1,1 @@
-"""What a result says, for people: a page, a summary for a CI job, plots."""
+"""Reports of a result: a page, a summary for a CI job, plots."""

@@ -1,4 +1,4 @@
-"""Where a result was measured, and whether the machine kept still meanwhile."""
+"""The machine of a result, and its conditions during the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cm_runtime.bench.results import Conditions, Gpu, Peaks, Processor, Result
 from cm_runtime.bench.scenario import model_name
 from cm_runtime.errors.wording import join_words, quantity
 
-# Beyond these a run is said to have been disturbed, at the top.
+# Beyond these the report warns of a disturbed run, at its top.
 STOLEN = 0.02
 OTHERS = 0.05
 DRIFT = 0.05
@@ -49,7 +49,7 @@ def day(result: Result) -> str:
 
 
 def paragraph(result: Result) -> str:
-    """What was measured, when, with what and on what."""
+    """A summary of the measurements, the date, the software and the machine."""
     measured = [scenario for scenario in result.scenarios if subject(scenario)]
     models = list(dict.fromkeys(clean(model_name(each.model), 40) for each in result.scenarios))
     rivals = dict.fromkeys(clean(side.name, 40) for each in measured for side in each.contenders if side.time_ratio)
@@ -67,117 +67,114 @@ def paragraph(result: Result) -> str:
 
 
 def troubles(result: Result) -> list[str]:
-    """What a reader must know before any number: an unfinished run, failures, a machine that did not keep still."""
-    found = []
+    """Warnings before any number: an unfinished run, failures, a machine that did not keep still."""
+    lines = []
     if not result.complete:
-        done = quantity(len(result.scenarios), "scenario")
-        found.append(f"This run is incomplete: it was stopped after {done}, and what it left out is not here.")
-    missing = [each for each in result.scenarios if not subject(each)]
-    if missing:
-        found.append(f"{quantity(len(missing), 'scenario')} of {len(result.scenarios)} failed; the table says why.")
+        count = quantity(len(result.scenarios), "scenario")
+        lines.append(f"This run is incomplete: it was stopped after {count}, and what it left out is not here.")
+    failures = [each for each in result.scenarios if not subject(each)]
+    if failures:
+        lines.append(f"{quantity(len(failures), 'scenario')} of {len(result.scenarios)} failed; the table says why.")
     restless = [each for each in result.scenarios if (side := subject(each)) and not side.stable]
     if restless:
-        found.append(f"In {quantity(len(restless), 'scenario')} the warm-up ended before two blocks in a row agreed.")
-    others = [
-        side.agreement
-        for each in result.scenarios
-        for side in each.contenders
-        if side.agreement and side.agreement.is_allowed
-    ]
+        lines.append(f"In {quantity(len(restless), 'scenario')} the warm-up ended before two blocks in a row agreed.")
+    sides = [side for each in result.scenarios for side in each.contenders]
+    others = [side.agreement for side in sides if side.agreement and side.agreement.is_allowed]
     if others:
         largest = max(others, key=lambda agreement: agreement.max_abs)
-        found.append(f"In {quantity(len(others), 'scenario')} another model is timed beside: its {largest.text}.")
-    seen = result.conditions
-    if seen is not None:
-        if seen.throttled:
-            found.append(f"The processor throttled {digits(seen.throttled)} times, too hot for its clock.")
-        if seen.gpu_throttled:
-            found.append(f"The GPU was held back: {clean(', '.join(seen.gpu_throttled))}.")
-        if seen.stolen is not None and seen.stolen > STOLEN:
-            found.append(f"The hypervisor gave {share(seen.stolen)} of the processor time to others.")
-        if seen.others is not None and seen.others > OTHERS:
-            found.append(f"Other processes used {share(seen.others)} of the processor time.")
+        lines.append(f"In {quantity(len(others), 'scenario')} another model is timed beside: its {largest.text}.")
+    conditions = result.conditions
+    if conditions is not None:
+        if conditions.throttled:
+            lines.append(f"The processor throttled {digits(conditions.throttled)} times, too hot for its clock.")
+        if conditions.gpu_throttled:
+            lines.append(f"The GPU was held back: {clean(', '.join(conditions.gpu_throttled))}.")
+        if conditions.stolen is not None and conditions.stolen > STOLEN:
+            lines.append(f"The hypervisor gave {share(conditions.stolen)} of the processor time to others.")
+        if conditions.others is not None and conditions.others > OTHERS:
+            lines.append(f"Other processes used {share(conditions.others)} of the processor time.")
     for peak in result.peaks:
         if peak.drift is not None and abs(peak.drift) > DRIFT:
             where = clean(peak.device, 20)
-            found.append(f"What the machine ({where}) can do changed by {share(abs(peak.drift))} during the run.")
-    return found
+            lines.append(f"What the machine ({where}) can do changed by {share(abs(peak.drift))} during the run.")
+    return lines
 
 
 def sections(result: Result) -> list[Section]:
-    """The fingerprint of the machine, its packages, what it was seen to do, what it can do, and the run."""
-    machine = result.machine
-    found = [Section("Processor", _processor(machine.processor))]
-    found += [Section("GPU", _gpu(gpu)) for gpu in machine.gpus]
+    """The fingerprint of the machine, its packages, its conditions, its peaks, and the run."""
+    machine, settings, samples = result.machine, result.settings, result.samples
     system = {"kernel": machine.kernel, "architecture": machine.architecture, "C library": machine.libc}
     system |= {"virtual machine": "yes" if machine.is_virtual else "no", "Python": machine.python}
-    found.append(Section("System", _texts(system)))
-    found.append(Section("Packages", _texts(dict(sorted(machine.packages.items())))))
-    if result.conditions is not None:
-        found.append(Section("During the run", _conditions(result.conditions)))
-    found += [Section(f"Measured peak, {clean(peak.device, 20)}", _peaks(peak)) for peak in result.peaks]
-    settings = result.settings
-    run = {"command": result.command, "created": result.created, "commit": result.commit, "tool": result.tool}
-    run |= {"time a scenario": f"{digits(settings.budget_s)} s", "seed": digits(settings.seed)}
-    run |= {
+    run = {name: getattr(result, name) for name in ("command", "created", "commit", "tool")} | {
+        "time a scenario": f"{digits(settings.budget_s)} s",
+        "seed": digits(settings.seed),
         "until medians are within": f"{100 * settings.interval:g}%",
         "setting": "quick" if settings.quick else "full",
+        "samples": f"{samples.file}, {size(samples.bytes)}, SHA-256 {head(samples.sha256, 12)}" if samples else "",
     }
-    if result.samples is not None:
-        run["samples"] = (
-            f"{result.samples.file}, {size(result.samples.bytes)}, SHA-256 {head(result.samples.sha256, 12)}"
-        )
-    found.append(Section("The run", _texts(run)))
-    return found
+    parts = [("Processor", _processor(machine.processor)), *(("GPU", _gpu(gpu)) for gpu in machine.gpus)]
+    parts += [("System", system), ("Packages", dict(sorted(machine.packages.items())))]
+    if result.conditions is not None:
+        parts.append(("During the run", _conditions(result.conditions)))
+    parts += [(f"Measured peak, {clean(peak.device, 20)}", _peaks(peak)) for peak in result.peaks]
+    return [Section(title, _texts(facts)) for title, facts in [*parts, ("The run", run)]]
 
 
-def _processor(found: Processor) -> tuple[tuple[str, str], ...]:
-    facts = {"model": found.model, "cores": digits(found.cores), "memory": size(found.memory_bytes)}
-    if found.sockets is not None:
-        facts["sockets"] = digits(found.sockets)
-    if found.limit_cores is not None:
-        facts["container's limit"] = f"{digits(found.limit_cores)} cores"
-    facts |= {"instructions": " ".join(found.flags), "governor": found.governor or ""}
-    if found.asked_mhz is not None:
-        facts["clock's limit"] = f"{digits(found.asked_mhz)} MHz"
-    return _texts(facts)
+def _processor(processor: Processor) -> dict[str, str]:
+    return {
+        "model": processor.model,
+        "cores": digits(processor.cores),
+        "memory": size(processor.memory_bytes),
+        "sockets": _unit(processor.sockets, ""),
+        "container's limit": _unit(processor.limit_cores, "cores"),
+        "instructions": " ".join(processor.flags),
+        "governor": processor.governor or "",
+        "clock's limit": _unit(processor.asked_mhz, "MHz"),
+    }
 
 
-def _gpu(found: Gpu) -> tuple[tuple[str, str], ...]:
-    facts = {"model": found.name, "driver": found.driver, "memory": size(found.memory_bytes)}
-    if found.power_limit_w is not None:
-        facts["power limit"] = f"{digits(found.power_limit_w)} W"
-    if found.asked_mhz is not None:
-        facts["clock asked for"] = f"{digits(found.asked_mhz)} MHz"
-    if found.max_mhz is not None:
-        facts["highest clock"] = f"{digits(found.max_mhz)} MHz"
-    return _texts(facts)
+def _gpu(gpu: Gpu) -> dict[str, str]:
+    return {
+        "model": gpu.name,
+        "driver": gpu.driver,
+        "memory": size(gpu.memory_bytes),
+        "power limit": _unit(gpu.power_limit_w, "W"),
+        "clock asked for": _unit(gpu.asked_mhz, "MHz"),
+        "highest clock": _unit(gpu.max_mhz, "MHz"),
+    }
 
 
-def _conditions(seen: Conditions) -> tuple[tuple[str, str], ...]:
-    facts = {"duration": _duration(seen.seconds), "clock": _range(seen.mhz, "MHz")}
-    facts["throttling"] = "not told" if seen.throttled is None else digits(seen.throttled)
-    facts["stolen by the hypervisor"] = "not told" if seen.stolen is None else share(seen.stolen)
-    facts["used by other processes"] = "not told" if seen.others is None else share(seen.others)
-    facts |= {"GPU clock": _range(seen.gpu_mhz, "MHz"), "GPU temperature": _range(seen.gpu_celsius, "°C")}
-    facts["GPU throttling"] = ", ".join(seen.gpu_throttled)
-    return _texts(facts)
+def _conditions(conditions: Conditions) -> dict[str, str]:
+    unknown = "not told"
+    return {
+        "duration": _duration(conditions.seconds),
+        "clock": _range(conditions.mhz, "MHz"),
+        "throttling": _unit(conditions.throttled, "") or unknown,
+        "stolen by the hypervisor": unknown if conditions.stolen is None else share(conditions.stolen),
+        "used by other processes": unknown if conditions.others is None else share(conditions.others),
+        "GPU clock": _range(conditions.gpu_mhz, "MHz"),
+        "GPU temperature": _range(conditions.gpu_celsius, "°C"),
+        "GPU throttling": ", ".join(conditions.gpu_throttled),
+    }
 
 
-def _peaks(peak: Peaks) -> tuple[tuple[str, str], ...]:
-    facts = {
+def _peaks(peak: Peaks) -> dict[str, str]:
+    return {
         "matrix product": f"{interval(peak.matrix_gflop_per_s)} GFLOP/s",
         "copy": f"{interval(peak.copy_gb_per_s)} GB/s",
         "threads": digits(peak.threads),
         "library": peak.library,
         "drift over the run": "not told" if peak.drift is None else share(peak.drift),
     }
-    return _texts(facts)
 
 
 def _texts(facts: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    """Those that say something."""
+    """The facts that are known, as clean text."""
     return tuple((clean(name, 60), clean(text)) for name, text in facts.items() if text.strip())
+
+
+def _unit(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{digits(value)} {unit}".rstrip()
 
 
 def _range(ends: tuple[float, float] | None, unit: str) -> str:

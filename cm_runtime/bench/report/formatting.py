@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from cm_runtime.bench.results import Estimate
@@ -34,7 +35,7 @@ def _places(value: float, significant: int) -> int | None:
     return max(0, significant - 1 - math.floor(math.log10(abs(value))))
 
 
-def _shown(value: float, places: int | None, significant: int) -> str:
+def _format(value: float, places: int | None, significant: int) -> str:
     if not math.isfinite(value):
         return "∞"
     if places is not None:
@@ -49,7 +50,7 @@ def digits(value: float | None, significant: int = 3) -> str:
         return DASH
     if isinstance(value, int) and abs(value) < 10**12:
         return str(value)
-    return _shown(number(value), _places(number(value), significant), significant)
+    return _format(number(value), _places(number(value), significant), significant)
 
 
 def bounds(estimate: Estimate) -> str:
@@ -57,7 +58,7 @@ def bounds(estimate: Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return ""
     places = _places(estimate.value, 4)
-    return f"[{_shown(estimate.low, places, 4)}, {_shown(estimate.high, places, 4)}]"
+    return f"[{_format(estimate.low, places, 4)}, {_format(estimate.high, places, 4)}]"
 
 
 def interval(estimate: Estimate | None) -> str:
@@ -86,9 +87,8 @@ def spread(values: Sequence[float]) -> tuple[str, str]:
     """The median, and the extremes where there are several: 1.82, (1.79 to 1.90)."""
     if not values:
         return DASH, ""
-    ordered = sorted(values)
-    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    return digits(middle), f"({digits(ordered[0])} to {digits(ordered[-1])})" if len(ordered) > 1 else ""
+    extremes = f"({digits(min(values))} to {digits(max(values))})" if len(values) > 1 else ""
+    return digits(statistics.median(values)), extremes
 
 
 def times(value: float) -> str:

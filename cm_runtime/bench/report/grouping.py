@@ -1,4 +1,4 @@
-"""Scenarios by what ran them, and what to call both: one setup is what can share a plot."""
+"""Group scenarios that belong in one plot (same model, engine, device, threads), and label the groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cm_runtime.errors.wording import quantity
 
 @dataclass(frozen=True)
 class Setup:
-    """A model on an engine, a device and a number of threads; ``name`` says of these what differs in the result."""
+    """A model on an engine, a device and a number of threads; ``name`` has those of them that differ in the result."""
 
     name: str
     scenarios: tuple[ScenarioResult, ...]
@@ -21,8 +21,8 @@ class Setup:
 
 def subject(scenario: ScenarioResult) -> Contender | None:
     """cm-runtime's own side, if it was measured."""
-    found = next((each for each in scenario.contenders if each.role == "subject"), None)
-    return found if scenario.status == "measured" and found is not None and found.status == "measured" else None
+    sides = (each for each in scenario.contenders if each.role == "subject" and each.status == "measured")
+    return next(sides, None) if scenario.status == "measured" else None
 
 
 def rivals(scenario: ScenarioResult) -> list[Contender]:
@@ -40,7 +40,7 @@ def setups(result: Result) -> list[Setup]:
 
 
 class SetupNames:
-    """The name of each setup of a result: its model's, and what else tells it from the others."""
+    """Names of the setups of a result: the model's, and the parts that differ between its setups."""
 
     def __init__(self, result: Result) -> None:
         keys = {_key(each) for each in result.scenarios}
@@ -60,14 +60,13 @@ class SetupNames:
 
 
 def brief(scenario: ScenarioResult) -> str:
-    """What tells it from the others of its setup: "2 steps, batch 8"."""
+    """A scenario's name within its setup: "2 steps, batch 8"."""
     steps = quantity(scenario.steps, "step")
     if scenario.kind == "offline":
         return f"{steps}, {scenario.batch} offline"
     if scenario.kind == "server":
-        found = subject(scenario)
-        served = None if found is None else found.served
-        rate = "server" if served is None else f"{digits(served.rate)}/s"
+        side = subject(scenario)
+        rate = f"{digits(side.served.rate)}/s" if side and side.served else "server"
         return f"{steps}, {rate}, up to {scenario.batch}"
     return f"{steps}, batch {scenario.batch}"
 

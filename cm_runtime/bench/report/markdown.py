@@ -21,44 +21,44 @@ _ENTITIES = {"<": "&lt;", ">": "&gt;", "@": "&#64;", "$": "&#36;", "://": "&#58;
 
 def summary(result: Result, quality: Sequence[Quality] = ()) -> str:
     """Markdown for ``$GITHUB_STEP_SUMMARY``: GitHub's tables, every name of the file escaped."""
-    parts = ["## Benchmark of " + escaped(result.tool), escaped(environment.paragraph(result))]
-    parts += [f"> **{escaped(trouble)}**" for trouble in environment.troubles(result)]
-    titled = [
-        ("", tables.headline(result).only(HEADLINE)),
-        ("### Beside others", tables.peers(result).only(PEERS)),
-        ("### Server", tables.served(result)),
+    parts = ["## Benchmark of " + escape(result.tool), escape(environment.paragraph(result))]
+    parts += [f"> **{escape(trouble)}**" for trouble in environment.troubles(result)]
+    sections = [
+        ("", tables.headline(result).select(HEADLINE)),
+        ("### Beside others", tables.peers(result).select(PEERS)),
+        ("### Server", tables.server(result)),
         ("### Quality", tables.qualities(result, quality)),
     ]
-    for heading, found in titled:
-        if found.rows:
-            parts += [part for part in (heading, table(found), notes(found)) if part]
+    for title_line, content in sections:
+        if content.rows:
+            parts += [part for part in (title_line, table(content), notes(content)) if part]
     if result.left_out:
-        names = ", ".join(escaped(clean(title(name), 80)) for name in result.left_out)
+        names = ", ".join(escape(clean(title(name), 80)) for name in result.left_out)
         parts.append(f"Left out by the quick setting: {names}.")
     return "\n\n".join(parts) + "\n"
 
 
-def table(found: Table) -> str:
+def table(content: Table) -> str:
     """A GitHub table; a row that ends in a reason ends in empty fields."""
-    numbered = {note: n for n, note in enumerate(found.notes, 1)}
-    lines = [found.columns, tuple("---" if name in _WORDS else "---:" for name in found.columns)]
-    for row in found.rows:
+    numbers = {note: n for n, note in enumerate(content.notes, 1)}
+    lines = [content.columns, tuple("---" if name in _WORDS else "---:" for name in content.columns)]
+    for row in content.rows:
         first, *others = row.cells
-        fields = [escaped(f"{first.beside}: {first.text}" if first.beside else first.text)]
+        fields = [escape(f"{first.beside}: {first.text}" if first.beside else first.text)]
         for cell in others:
-            note = f" <sup>{numbered[cell.note]}</sup>" if cell.note else ""
+            note = f" <sup>{numbers[cell.note]}</sup>" if cell.note else ""
             beside = cell.beside if cell.beside[:1] in ("", "[", "(") else f"({cell.beside})"
-            fields.append(escaped(f"{cell.text} {beside}".rstrip()) + note)
-        lines.append((*fields, *[""] * (len(found.columns) - len(fields))))
+            fields.append(escape(f"{cell.text} {beside}".rstrip()) + note)
+        lines.append((*fields, *[""] * (len(content.columns) - len(fields))))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def notes(found: Table) -> str:
+def notes(content: Table) -> str:
     """The footnotes of a table, in one line."""
-    return " ".join(f"<sup>{n}</sup> {escaped(note)}." for n, note in enumerate(found.notes, 1))
+    return " ".join(f"<sup>{n}</sup> {escape(note)}." for n, note in enumerate(content.notes, 1))
 
 
-def escaped(text: str) -> str:
+def escape(text: str) -> str:
     """One line that Markdown shows as it is, in a table's field as well: no mark-up, no link, no mention."""
     line = re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", clean(text, 2000)).replace("&", "&amp;")
     for letter, entity in _ENTITIES.items():

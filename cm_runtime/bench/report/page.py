@@ -27,7 +27,7 @@ TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 @dataclass(frozen=True)
 class Tile:
-    """A number at the top: what it is, itself, its interval, and where it was found."""
+    """A number at the top, with its title, its interval and its scenario."""
 
     title: str
     number: str
@@ -37,12 +37,12 @@ class Tile:
 
 
 def html(result: Result, plots: Sequence[Plot], quality: Sequence[Quality] = ()) -> str:
-    """The page of ``result`` with ``plots``, as `plots.drawn` made them. Raises MissingExtraError without jinja2."""
+    """The page of ``result`` with ``plots``, those of `draw_plots`. Raises MissingExtraError without jinja2."""
     jinja2 = require("jinja2", "a page of a benchmark")
-    setting = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finished
+    template_settings = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
-    template = setting.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = template_settings.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page: str = template.render(
         result=result,
         left_out=[title(name) for name in result.left_out],
@@ -53,7 +53,7 @@ def html(result: Result, plots: Sequence[Plot], quality: Sequence[Quality] = ())
         tiles=tiles(result),
         headline=tables.headline(result),
         peers=tables.peers(result),
-        served=tables.served(result),
+        served=tables.server(result),
         models=tables.models(result),
         qualities=tables.qualities(result, quality),
         figures=[(plot, base64.b64encode(svg(plot.figure)).decode()) for plot in plots],
@@ -66,17 +66,17 @@ def html(result: Result, plots: Sequence[Plot], quality: Sequence[Quality] = ())
 def tiles(result: Result) -> list[Tile]:
     """The quickest request, the most images a second, and the range of the time each other takes."""
     measured = [(each, side) for each in result.scenarios if (side := subject(each)) is not None]
-    found, names = [], SetupNames(result)
+    tiles_, names = [], SetupNames(result)
     single = [(side.latency.p50, each) for each, side in measured if side.latency and each.kind == "single-stream"]
     if single:
         point, where = min(single, key=lambda pair: pair[0].value)
         place = f"{names.of(where)}: {brief(where)}"
-        found.append(Tile("Quickest request", digits(point.value, 4), "ms", bounds(point), place))
+        tiles_.append(Tile("Quickest request", digits(point.value, 4), "ms", bounds(point), place))
     rates = [(side.images_per_s, each) for each, side in measured if side.images_per_s]
     if rates:
         point, where = max(rates, key=lambda pair: pair[0].value)
         place = f"{names.of(where)}: {brief(where)}"
-        found.append(Tile("Most images", digits(point.value, 4), "a second", bounds(point), place))
+        tiles_.append(Tile("Most images", digits(point.value, 4), "a second", bounds(point), place))
     ratios: dict[str, list[float]] = {}
     for scenario, _ in measured:
         for side in scenario.contenders:
@@ -86,10 +86,10 @@ def tiles(result: Result) -> list[Tile]:
         low, high = times(min(values)), times(max(values))
         number = low if low == high else f"{low} to {high}"
         places = f"in {quantity(len(values), 'scenario')}"
-        found.append(Tile(f"Time of {clean(name, 30)} over ours", number, "x", "", places))
-    return found
+        tiles_.append(Tile(f"Time of {clean(name, 30)} over ours", number, "x", "", places))
+    return tiles_
 
 
-def _finished(value: Any) -> Any:
-    """What the template shows of a value: text on one line, without what cannot be printed; escaping comes after."""
+def _printable(value: Any) -> Any:
+    """Text of the template on one line, without what cannot be printed; escaping comes after."""
     return clean(value, 4000) if type(value) is str else value

@@ -1,4 +1,4 @@
-"""What `cm-runtime eval -o` wrote about the images of the models that were timed."""
+"""Reports of `cm-runtime eval -o` on the images of the models that were timed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Read(BaseModel):
 
 
 class Images(_Read):
-    """Where images came from; ``sigmas`` and ``sampler`` are of a model's."""
+    """The source of images; ``sigmas`` and ``sampler`` are of a model's."""
 
     kind: str
     path: str
@@ -70,7 +70,7 @@ class Quality(_Read):
         return self.extractor.sha256 or self.extractor.path, reference.sha256 or reference.path
 
     def name(self, result: Result) -> str:
-        """What ``result`` calls the model, or the name of the file."""
+        """The model's name in ``result``, or the name of the file."""
         for scenario in result.scenarios:
             if scenario.facts is not None and self.images.sha256 and scenario.facts.sha256 == self.images.sha256:
                 return clean(model_name(scenario.model), 40)

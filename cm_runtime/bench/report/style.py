@@ -1,4 +1,4 @@
-"""How every plot looks, and its way into SVG and PNG: the same figure gives the same bytes.
+"""The look of every plot, and its way into SVG and PNG: the same figure gives the same bytes.
 
 matplotlib's object interface only; no pyplot, no window, no state but the style, which is set for a block.
 Text is drawn as paths, so that a page looks the same without our fonts, and never read as mathematics.
@@ -7,9 +7,8 @@ Text is drawn as paths, so that a page looks the same without our fonts, and nev
 from __future__ import annotations
 
 import io
-import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +27,6 @@ INK, FAINT = "#22262b", "#6b7280"
 # Okabe and Ito's colours, told apart by all kinds of sight; markers and the order of labels tell them apart again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-_FINE = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -80,19 +78,19 @@ class Series:
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """In the block, figures are made and drawn in our style, whatever the user's matplotlibrc says."""
+def style_context() -> Iterator[None]:
+    """Make and draw figures in one style for the duration of the block, whatever the user's matplotlibrc says."""
     require("matplotlib", "a page or plots of a benchmark")
     import matplotlib.style
 
     with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE]):
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # names in scripts that the font has not
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # names in scripts that the font lacks
         yield
 
 
 def svg(figure: Figure) -> bytes:
     """The figure as an SVG file, without date or author."""
-    with styled():
+    with style_context():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         return buffer.getvalue()
@@ -100,7 +98,7 @@ def svg(figure: Figure) -> bytes:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file, 1040 pixels wide."""
-    with styled():
+    with style_context():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
         return buffer.getvalue()
@@ -117,49 +115,28 @@ def blank(title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
 
 
 def drawable(value: float) -> bool:
-    """Whether a logarithmic axis can hold it."""
+    """True where a logarithmic axis can hold the value."""
     return 1e-9 < value < 1e12
 
 
-def ladder(low: float, high: float) -> list[float]:
-    """Round numbers from the last at or below ``low`` to the first at or above ``high``, as fine as there is room."""
-    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
-    found: list[float] = []
-    for steps, most in ((_FINE, 6), ((1.0, 2.0, 5.0), 11), ((1.0,), 1000)):
-        rungs = [m * 10.0**exponent for exponent in range(first, last + 1) for m in steps]
-        start = max(n for n, rung in enumerate(rungs) if rung <= low * 1.0001)
-        end = min(n for n, rung in enumerate(rungs) if rung >= high * 0.9999)
-        found = rungs[start : max(end, start + 1) + 1]
-        if len(found) <= most:
-            break
-    return found
+def log_axis(axes: Axes, which: str, ends: tuple[float, float], room: float = 0.04, ticks: Sequence[int] = ()) -> None:
+    """Make an axis, "x" or "y", logarithmic between ``ends``, with plain figures, at ``ticks`` or at round numbers.
 
+    room: the share of the axis that is left beyond the upper end.
+    """
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-def log_axis(axes: Axes, which: str, ticks: Sequence[float], ends: tuple[float, float]) -> None:
-    """A logarithmic axis, ``which`` of "x" and "y", with these ticks in plain figures and no others."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    axes.set_xscale("log") if which == "x" else axes.set_yscale("log")
+    span = max(ends[1] / ends[0], 1.1)
+    locator = MaxNLocator(6, steps=[1, 2, 5, 10]) if span < 5 else LogLocator(subs=(1, 2, 5) if span < 5000 else (1,))
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (ends[0] / span**0.04, ends[1] * span**room)})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_locator(FixedLocator(ticks, nbins=8) if ticks else locator)
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlim(*ends) if which == "x" else axes.set_ylim(*ends)
-
-
-def apart(values: Iterable[int], gap: float = 0.07) -> list[int]:
-    """Those of ``values`` whose labels have room on a logarithmic axis, the ends among them."""
-    ordered = sorted(set(values))
-    span = math.log(ordered[-1] / ordered[0]) or 1.0
-    kept = [ordered[-1]]
-    for value in ordered[-2::-1]:
-        if math.log(kept[-1] / value) >= gap * span:
-            kept.append(value)
-    return kept[::-1]
 
 
 def lines(title: str, x: str, y: str, series: Sequence[Series]) -> Figure | None:
-    """A line for each series, both axes logarithmic; None where none has two points."""
+    """Line plot with both axes logarithmic; None where no line has two points."""
     if not any(len(each.points) > 1 and each.kind == "line" for each in series):
         return None
     figure, axes = blank(title)
@@ -168,19 +145,15 @@ def lines(title: str, x: str, y: str, series: Sequence[Series]) -> Figure | None
         xs, ys = [x for x, _ in each.points], [point.value for _, point in each.points]
         if each.kind == "level":
             axes.plot(xs, ys, ":", color=FAINT, label=each.label)
-            continue
-        if each.kind == "tail":
+        elif each.kind == "tail":
             axes.plot(xs, ys, "--", color=colour, linewidth=1.2, marker=marker, markerfacecolor="white", markersize=4.5)
-            continue
-        errors = [(max(0, y - low(p)), max(0, high(p) - y)) for y, (_, p) in zip(ys, each.points, strict=True)]
-        below, above = zip(*errors, strict=True)
-        axes.errorbar(xs, ys, (below, above), color=colour, marker=marker, capsize=2.5, label=each.label)
+        else:
+            errors = reach([point for _, point in each.points])
+            axes.errorbar(xs, ys, errors, color=colour, marker=marker, capsize=2.5, label=each.label)
     every = [point for each in series for _, point in each.points]
-    rungs = ladder(min(low(p) for p in every), max(high(p) for p in every))
-    log_axis(axes, "y", rungs, (rungs[0] * 0.94, rungs[-1] * 1.06))
-    ticks = apart(x for each in series for x, _ in each.points)
-    margin = (ticks[-1] / ticks[0]) ** 0.04
-    log_axis(axes, "x", ticks, (ticks[0] / margin, ticks[-1] * margin))
+    log_axis(axes, "y", (min(map(low, every)), max(map(high, every))))
+    ticks = sorted({x for each in series for x, _ in each.points})
+    log_axis(axes, "x", (ticks[0], ticks[-1]), ticks=ticks)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if len([each for each in series if each.kind != "tail"]) > 1:
@@ -198,3 +171,8 @@ def low(point: Estimate) -> float:
 def high(point: Estimate) -> float:
     """The upper end, likewise."""
     return point.high if point.high is not None and drawable(point.high) and point.high >= point.value else point.value
+
+
+def reach(points: Sequence[Estimate]) -> tuple[list[float], list[float]]:
+    """Distances from the values down and up to the ends of their intervals, for matplotlib's errorbar."""
+    return [point.value - low(point) for point in points], [high(point) - point.value for point in points]

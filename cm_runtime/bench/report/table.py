@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ UNMEASURED = "not measured in this scenario"
 
 @dataclass(frozen=True)
 class Cell:
-    """A field: its text, what stands beside it, its footnote, and what it says of the row (absent, failed, missed)."""
+    """A field: its text, the text beside it, its footnote, and its mark of the row (absent, failed, missed)."""
 
     text: str
     beside: str = ""
@@ -45,22 +46,17 @@ class Table:
     @property
     def spans(self) -> list[int]:
         """Over how many rows each row's first cell goes: 0 where it is that of the row above."""
-        found: list[int] = []
-        start = 0
-        for n, row in enumerate(self.rows):
-            same = n > 0 and row.key and (row.key, row.cells[0]) == (self.rows[n - 1].key, self.rows[n - 1].cells[0])
-            found.append(0 if same else 1)
-            if same:
-                found[start] += 1
-            else:
-                start = n
-        return found
+        spans: list[int] = []
+        for _, rows in itertools.groupby(self.rows, lambda row: (row.key, row.cells[0]) if row.key else id(row)):
+            count = len(list(rows))
+            spans += [count, *[0] * (count - 1)]
+        return spans
 
-    def only(self, columns: Sequence[str]) -> Table:
-        """With these columns of it."""
-        kept = [self.columns.index(name) for name in columns]
+    def select(self, columns: Sequence[str]) -> Table:
+        """The table with these columns."""
+        indices = [self.columns.index(name) for name in columns]
         rows = [
-            Row(tuple(row.cells[n] for n in kept) if len(row.cells) == len(self.columns) else row.cells, row.key)
+            Row(tuple(row.cells[n] for n in indices) if len(row.cells) == len(self.columns) else row.cells, row.key)
             for row in self.rows
         ]
         return Table(tuple(columns), tuple(rows))

@@ -44,20 +44,20 @@ def cold(side: Contender) -> Cell:
 
 
 def memory(side: Contender) -> Cell:
-    """Of the host, and of the device where there is one."""
+    """Peak memory of the host, and of the device where there is one."""
     device = "" if side.peak_device_bytes is None else f"GPU {size(side.peak_device_bytes)}"
     return plain(size(side.peak_host_bytes), beside=device)
 
 
 def parity(side: Contender) -> Cell:
-    """The largest difference, in grey levels too, and from whose images."""
+    """The largest difference, in grey levels too, and the implementation it is from."""
     if side.agreement is None:
         return Cell(DASH, note=clean(side.reason) or ALONE)
     levels = f"{digits(side.agreement.grey_levels)} of 255, from {clean(side.agreement.against, 30)}"
     return Cell(digits(float(side.agreement.max_abs), 2), levels, OTHER if side.agreement.is_allowed else "")
 
 
-def named(names: SetupNames, scenario: ScenarioResult) -> Cell:
+def name_cell(names: SetupNames, scenario: ScenarioResult) -> Cell:
     """A scenario's name in the first column."""
     return Cell(brief(scenario), names.of(scenario))
 
@@ -97,17 +97,17 @@ def headline(result: Result) -> Table:
         )
     rows, names = [], SetupNames(result)
     for scenario in result.scenarios:
-        name = named(names, scenario)
+        name = name_cell(names, scenario)
         side = subject(scenario)
-        fields = [_failed(scenario)] if side is None else [field(scenario, side) for field in columns.values()]
+        fields = [_failure(scenario)] if side is None else [field(scenario, side) for field in columns.values()]
         rows.append(Row((name, *fields), clean(scenario.name)))
     return Table(("scenario", *columns), tuple(rows))
 
 
-def _failed(scenario: ScenarioResult) -> Cell:
-    own = next((each for each in scenario.contenders if each.role == "subject"), None)
-    reason = scenario.reason or (own.reason if own else "") or "no reason was recorded"
-    status = own.status if scenario.status == "measured" and own else "failed"
+def _failure(scenario: ScenarioResult) -> Cell:
+    side = next((each for each in scenario.contenders if each.role == "subject"), None)
+    reason = scenario.reason or (side.reason if side else "") or "no reason was recorded"
+    status = side.status if scenario.status == "measured" and side else "failed"
     return Cell(f"{status}: {clean(reason)}", mark=status)
 
 
@@ -119,7 +119,7 @@ def peers(result: Result) -> Table:
     for scenario in result.scenarios:
         if not rivals(scenario):
             continue
-        name = named(names, scenario)
+        name = name_cell(names, scenario)
         for side in sorted(scenario.contenders, key=lambda each: each.role != "subject"):
             who = (name, Cell(clean(side.name, 40), _version(side)))
             if side.status != "measured":
@@ -138,7 +138,7 @@ def _version(side: Contender) -> str:
     return " ".join(word for word in words if word)
 
 
-def served(result: Result) -> Table:
+def server(result: Result) -> Table:
     """Server scenarios: latency from arrival to images, beside its bound."""
     columns = ["scenario", "arrived/s", "p50, ms", "p90, ms", "p95, ms", "p99, ms"]
     columns += ["bound of p99, ms", "kept", "drawn together"]
@@ -147,17 +147,17 @@ def served(result: Result) -> Table:
         side = subject(scenario)
         if scenario.kind != "server" or side is None or side.served is None:
             continue
-        found = side.served
         tails = [_tail(name)(scenario, side) for name in ("p90", "p95", "p99")]
-        kept = Cell("yes") if found.met else Cell("no", mark="missed")
-        cells = [named(names, scenario), Cell(digits(found.rate))]
-        cells += [_p50(scenario, side), *tails, Cell(digits(found.bound_ms)), kept, Cell(digits(found.mean_batch))]
+        met = Cell("yes") if side.served.met else Cell("no", mark="missed")
+        arrivals, bound, batch = side.served.rate, side.served.bound_ms, side.served.mean_batch
+        cells = [name_cell(names, scenario), Cell(digits(arrivals)), _p50(scenario, side), *tails]
+        cells += [Cell(digits(bound)), met, Cell(digits(batch))]
         rows.append(Row(tuple(cells), clean(scenario.name)))
     return Table(tuple(columns), tuple(rows))
 
 
 def models(result: Result) -> Table:
-    """What was run, once for each file."""
+    """The models, once for each file."""
     columns = ["model", "images", "classes", "precision", "file", "GFLOP an evaluation"]
     columns += ["export parity", "export, s", "SHA-256"]
     rows: dict[tuple[str, str], Row] = {}
@@ -180,11 +180,11 @@ def models(result: Result) -> Table:
     return Table(tuple(columns), tuple(rows.values()))
 
 
-def qualities(result: Result, found: Iterable[Quality]) -> Table:
-    """What `cm-runtime eval` said of images."""
+def qualities(result: Result, reports: Iterable[Quality]) -> Table:
+    """The figures of `cm-runtime eval`."""
     columns = ("images", "steps", "Frechet distance", "precision", "recall", "class agreement", "count", "reference")
     rows = []
-    for each in found:
+    for each in reports:
         figures = each.figures
         cells = [
             Cell(each.name(result)),

@@ -48,35 +48,35 @@ def report(
     page = None if markdown and output is None else output or result.with_suffix(".html")
     if page is not None and _is_same(page, result):
         raise RequestError(f"{page} is the result itself; name the page with -o")
-    found = results.read(result)
-    judged = [evals.read(path) for path in quality or ()]
+    content = results.read(result)
+    reports = [evals.read(path) for path in quality or ()]
     if page is not None:
         atomic.check_output(page)
-    written: dict[Path, bytes] = {}
+    files: dict[Path, bytes] = {}
     if page is not None or plots is not None:
         from cm_runtime.bench.report import page as pages
         from cm_runtime.bench.report import style
-        from cm_runtime.bench.report.plots import drawn
+        from cm_runtime.bench.report.plots import draw_plots
 
-        figures = drawn(found, judged)
+        figures = draw_plots(content, reports)
         if plots is not None:
             _folder(plots)
-            written |= {plots / f"{plot.name}.png": style.png(plot.figure) for plot in figures}
+            files |= {plots / f"{plot.name}.png": style.png(plot.figure) for plot in figures}
         if page is not None:
-            written[page] = pages.html(found, figures, judged).encode()
-    for path in written:
+            files[page] = pages.html(content, figures, reports).encode()
+    for path in files:
         atomic.check_output(path)
-    for path, content in written.items():
+    for path, data in files.items():
         with atomic.write(path) as temporary:
-            temporary.write_bytes(content)
+            temporary.write_bytes(data)
     if markdown:
         from cm_runtime.bench.report.markdown import summary
 
-        typer.echo(summary(found, judged), nl=False)
+        typer.echo(summary(content, reports), nl=False)
     elif page is not None:
         from cm_runtime.errors.wording import quantity
 
-        typer.echo(f"{page}: {quantity(len(found.scenarios), 'scenario')}, {quantity(len(figures), 'plot')}")
+        typer.echo(f"{page}: {quantity(len(content.scenarios), 'scenario')}, {quantity(len(figures), 'plot')}")
 
 
 def _is_same(page: Path, result: Path) -> bool:
