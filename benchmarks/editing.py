@@ -1,4 +1,4 @@
-r"""What zero-shot editing does to real images: the README's strips, and figures over a test set.
+r"""Zero-shot editing of real images: the README's strips, and figures over a test set.
 
     python benchmarks/editing.py --data fashion-mnist --count 2000          # figures of the bundled model
     python benchmarks/editing.py --strips benchmarks/results/editing --data tests/data/fashion-mnist --count 0
@@ -55,40 +55,40 @@ STRIPS = {
 }
 
 
-def psnr(made: Array, wanted: Array) -> float:
+def psnr(images: Array, reference: Array) -> float:
     """The mean over images of the PSNR in dB; (N,H,W,C) in units of [-1, 1]."""
-    error = np.mean((np.clip(made, -1, 1) - wanted) ** 2, axis=(1, 2, 3))
+    error = np.mean((np.clip(images, -1, 1) - reference) ** 2, axis=(1, 2, 3))
     return float(np.mean(10 * np.log10(4 / error)))
 
 
 def figures(model: Any, y: Array, labels: list[int]) -> dict[str, Any]:
-    """All that is measured; y: (N,H,W,C) float32 in [-1, 1]."""
+    """All figures; y: (N,H,W,C) float32 in [-1, 1]."""
     rng = np.random.default_rng(0)
     noisy = y + np.float32(SIGMA) * rng.standard_normal(y.shape).astype(np.float32)
     how: Any = {"label": labels, "output": "float32"}
-    found: dict[str, Any] = {"images": len(y), "sigma": SIGMA, "noisy": psnr(noisy, y)}
-    found["denoised"] = psnr(editing.denoise(model, noisy, SIGMA, **how), y)
-    found["denoised, estimated"] = psnr(editing.denoise(model, noisy, **how), y)
+    results: dict[str, Any] = {"images": len(y), "sigma": SIGMA, "noisy": psnr(noisy, y)}
+    results["denoised"] = psnr(editing.denoise(model, noisy, SIGMA, **how), y)
+    results["denoised, estimated"] = psnr(editing.denoise(model, noisy, **how), y)
     size = y.shape[1:3]
     for factor in (2, 4):
         small = np.moveaxis(editing.patch_means(np.moveaxis(y, -1, 1), factor), 1, -1)
-        made = editing.superres(model, small, factor, **how)
-        means = np.moveaxis(editing.patch_means(np.moveaxis(made, -1, 1).copy(), factor), 1, -1)
-        found[f"superres {factor}"] = {
+        large = editing.superres(model, small, factor, **how)
+        means = np.moveaxis(editing.patch_means(np.moveaxis(large, -1, 1).copy(), factor), 1, -1)
+        results[f"superres {factor}"] = {
             "means": psnr(small.repeat(factor, 1).repeat(factor, 2), y),
             "bicubic": psnr(np.stack([bicubic(each, size) for each in small]), y),
-            "ours": psnr(made, y),
+            "ours": psnr(large, y),
             "apart from the means": float(np.abs(means - small).max()),
-            "clipped": editing.count_clipped(made) / made.size,
+            "clipped": editing.count_clipped(large) / large.size,
         }
     hole = np.zeros(size, bool)
     hole[size[0] * 2 // 7 : size[0] * 5 // 7, size[1] * 2 // 7 : size[1] * 5 // 7] = True
-    made = editing.inpaint(model, y, hole, **how)
-    found["inpaint"] = {
-        "hole": float(np.mean(10 * np.log10(4 / np.mean((made[:, hole] - y[:, hole]) ** 2, axis=(1, 2))))),
-        "apart outside": float(np.abs(made[:, ~hole] - y[:, ~hole]).max()),
+    whole = editing.inpaint(model, y, hole, **how)
+    results["inpaint"] = {
+        "hole": float(np.mean(10 * np.log10(4 / np.mean((whole[:, hole] - y[:, hole]) ** 2, axis=(1, 2))))),
+        "apart outside": float(np.abs(whole[:, ~hole] - y[:, ~hole]).max()),
     }
-    return found
+    return results
 
 
 def bicubic(small: Array, size: tuple[int, int]) -> Array:
@@ -114,8 +114,7 @@ def write_inputs(data: Any, folder: Path) -> None:
     )
     draw.line([(14, 2), (14, 27)], fill=60)
     image_writer.save_png(np.asarray(painting)[..., None], folder / "painting.png", {"from": "benchmarks/editing.py"})
-    chosen = data.images[:6]
-    clean = np.moveaxis(chosen, 1, -1) / np.float32(127.5) - 1
+    clean = np.moveaxis(data.images[:6], 1, -1) / np.float32(127.5) - 1
     noise = np.random.default_rng(0).standard_normal(clean.shape).astype(np.float32)
     np.savez(folder / "noisy.npz", arr_0=clean + np.float32(SIGMA) * noise, arr_1=data.labels[:6])
 
@@ -139,8 +138,8 @@ class GaussianColours:
         """f; see `sampling.Denoiser`."""
         eps = self.manifest.sigma_min
         gain = np.sqrt((self.v + eps**2) / (self.v + float(sigma) ** 2))
-        apart = (x.reshape(len(x), -1) - self.mean) @ self.U
-        x0: Array = (self.mean + (apart * gain) @ self.U.T).reshape(x.shape).astype(np.float32)
+        coordinates = (x.reshape(len(x), -1) - self.mean) @ self.U
+        x0: Array = (self.mean + (coordinates * gain) @ self.U.T).reshape(x.shape).astype(np.float32)
         return x0
 
 
@@ -153,22 +152,22 @@ def colours(source: str, folder: Path) -> dict[str, float]:
     grey = np.repeat(np.moveaxis(editing.luminance(np.moveaxis(y, -1, 1)), 1, -1), 3, axis=-1)
     small = np.moveaxis(editing.patch_means(np.moveaxis(y, -1, 1).copy(), 8), 1, -1)
     large = small.repeat(8, 1).repeat(8, 2)
-    found = {}
-    for name, given, made in (
+    values: dict[str, float] = {}
+    for name, source_images, answers in (
         ("colorize", grey, editing.colorize(model, grey, answers=3, output="float32")),
         ("superres-8", large, editing.superres(model, small, 8, answers=3, output="float32")),
     ):
-        found[f"{name}: given"], found[f"{name}: answers"] = psnr(given, y), psnr(made[::3], y)
-        rows = np.concatenate([y[:6, None], given[:6, None], made.reshape(200, 3, *y.shape[1:])[:6]], axis=1)
+        values |= {f"{name}: given": psnr(source_images, y), f"{name}: answers": psnr(answers[::3], y)}
+        rows = np.concatenate([y[:6, None], source_images[:6, None], answers.reshape(200, 3, *y.shape[1:])[:6]], axis=1)
         pixels = to_uint8(np.moveaxis(rows.reshape(-1, *y.shape[1:]), -1, 1))
         image_writer.save_png(
             image_writer.grid(pixels, 5), folder / f"{name}.png", {"model": "Gaussian, CIFAR-10's mean and covariance"}
         )
-    return found
+    return values
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, measures, prints."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="fashion-mnist", help="of the bundled model's kind")
     parser.add_argument("--count", type=int, default=1000, help="test images to measure")
@@ -176,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--colours", help="CIFAR-10, for the analytic model; needs --strips")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     is_good = True
     try:
         if options.count:
@@ -184,32 +183,23 @@ def main(arguments: list[str] | None = None) -> int:
             y = (np.moveaxis(data.images[: options.count], 1, -1) / np.float32(127.5) - 1).astype(np.float32)
             if data.labels is None:
                 raise DataError(f"{options.data} has no labels")
-            found = figures(cm.load(), y, data.labels[: options.count].tolist())
-            is_good = found["denoised"] - found["noisy"] >= GAIN
+            content = figures(cm.load(), y, data.labels[: options.count].tolist())
+            is_good = content["denoised"] - content["noisy"] >= GAIN
         if options.strips:
             options.strips.mkdir(parents=True, exist_ok=True)
             if options.colours:
-                found |= colours(options.colours, options.strips)
+                content |= colours(options.colours, options.strips)
             else:
                 write_inputs(open_data(options.data, split="test"), options.strips)
                 for name, words in STRIPS.items():
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "cm_runtime",
-                        "edit",
-                        name.partition("-")[0],
-                        *words,
-                        "-o",
-                        f"{name}.png",
-                    ]
-                    subprocess.run(command, cwd=options.strips, check=True)
+                    edit = [sys.executable, "-m", "cm_runtime", "edit", name.partition("-")[0]]
+                    subprocess.run([*edit, *words, "-o", f"{name}.png"], cwd=options.strips, check=True)
     except CmRuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(found, indent=1))
+    print(json.dumps(content, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if is_good else 1
 
 

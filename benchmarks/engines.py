@@ -1,13 +1,13 @@
-"""Our exports on every CPU engine against diffusers' pipeline and plain exports: the table of the README.
+"""Exports on every CPU engine against diffusers' pipeline and plain exports: the table of the README.
 
     python benchmarks/engines.py -o benchmarks/results/MACHINE/engines.json       # measures, prints the table
     python benchmarks/engines.py --show benchmarks/results/MACHINE/engines.json   # prints the table of a result
 
-Two steps with the same weights and noise, each contender in a process of its own, taking turns (see race.py). Ours are
-sampler files on ONNX Runtime and OpenVINO in fp32, and on OpenVINO in bf16; beside them diffusers' pipeline in eager
-torch, and a plain torch.onnx.export with a NumPy loop on both engines. Images are compared before any time is reported:
-fp32 within one grey level of diffusers', bf16 at 40 dB or more. What `--backend auto` takes is asked behind each race,
-and the matrix product of this machine in fp32 and bf16 is measured before: it says what an engine can reach.
+Two steps with the same weights and noise, each contender in a process of its own, taking turns (see race.py). There are
+sampler files of cm-runtime on ONNX Runtime and OpenVINO in fp32, and on OpenVINO in bf16; beside them diffusers'
+pipeline in eager torch, and a plain torch.onnx.export with a NumPy loop on both engines. Images are compared before any
+time is reported: fp32 within one grey level of diffusers', bf16 at 40 dB or more. The choice of `--backend auto` is
+recorded after each race, and the matrix product of this machine in fp32 and bf16 before: the bound of an engine.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from race import Runner, Times, race, ratio
+from race import Runner, Times, race
 
-import cm_runtime as cm
 from cm_runtime import backends, export, noise
 from cm_runtime.backends import auto, measurements
+from cm_runtime.bench import turns
 from cm_runtime.bench.flops import gflop
 from cm_runtime.bench.machine import machine
-from cm_runtime.bench.networks import standing
+from cm_runtime.bench.networks import standing_checkpoint
+from cm_runtime.bench.worker import Model, Spec
 from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.files import atomic
 from cm_runtime.manifest import read_manifest
@@ -41,9 +41,9 @@ GREY, LEAST_PSNR = 1.001 * 2 / 255, 40.0
 PRODUCT = 2048  # rows of the matrices whose product is timed
 
 
-def measured(network: str, batch: int, folder: Path, seconds: float) -> dict[str, Any]:
-    """One row: medians in ms, ratios with quartiles, and what the images say."""
-    source, path = standing(network, folder), folder / f"{network}-sampler.onnx"
+def measure(network: str, batch: int, folder: Path, seconds: float) -> dict[str, Any]:
+    """One row: medians in ms, ratios with quartiles, and the agreement of the images."""
+    source, path = standing_checkpoint(network, folder), folder / f"{network}-sampler.onnx"
     checkpoint = read_checkpoint(source)
     classes = checkpoint.config.network.num_classes
     if not path.exists():
@@ -62,10 +62,10 @@ def measured(network: str, batch: int, folder: Path, seconds: float) -> dict[str
         "openvino bf16": Runner(path, "openvino", "bf16"),
     }
     times = race(runners, z, levels, label, folder, seconds=seconds)
-    wanted = np.clip(times["diffusers"].images, -1, 1)
-    apart = {name: _apart(each, wanted) for name, each in times.items()}
+    reference = np.clip(times["diffusers"].images, -1, 1)
+    differences = {name: _difference(each, reference) for name, each in times.items()}
     question = auto.question(path, manifest, "cpu", batch=batch)
-    taken = backends.load(path, micro_batch=batch)
+    choice = backends.load(path, micro_batch=batch)
     best = min(("ort", "openvino"), key=lambda name: times[name].median)
     flop = STEPS * batch * gflop(folder / f"{network}-denoiser.onnx")
     return {
@@ -73,32 +73,31 @@ def measured(network: str, batch: int, folder: Path, seconds: float) -> dict[str
         "batch": batch,
         "rounds": len(times["ort"].seconds),
         "ms": {name: round(each.median * 1e3, 2) for name, each in times.items()},
-        "psnr": {name: round(psnr, 1) for name, (_, psnr) in apart.items()},
-        "grey": {name: round(grey * 127.5, 2) for name, (grey, _) in apart.items()},
+        "psnr": {name: round(psnr, 1) for name, (_, psnr) in differences.items()},
+        "grey": {name: round(grey * 127.5, 2) for name, (grey, _) in differences.items()},
         "over diffusers": {
             name: _quartiles(times["diffusers"], times[name]) for name in ("ort", "openvino", "openvino bf16")
         },
         "over plain": {name: _quartiles(times[f"plain {name}"], times[name]) for name in ("ort", "openvino")},
         "fastest": best,
-        "auto": taken.name,
+        "auto": choice.name,
         "auto measured": str(measurements.load(question) or ""),
         "gflop_per_s": {name: round(flop / times[name].median, 1) for name in ("ort", "openvino", "openvino bf16")},
     }
 
 
-def _apart(times: Times, wanted: np.ndarray[Any, Any]) -> tuple[float, float]:
+def _difference(times: Times, reference: np.ndarray[Any, Any]) -> tuple[float, float]:
     """The largest difference in [-1, 1] units, and dB."""
-    error = np.clip(times.images, -1, 1).astype(np.float64) - wanted
+    error = np.clip(times.images, -1, 1).astype(np.float64) - reference
     return float(np.abs(error).max()), float(10 * np.log10(4 / max(np.mean(error**2), 1e-20)))
 
 
 def _quartiles(slow: Times, fast: Times) -> list[float]:
-    found = ratio(slow, fast)
-    return [round(each, 3) for each in (found.median, found.low, found.high)]
+    return [round(each, 3) for each in turns.ratio(slow.seconds, fast.seconds)]
 
 
 def check(row: dict[str, Any]) -> None:
-    """Nothing is reported that draws something else."""
+    """Exit where an engine draws other images: its times are not reported."""
     for name in ("plain ort", "plain openvino", "ort", "openvino"):
         if row["grey"][name] > GREY * 127.5:
             raise SystemExit(f"{name} is {row['grey'][name]} grey levels from diffusers on {row['network']}")
@@ -115,24 +114,18 @@ def outside(folder: Path, batch: int = 256) -> dict[str, float]:
             from cm_runtime.export.from_onnx import recover
 
             export.onnx(recover(backends.DEFAULT_MODEL), path, graph="sampler", steps=STEPS, force=True)
-        model = backends.load(path, "ort")
-        inside, run = [0.0], model.evaluate
-
-        def timed(feed: Any, inside: list[float] = inside, run: Any = run) -> Any:
-            began = time.perf_counter()
-            try:
-                return run(feed)
-            finally:
-                inside[0] += time.perf_counter() - began
-
-        model.evaluate = timed  # type: ignore[method-assign]
-        cm.sample(model, 8)
-        found = []
+        manifest = read_manifest(path)
+        (levels,) = manifest.sigmas.values()
+        shape, classes = manifest.image_shape, manifest.num_classes
+        model = Model(Spec(str(path), "ort", "cpu", 0, batch, levels, seed=0, image_shape=shape, num_classes=classes))
+        draw = turns.timer(model.prepare(0))
+        model.prepare(0, count=8)()
+        values = []
         for _ in range(5 if network == "default" else 1):
-            inside[0], began = 0.0, time.perf_counter()
-            cm.sample(model, batch)
-            found.append(1 - inside[0] / (time.perf_counter() - began))
-        shares[network] = round(float(np.median(found)), 4)
+            model.network_ns()
+            seconds = draw()
+            values.append(1 - (model.network_ns() or 0) / 1e9 / seconds)
+        shares[network] = round(float(np.median(values)), 4)
     return shares
 
 
@@ -140,23 +133,19 @@ def products() -> dict[str, float]:
     """GFLOP/s of torch's matrix product, the best of ten, in the types that engines compute in."""
     import torch
 
-    found = {}
+    rates = {}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(PRODUCT, PRODUCT).to(kind) for _ in range(2))
-        taken = []
-        for _ in range(11):
-            began = time.perf_counter()
-            a @ b
-            taken.append(time.perf_counter() - began)
-        found[name] = round(2 * PRODUCT**3 / min(taken[1:]) / 1e9, 1)
-    return found
+        product = turns.timer(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+        rates[name] = round(2 * PRODUCT**3 / min([product() for _ in range(11)][1:]) / 1e9, 1)
+    return rates
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
 
-    def times(found: list[float]) -> str:
-        return "{:.2f}x \\[{:.2f}, {:.2f}\\]".format(*found)
+    def times(quartiles: list[float]) -> str:
+        return "{:.2f}x \\[{:.2f}, {:.2f}\\]".format(*quartiles)
 
     lines = [
         "| two steps | diffusers, ms | ours, ms (engine) | over diffusers | over plain, ONNX Runtime |"
@@ -179,7 +168,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Compare our exports with diffusers and plain exports on this CPU.")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="where the result goes")
     parser.add_argument("--show", type=Path, metavar="FILE.json", help="print the table of a result instead")
@@ -196,14 +185,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "products": products(),
         "rows": [],
     }
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm-runtime" / "bench"
+    cache = atomic.cache_folder() / "bench"
     with tempfile.TemporaryDirectory() as folder:
         for network in {network for network, _ in SETUPS}:
-            os.symlink(standing(network, cache), Path(folder) / standing(network, cache).name)
+            os.symlink(standing_checkpoint(network, cache), Path(folder) / standing_checkpoint(network, cache).name)
         for network, batch in SETUPS:
             if options.only and f"{network}:{batch}" not in options.only:
                 continue
-            row = measured(network, batch, Path(folder), options.seconds)
+            row = measure(network, batch, Path(folder), options.seconds)
             check(row)
             result["rows"].append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-r"""Makes the extractor that ships with cm-runtime, and the statistics of the data under it.
+r"""Make the extractor that ships with cm-runtime, and the statistics of the data under it.
 
     python benchmarks/extractor.py --data fashion-mnist --threads 1 --out cm_runtime/models
 
@@ -8,7 +8,7 @@ graph takes uint8 (N, 28, 28, 1) and gives ``features`` (N, 128) and ``logits`` 
 
 Writes ``fashion-mnist-classifier.onnx`` and ``fashion-mnist-statistics.npz``: mean and covariance, float32, of the
 features of all training images as ONNX Runtime gives them. ``--classifier PATH`` keeps the torch weights, or takes
-those kept. Exit status: 0 done, 1 a one-line error, 2 usage.
+those of the file. Exit status: 0 done, 1 a one-line error, 2 usage.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Graph(torch.nn.Module):
         return features, self.classifier.head(features)
 
 
-def rounded(classifier: Classifier) -> Classifier:
+def round_weights(classifier: Classifier) -> Classifier:
     """The same classifier with every weight one that float16 holds, in evaluation mode."""
     copy = Classifier()
     copy.load_state_dict({k: v.half().to(v.dtype) for k, v in classifier.state_dict().items()})
@@ -61,7 +61,7 @@ def rounded(classifier: Classifier) -> Classifier:
 
 
 def export(classifier: Classifier, path: Path) -> None:
-    """Writes the ONNX graph of a classifier that `rounded` made, whole or not at all."""
+    """Write the ONNX graph of a classifier of `round_weights`, whole or not at all."""
     images = torch.zeros(2, 28, 28, 1, dtype=torch.uint8)
     with quiet():
         program = torch.onnx.export(
@@ -100,26 +100,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
+def _make(options: argparse.Namespace) -> None:
     for name in (MODEL, STATISTICS):
         check_writable(options.out / name)
     recipe = Recipe(seed=SEED)
     images, labels = read_data(options.data, "train")
     test_images, test_labels = read_data(options.data, "test")
-    kept = options.classifier is not None and options.classifier.exists()
-    classifier = load_classifier(options.classifier, recipe) if kept else train(images, labels, recipe, _report)
-    half = rounded(classifier)
+    is_kept = options.classifier is not None and options.classifier.exists()
+    classifier = load_classifier(options.classifier, recipe) if is_kept else train(images, labels, recipe, _report)
+    half = round_weights(classifier)
     accuracy = float((judge(half, test_images)[1] == test_labels).mean())
     if accuracy < MINIMUM_ACCURACY:
         raise CmRuntimeError(f"the classifier is right on {accuracy:.2%} of the test images, less than it must be")
-    if options.classifier is not None and not kept:
+    if options.classifier is not None and not is_kept:
         save_classifier(options.classifier, classifier, recipe, accuracy)
     export(half, options.out / MODEL)
     extractor = Extractor(options.out / MODEL, threads=options.threads)
-    seen = observe(array_batches(images, labels), extractor, classes=CLASSES)
-    write_statistics(options.out / STATISTICS, seen.statistics, np.float32)
+    content = observe(array_batches(images, labels), extractor, classes=CLASSES)
+    write_statistics(options.out / STATISTICS, content.statistics, np.float32)
     print(f"{options.out / MODEL}: right on {accuracy:.2%} of {len(test_labels)} test images")
-    print(f"{options.out / STATISTICS}: {seen.statistics.count} images, right on {seen.agreement:.2%} of them")
+    print(f"{options.out / STATISTICS}: {content.statistics.count} images, right on {content.agreement:.2%} of them")
 
 
 def _report(line: str) -> None:
@@ -127,14 +127,14 @@ def _report(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line ``arguments``, by default the process's own, and returns the exit status."""
+    """Run the command line ``arguments``, by default the process's own, and return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error("--threads must be at least 1")
     torch.set_num_threads(options.threads)
     try:
-        _run(options)
+        _make(options)
     except CmRuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Does the gate see what it must, and nothing else? Planted slow-downs, measured and judged as CI does it.
+"""A check of the gate: planted slow-downs, measured and judged as CI does it.
 
     python benchmarks/gate.py --runs 20 --json runs/gate.json
 
@@ -46,7 +46,7 @@ sample = _slowed(sample)
 """
 
 
-def planted(work: Path, percent: float) -> Path:
+def plant(work: Path, percent: float) -> Path:
     """A copy of the package that takes ``percent`` longer: the folder that holds it."""
     root = work / f"slower-{percent:g}"
     shutil.copytree(ROOT / "cm_runtime", root / "cm_runtime", ignore=shutil.ignore_patterns("__pycache__"))
@@ -56,25 +56,25 @@ def planted(work: Path, percent: float) -> Path:
     return root
 
 
-def judged(new: Path, base: Path, options: argparse.Namespace, result: Path) -> dict[str, Any]:
+def judge(new: Path, base: Path, options: argparse.Namespace, result: Path) -> dict[str, Any]:
     """One run and its verdict: {verdict, ratio, seconds}."""
     began = time.perf_counter()
     words = ["run", "--steps", options.steps, "--batch", options.batch, "--budget", options.budget]
-    _bench(new, *words, "--against", base, "-o", result, "--force", allowed=(0,))
+    _bench(new, *words, "--against", base, "-o", result, "--force", statuses=(0,))
     seconds = time.perf_counter() - began
-    done = _bench(new, "compare", result, "--fail-above", options.gate, allowed=tuple(WORDS))
+    status = _bench(new, "compare", result, "--fail-above", options.gate, statuses=tuple(WORDS))
     sides = {each["role"]: each for each in json.loads(result.read_text())["scenarios"][0]["contenders"]}
     inverse = sides["base"]["time_ratio"]
     ratio = [None if inverse[end] is None else 1 / inverse[end] for end in ("high", "value", "low")]
-    return {"verdict": WORDS[done], "ratio": ratio, "seconds": seconds}
+    return {"verdict": WORDS[status], "ratio": ratio, "seconds": seconds}
 
 
-def _bench(root: Path, *words: object, allowed: tuple[int, ...]) -> int:
+def _bench(root: Path, *words: object, statuses: tuple[int, ...]) -> int:
     command = [sys.executable, "-P", "-m", "cm_runtime", "bench", *map(str, words)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
-    if done.returncode not in allowed:
-        raise SystemExit(f"error: {' '.join(command)}: status {done.returncode}: {done.stderr.strip()}")
-    return done.returncode
+    child = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    if child.returncode not in statuses:
+        raise SystemExit(f"error: {' '.join(command)}: status {child.returncode}: {child.stderr.strip()}")
+    return child.returncode
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,29 +95,29 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments``, by default the process's own, and return the exit status."""
     options = _parser().parse_args(arguments)
-    found: dict[float, list[dict[str, Any]]] = {percent: [] for percent in options.percent}
+    runs: dict[float, list[dict[str, Any]]] = {percent: [] for percent in options.percent}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        base = planted(work, 0).rename(work / "base")
-        builds = {percent: planted(work, percent) for percent in options.percent}
-        for run in range(options.runs):
+        base = plant(work, 0).rename(work / "base")
+        builds = {percent: plant(work, percent) for percent in options.percent}
+        for number in range(options.runs):
             for percent, build in builds.items():
-                one = judged(build, base, options, work / "run.json")
-                found[percent].append(one)
+                one = judge(build, base, options, work / "run.json")
+                runs[percent].append(one)
                 low, middle, high = one["ratio"]
-                known = f"{middle:.3f}" if low is None else f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-                print(f"run {run + 1}, {percent:g}% slower: {one['verdict']}, {known}", flush=True)
+                ratio = f"{middle:.3f}" if low is None else f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+                print(f"run {number + 1}, {percent:g}% slower: {one['verdict']}, {ratio}", flush=True)
                 if options.json:
-                    text = json.dumps({f"{percent:g}": each for percent, each in found.items()}, indent=1)
+                    text = json.dumps({f"{percent:g}": each for percent, each in runs.items()}, indent=1)
                     options.json.write_text(text + "\n", encoding="utf-8")
-    for percent, each in found.items():
+    for percent, each in runs.items():
         counts = Counter(one["verdict"] for one in each)
         print(f"{percent:g}%: " + ", ".join(f"{counts[word]} {word}" for word in WORDS.values()))
-    return 0 if passed({percent: [one["verdict"] for one in each] for percent, each in found.items()}) else 1
+    return 0 if meets_requirement({percent: [one["verdict"] for one in each] for percent, each in runs.items()}) else 1
 
 
-def passed(verdicts: dict[float, list[str]]) -> bool:
-    """Whether slow-downs of 10% and more are REGRESSION in 95% of their runs, and smaller ones never."""
+def meets_requirement(verdicts: dict[float, list[str]]) -> bool:
+    """True where slow-downs of 10% and more are REGRESSION in 95% of their runs, and smaller ones never."""
     for percent, words in verdicts.items():
         share = words.count("REGRESSION") / len(words)
         if (share < 0.95) if percent >= 10 else (share > 0):

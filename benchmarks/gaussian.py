@@ -1,4 +1,4 @@
-"""Does training find what it must? Every method on Gaussian data, where the answers are known in closed form.
+"""Every training method on Gaussian data, whose answers have a closed form.
 
     python benchmarks/gaussian.py
     python benchmarks/gaussian.py --only ict --s 0.3 --json gaussian.json
@@ -176,41 +176,41 @@ def nearest_level(sigma: float, phase: Phase) -> float:
 def measure(
     f: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], phase: Phase, s: float, coarse: bool, seed: int = 1
 ) -> tuple[Figure, ...]:
-    """``f``(x, sigma) on fresh x ~ N(0, (s^2 + sigma^2) I) against what ``phase`` is to make of it.
+    """``f``(x, sigma) on fresh x ~ N(0, (s^2 + sigma^2) I) against the answer that ``phase`` is trained for.
 
     coarse: at the nearest levels that it was trained at, not at the sigmas themselves.
     """
     generator = torch.Generator().manual_seed(seed)
     exact_gain, unit = (D_gain, s) if isinstance(phase, EdmPhase) else (f_gain, None)
     figures = []
-    for wanted in EDM_SIGMAS if isinstance(phase, EdmPhase) else SIGMAS:
-        level = nearest_level(wanted, phase)
-        sigma = level if coarse else wanted
+    for target in EDM_SIGMAS if isinstance(phase, EdmPhase) else SIGMAS:
+        level = nearest_level(target, phase)
+        sigma = level if coarse else target
         x = math.sqrt(s**2 + sigma**2) * torch.randn(TEST_IMAGES, 1, 8, 8, generator=generator)
         with torch.no_grad():
-            found = f(x, torch.full((TEST_IMAGES,), sigma)).double()
+            x0 = f(x, torch.full((TEST_IMAGES,), sigma)).double()
         x = x.double()
         exact = exact_gain(sigma, s) * x
-        error = (found - exact).square().mean().sqrt().item() / (unit or exact.square().mean().sqrt().item())
-        gain = ((found * x).sum() / (exact * x).sum()).item()
+        error = (x0 - exact).square().mean().sqrt().item() / (unit or exact.square().mean().sqrt().item())
+        gain = ((x0 * x).sum() / (exact * x).sum()).item()
         figures.append(Figure(float(sigma), error, gain, minimiser_gain(level, s, phase) / exact_gain(level, s)))
     return tuple(figures)
 
 
 def misses(figures: Sequence[Figure], coarse: bool) -> tuple[str, ...]:
-    """Say, a line each, what of the requirement the ``figures`` do not meet."""
-    found = []
+    """The failures of ``figures`` to meet the requirement, a line each."""
+    lines = []
     for at in figures:
         if not coarse:
             if not at.error <= TOLERANCE:
-                found.append(f"error {at.error:.2%} at sigma {at.sigma:.3g} is above {TOLERANCE:.0%}")
+                lines.append(f"error {at.error:.2%} at sigma {at.sigma:.3g} is above {TOLERANCE:.0%}")
             continue
         off = abs(at.gain / at.product - 1)
         if not off <= PRODUCT_TOLERANCE:
-            found.append(f"gain {at.gain:.4f} at sigma {at.sigma:.3g} is {off:.2%} from the product {at.product:.4f}")
+            lines.append(f"gain {at.gain:.4f} at sigma {at.sigma:.3g} is {off:.2%} from the product {at.product:.4f}")
         elif abs(at.product - 1) > PRODUCT_TOLERANCE and not abs(at.gain - at.product) < abs(at.gain - 1):
-            found.append(f"gain {at.gain:.4f} at sigma {at.sigma:.3g} is nearer to f than the product {at.product:.4f}")
-    return tuple(found)
+            lines.append(f"gain {at.gain:.4f} at sigma {at.sigma:.3g} is nearer to f than the product {at.product:.4f}")
+    return tuple(lines)
 
 
 def run(case: Case, s: float, settings: Sequence[str] = ()) -> Result:
@@ -242,28 +242,28 @@ def _alone(case: Case, s: float, settings: Sequence[str]) -> Result:
 
 
 @contextmanager
-def _results(jobs: Sequence[tuple[Case, float]], settings: Sequence[str], at_once: int) -> Iterator[Iterable[Result]]:
-    """The results of ``jobs`` in turn, as they come; one at once needs no other process."""
-    if at_once == 1:
+def _results(jobs: Sequence[tuple[Case, float]], settings: Sequence[str], workers: int) -> Iterator[Iterable[Result]]:
+    """The results of ``jobs`` in turn, as they come; one worker needs no other process."""
+    if workers == 1:
         yield (_alone(case, s, settings) for case, s in jobs)
         return
-    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield (future.result() for future in [pool.submit(_alone, case, s, settings) for case, s in jobs])
 
 
-def _run(options: argparse.Namespace, report: Callable[[str], None]) -> int:
+def _measure_all(options: argparse.Namespace, report: Callable[[str], None]) -> int:
     """Train all, measure, print, write; returns the exit status."""
     if options.json is not None:
         check_writable(options.json)
     jobs = [(case, s) for case in CASES if case.name in options.only for s in options.s]
     began, results = time.perf_counter(), []
-    with _results(jobs, options.settings, options.jobs) as found:
-        for result in found:
+    with _results(jobs, options.settings, options.jobs) as stream:
+        for result in stream:
             results.append(result)
             report(f"{result.name}, s = {result.s:g}: {result.seconds:.0f} s")
     print(table(results))
-    missed = [f"{result.name}, s = {result.s:g}: {line}" for result in results for line in result.missed]
-    for line in missed:
+    failures = [f"{result.name}, s = {result.s:g}: {line}" for result in results for line in result.missed]
+    for line in failures:
         print(f"missed: {line}")
     print(f"{len(results) - sum(bool(r.missed) for r in results)} of {len(results)} cases meet their requirement")
     if options.json is not None:
@@ -274,11 +274,11 @@ def _run(options: argparse.Namespace, report: Callable[[str], None]) -> int:
             "settings": options.settings,
             "seconds": round(time.perf_counter() - began, 1),
             "results": [asdict(result) for result in results],
-            "missed": missed,
+            "missed": failures,
         }
         with write(options.json) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
-    return 1 if missed else 0
+    return 1 if failures else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not all(0 < s < math.inf for s in options.s):
         parser.error("--s must be above 0")
     try:
-        return _run(options, lambda line: print(line, file=sys.stderr))
+        return _measure_all(options, lambda line: print(line, file=sys.stderr))
     except CmRuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -32,6 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ sys.path.append(str(ROOT))  # a checkout that is not installed
 import cm_runtime as cm  # noqa: E402
 from cm_runtime import backends, export, noise, sampling  # noqa: E402
 from cm_runtime.bench import peers  # noqa: E402
-from cm_runtime.bench.networks import standing  # noqa: E402
+from cm_runtime.bench.networks import standing_checkpoint  # noqa: E402
+from cm_runtime.bench.turns import quartiles, ratio, take_turns, timer, until  # noqa: E402
 from cm_runtime.checkpoints.load import load_checkpoint  # noqa: E402
 from cm_runtime.cuda import context  # noqa: E402
 from cm_runtime.cuda.device import Device  # noqa: E402
@@ -64,7 +66,7 @@ LONGEST = 15.0  # seconds of timed rounds
 
 
 class Report:
-    """What was found, what was skipped and why, and how much time is left."""
+    """Results so far, the parts that were skipped and why, and the time that remains."""
 
     def __init__(self, budget: float, output: Path | None = None) -> None:
         self.end = time.monotonic() + budget
@@ -72,13 +74,13 @@ class Report:
         self.result: dict[str, Any] = {"skipped": {}, "failed": {}}
 
     @property
-    def left(self) -> float:
+    def remaining(self) -> float:
         return self.end - time.monotonic()
 
-    def part(self, name: str, need: float, body: Callable[[], Any]) -> None:
-        """Runs a part if there is time for it; what it raises is a line, and the others go on."""
-        if self.left < need:
-            self.skip(name, f"{self.left:.0f} s are left and it takes {need:.0f}")
+    def part(self, name: str, seconds: float, body: Callable[[], Any]) -> None:
+        """Run a part if there is time for it; an exception becomes a line, and the others go on."""
+        if self.remaining < seconds:
+            self.skip(name, f"{self.remaining:.0f} s are left and it takes {seconds:.0f}")
             return
         began = time.monotonic()
         try:
@@ -94,7 +96,7 @@ class Report:
         print(f"{name} skipped: {why}", file=sys.stderr)
 
     def keep(self) -> None:
-        """Writes what there is: a run that is cut short has not been for nothing."""
+        """Write the results so far: a run that is cut short has not been for nothing."""
         if self.output:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             with atomic.write(self.output) as temporary:
@@ -107,13 +109,13 @@ class Overtime(BaseException):
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises Overtime after so many seconds, in the main thread.
+    """Raise Overtime after ``seconds``, in the main thread.
 
     A thread sends the signal, not the system's alarm clock, of which there is one, and which pytest's time limit has.
     """
     is_over = threading.Event()
 
-    def ring(*_: object) -> None:
+    def end(*_: object) -> None:
         if not is_over.is_set():
             raise Overtime
 
@@ -121,7 +123,7 @@ def within(seconds: float) -> Iterator[None]:
         if not is_over.wait(seconds):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
-    signal.signal(signal.SIGUSR1, ring)  # and stays: a signal that comes late does nothing
+    signal.signal(signal.SIGUSR1, end)  # and stays: a signal that comes late does nothing
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
@@ -139,23 +141,23 @@ def kernels_are_right(on_gpu: bool, sanitizer: str | None = None, seconds: float
     words = [sys.executable, *PYTEST, "-x", *(str(ROOT / "tests" / "kernels" / test) for test in tests)]
     if sanitizer:
         words = [sanitizer, "--error-exitcode", "9", *words, "-k", "every_launch or in_place or beside"]
-    return {"where": where, "summary": _tested(words, seconds, CM_RUNTIME_KERNELS=where)}
+    return {"where": where, "summary": _pytest(words, seconds, CM_RUNTIME_KERNELS=where)}
 
 
 def ops_are_right(seconds: float) -> dict[str, Any]:
     """torch's custom ops on the GPU."""
     test = ROOT / "tests" / "kernels" / "test_torch_ops.py"
-    return {"where": "gpu", "summary": _tested([sys.executable, *PYTEST, "-m", "gpu", str(test)], seconds)}
+    return {"where": "gpu", "summary": _pytest([sys.executable, *PYTEST, "-m", "gpu", str(test)], seconds)}
 
 
-def _tested(words: Sequence[str], seconds: float, **environment: str) -> str:
+def _pytest(words: Sequence[str], seconds: float, **environment: str) -> str:
     """The last line of a run of pytest. Raises RuntimeError where a test failed."""
     every = os.environ | {"PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(words, capture_output=True, text=True, env=every, cwd=ROOT, timeout=seconds)
-    last = (done.stdout.strip().splitlines() or ["pytest said nothing"])[-1]
-    if done.returncode:
-        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
-        raise RuntimeError(" ".join([last, *failed[:5], done.stderr[-300:]]))
+    child = subprocess.run(words, capture_output=True, text=True, env=every, cwd=ROOT, timeout=seconds)
+    last = (child.stdout.strip().splitlines() or ["pytest said nothing"])[-1]
+    if child.returncode:
+        failures = [line for line in child.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
+        raise RuntimeError(" ".join([last, *failures[:5], child.stderr[-300:]]))
     return last
 
 
@@ -166,15 +168,15 @@ def bandwidth() -> dict[str, Any]:
     """GB/s of each kernel and of a copy, medians over rounds in which all take turns."""
     device = Device()
     clock = Clock(device)
-    found: dict[str, Any] = {}
-    for type in ("fp32", "fp16"):
-        for count in (1024, 4096):
-            found[f"{type}, {count} images of 3x64x64"] = clock.turns(kernel_work(device, count, type))
-    return found
+    return {
+        f"{type}, {count} images of 3x64x64": clock.turns(kernel_work(device, count, type))
+        for type in ("fp32", "fp16")
+        for count in (1024, 4096)
+    }
 
 
 def kernel_work(device: Device, count: int, type: Any) -> dict[str, tuple[int, Callable[[], None]]]:
-    """Name -> bytes that are moved, and the launch."""
+    """Name -> bytes of traffic, and the launch."""
     images, norm = Images(count, 3, 64, 64, type), Images(count, 128, 16, 16, type, "nhwc")
     n, size = images.elements, SIZES[images.type]
     m = norm.elements
@@ -218,11 +220,9 @@ def kernel_work(device: Device, count: int, type: Any) -> dict[str, tuple[int, C
             ),
         ),
     }
-    copied = n * 4
-    found: dict[str, tuple[int, Callable[[], None]]] = {
-        "copy": (2 * copied, lambda: device.move(at["y"], at["x"], copied))
-    }
-    return found | {name: (moved, lambda each=each: device.launch(each)) for name, (moved, each) in work.items()}
+    copy: tuple[int, Callable[[], None]] = 8 * n, partial(device.move, at["y"], at["x"], 4 * n)
+    kernels = {name: (traffic, partial(device.launch, each)) for name, (traffic, each) in work.items()}
+    return {"copy": copy, **kernels}
 
 
 class Clock:
@@ -233,7 +233,7 @@ class Clock:
         self._cuda = context.driver()
 
     def milliseconds(self, body: Callable[[], None], repeats: int = 10) -> float:
-        """Of one of ``repeats`` in a row."""
+        """Milliseconds of one of ``repeats`` in a row."""
         begin, end = self._cuda.Event(), self._cuda.Event()
         begin.record(self._device.queue)
         for _ in range(repeats):
@@ -244,30 +244,18 @@ class Clock:
 
     def turns(self, work: dict[str, tuple[int, Callable[[], None]]]) -> dict[str, Any]:
         """Medians over rounds; shares are of the copy in the same round."""
-        for _, body in work.values():
-            self.milliseconds(body)
-        taken: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(ROUNDS):
-            for name, (_, body) in work.items():
-                taken[name].append(self.milliseconds(body))
-        speeds = {name: [work[name][0] / each / 1e6 for each in taken[name]] for name in work}
+        timers = {name: partial(self.milliseconds, body) for name, (_, body) in work.items()}
+        ms = take_turns(timers, range(1 + ROUNDS))
+        speeds = {name: [traffic / each / 1e6 for each in ms[name][1:]] for name, (traffic, _) in work.items()}
         return {
             name: {
                 "megabytes": round(work[name][0] / 1e6, 1),
-                "ms": round(statistics.median(taken[name]), 4),
+                "ms": round(statistics.median(ms[name][1:]), 4),
                 "GB/s": round(statistics.median(speeds[name]), 1),
-                "of copy": [
-                    round(q, 3) for q in quartiles([a / b for a, b in zip(speeds[name], speeds["copy"], strict=True)])
-                ],
+                "of copy": [round(q, 3) for q in ratio(speeds[name], speeds["copy"])],
             }
             for name in work
         }
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and the quartiles around it."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
 
 
 # 3. The same
@@ -280,27 +268,26 @@ def engines_agree(on_gpu: bool, folder: Path) -> dict[str, Any]:
 
     source = folder / "default.pt"
     save_checkpoint(recover(backends.DEFAULT_MODEL), source)
-    wanted = cm.sample(backends.load(backends.DEFAULT_MODEL, "ort", "cpu"), 64)
-    found: dict[str, Any] = {}
-    for name, opened in contenders(source, folder, on_gpu).items():
+    reference = cm.sample(backends.load(backends.DEFAULT_MODEL, "ort", "cpu"), 64)
+    agreement: dict[str, Any] = {}
+    for name, load_engine in contenders(source, folder, on_gpu).items():
         try:
-            made = cm.sample(opened(), 64)
+            images = cm.sample(load_engine(), 64)
         except CmRuntimeError as error:
-            found[name] = {"skipped": str(error)}
+            agreement[name] = {"skipped": str(error)}
             continue
-        apart = np.abs(made.astype(int) - wanted)
-        found[name] = {"grey": int(apart.max()), "differ": float((apart > 0).mean())}
-        if apart.max() > 8:
-            raise RuntimeError(f"{name} is {apart.max()} grey levels from ONNX Runtime's CPU")
-    return found
+        difference = np.abs(images.astype(int) - reference)
+        agreement[name] = {"grey": int(difference.max()), "differ": float((difference > 0).mean())}
+        if difference.max() > 8:
+            raise RuntimeError(f"{name} is {difference.max()} grey levels from ONNX Runtime's CPU")
+    return agreement
 
 
 def contenders(source: Path, folder: Path, on_gpu: bool) -> dict[str, Callable[[], Any]]:
-    """cm-runtime on every engine, opened when asked."""
+    """cm-runtime on every engine, as functions that load it."""
     device = "cuda:0" if on_gpu else "cpu"
     checkpoint = load_checkpoint(source)
     stem = folder / source.stem
-    found: dict[str, Callable[[], Any]] = {}
 
     def graph(kind: Any) -> Path:
         path = stem.with_name(f"{stem.name}-{kind}.onnx")
@@ -308,63 +295,65 @@ def contenders(source: Path, folder: Path, on_gpu: bool) -> dict[str, Callable[[
             export.onnx(checkpoint, path, graph=kind, steps=2 if kind == "sampler" else None)
         return path
 
-    for kind in ("network", "denoiser", "sampler"):
-        found[f"onnxruntime {kind}"] = lambda kind=kind: backends.load(graph(kind), "ort", device)  # type: ignore[misc]
-    found["torch"] = lambda: backends.load(source, "torch", device)
+    def on_ort(kind: str) -> Any:
+        return backends.load(graph(kind), "ort", device)
+
+    def on_tensorrt(package: Any) -> Any:
+        from cm_runtime.backends.engine_file import profile
+        from cm_runtime.export import to_tensorrt
+
+        path = stem.with_name(f"{stem.name}-{package}.engine")
+        if not path.exists():
+            to_tensorrt.build(graph("network"), path, package, profile=profile("1:64:256"))
+        return backends.load(path)
+
+    engines: dict[str, Callable[[], Any]] = {
+        f"onnxruntime {kind}": partial(on_ort, kind) for kind in ("network", "denoiser", "sampler")
+    }
+    engines["torch"] = partial(backends.load, source, "torch", device)
     if on_gpu:
-        found["torch fp16"] = lambda: backends.load(source, "torch", device, precision="fp16")
-        found["torch.compile"] = lambda: backends.load(source, "torch.compile", device)
-        for package in ("tensorrt", "tensorrt_rtx"):
-            found[package] = lambda package=package: _engine(graph("network"), stem, package)  # type: ignore[misc]
-    return found
-
-
-def _engine(graph: Path, stem: Path, package: Any) -> Any:
-    from cm_runtime.backends.engine_file import profile
-    from cm_runtime.export import to_tensorrt
-
-    path = stem.with_name(f"{stem.name}-{package}.engine")
-    if not path.exists():
-        to_tensorrt.build(graph, path, package, profile=profile("1:64:256"))
-    return backends.load(path)
+        engines["torch fp16"] = partial(backends.load, source, "torch", device, precision="fp16")
+        engines["torch.compile"] = partial(backends.load, source, "torch.compile", device)
+        engines |= {package: partial(on_tensorrt, package) for package in ("tensorrt", "tensorrt_rtx")}
+    return engines
 
 
 # 4. Faster
 
 
-def loaded(network: str, folder: Path, drawers: dict[str, Any]) -> dict[str, Any]:
-    """Puts contenders into ``drawers``; which there are, and why others are not.
+def load_drawers(network: str, folder: Path, drawers: dict[str, Any]) -> dict[str, Any]:
+    """Put contenders into ``drawers``; returns their names, and why others are absent.
 
-    What compiles comes last, for it takes all time there is.
+    Compilers come last, for they take all time there is.
     """
-    source = standing(network, folder)
+    source = standing_checkpoint(network, folder)
     ours = contenders(source, folder, True)
-    opening: dict[str, Callable[[], Any]] = {
-        f"cm-runtime, {name}": lambda name=name: OwnDrawer(ours[name]())  # type: ignore[misc]
+    loaders: dict[str, Callable[[], Any]] = {
+        f"cm-runtime, {name}": partial(OwnDrawer, ours[name])
         for name in ("torch", "torch fp16", "onnxruntime network", "tensorrt", "tensorrt_rtx")
     }
     for name in ("torch", "onnx", "torch.compile"):
-        opening[name] = lambda name=name: PeerDrawer(name, source, folder)  # type: ignore[misc]
-    missing: dict[str, str] = {}
-    for name, make in opening.items():
+        loaders[name] = partial(PeerDrawer, name, source, folder)
+    absences: dict[str, str] = {}
+    for name, make in loaders.items():
         try:
             drawers[name] = make()
         except CmRuntimeError as error:
-            missing[name] = str(error)
-    return {"contenders": list(drawers), "missing": missing}
+            absences[name] = str(error)
+    return {"contenders": list(drawers), "missing": absences}
 
 
-def race(drawers: dict[str, Any], batch: int, steps: int, left: Callable[[], float]) -> dict[str, Any]:
+def race(drawers: dict[str, Any], batch: int, steps: int, remaining: Callable[[], float]) -> dict[str, Any]:
     """Medians and quartiles in ms, in turns, of those that agree with ``torch`` and were ready in time.
 
-    left: the seconds that there are, of which the last 15 are for the rounds.
+    remaining: the seconds that there are, of which the last 15 are for the rounds.
     """
     images: dict[str, Any] = {}
     why_not: dict[str, str] = {}
     for name, each in drawers.items():
         began = time.monotonic()
         try:
-            with within(left() - LONGEST - 5):
+            with within(remaining() - LONGEST - 5):
                 for _ in range(3):
                     images[name] = each.draw(batch, steps)
         except Overtime:
@@ -375,44 +364,38 @@ def race(drawers: dict[str, Any], batch: int, steps: int, left: Callable[[], flo
             why_not[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if "torch" not in images:
         raise RuntimeError(f"eager torch, which images are held to, drew none: {why_not['torch']}")
-    wanted = images["torch"]
-    apart = {name: int(np.abs(made.astype(int) - wanted).max()) for name, made in images.items()}
-    for name, grey in apart.items():
+    reference = images["torch"].astype(int)
+    greys = {name: int(np.abs(each - reference).max()) for name, each in images.items()}
+    for name, grey in greys.items():
         if grey > (40 if "fp16" in name else 4):
             why_not[name] = f"{grey} grey levels from eager torch"
-    taken: dict[str, list[float]] = {name: [] for name in images if name not in why_not}
-    end, rounds = time.monotonic() + min(LONGEST, left()), 0
-    while rounds < 5 or (time.monotonic() < end and rounds < 200):
-        rounds += 1
-        for name, times in taken.items():
-            began = time.perf_counter()
-            drawers[name].draw(batch, steps)
-            times.append((time.perf_counter() - began) * 1e3)
-    own = {name: drawers[name] for name in taken if isinstance(drawers[name], OwnDrawer)}
+    timers = {name: timer(partial(drawers[name].draw, batch, steps)) for name in images if name not in why_not}
+    seconds = take_turns(timers, until(min(LONGEST, remaining()), most=200))
+    samplers = {name: drawers[name] for name in timers if isinstance(drawers[name], OwnDrawer)}
     return {
-        "ms": {name: [round(q, 3) for q in quartiles(times)] for name, times in taken.items()},
-        "outside": {name: each.outside(batch, steps) for name, each in own.items()},
-        "grey": apart,
+        "ms": {name: [round(1e3 * q, 3) for q in quartiles(each)] for name, each in seconds.items()},
+        "outside": {name: each.outside(batch, steps) for name, each in samplers.items()},
+        "grey": greys,
         "not timed": why_not,
-        "rounds": rounds,
+        "rounds": len(seconds["torch"]),
     }
 
 
 class OwnDrawer:
     """cm.sample: noise drawn on the device, images in the host's memory."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._model = load()
 
     def draw(self, batch: int, steps: int) -> Any:
         """(N,H,W,C) uint8."""
         return cm.sample(self._model, batch, steps, micro_batch=batch)
 
     def outside(self, batch: int, steps: int) -> float:
-        """The share of a batch's time on the GPU that is no evaluation of the network, by the GPU's events."""
+        """The share of a batch's GPU time outside the network's evaluations, by the GPU's events."""
         sampler = self._model.on_device
-        chosen = sampling_request(self._model.manifest, Draw(count=batch, steps=steps, micro_batch=batch))
-        prepared = sampler.prepare(chosen, batch)
+        request = sampling_request(self._model.manifest, Draw(count=batch, steps=steps, micro_batch=batch))
+        capture = sampler.prepare(request, batch)
         clock = Clock(sampler.device)
         shares = []
         for _ in range(ROUNDS):
@@ -427,16 +410,16 @@ class PeerDrawer:
     def __init__(self, name: Any, source: Path, folder: Path) -> None:
         self._manifest = load_checkpoint(source).manifest()
         self._peer = peers.peer(name, source, folder, device="cuda:0")
-        self._given: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self._inputs: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     def draw(self, batch: int, steps: int) -> Any:
         """(N,H,W,C) uint8."""
-        if (batch, steps) not in self._given:
+        if (batch, steps) not in self._inputs:
             m, index = self._manifest, np.arange(batch, dtype=np.uint64)
-            chosen = sampling_request(m, Draw(count=batch, steps=steps, micro_batch=batch))
-            label = sampling.labels_of(chosen, index, m.num_classes)
-            self._given[batch, steps] = noise.normals(0, index, steps, m.image_shape), chosen.sigmas, label
-        return np.rint((self._peer(*self._given[batch, steps]) + 1) * 127.5).astype(np.uint8)
+            request = sampling_request(m, Draw(count=batch, steps=steps, micro_batch=batch))
+            label = sampling.labels_of(request, index, m.num_classes)
+            self._inputs[batch, steps] = noise.normals(0, index, steps, m.image_shape), request.sigmas, label
+        return np.rint((self._peer(*self._inputs[batch, steps]) + 1) * 127.5).astype(np.uint8)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -467,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(part: str, report: Report, folder: Path, on_gpu: bool, networks: Sequence[str], batches: Sequence[int]) -> None:
     """One of PARTS."""
     if part == "kernels":
-        report.part("kernels", 60, lambda: kernels_are_right(on_gpu, seconds=report.left))
+        report.part("kernels", 60, lambda: kernels_are_right(on_gpu, seconds=report.remaining))
     elif part == "engines":
         report.part("engines", 30, lambda: engines_agree(on_gpu, folder))
     elif not on_gpu:
@@ -475,25 +458,24 @@ def run(part: str, report: Report, folder: Path, on_gpu: bool, networks: Sequenc
     elif part == "bandwidth":
         report.part("bandwidth", 20, bandwidth)
     elif part == "ops":
-        report.part("torch ops", 30, lambda: ops_are_right(report.left))
+        report.part("torch ops", 30, lambda: ops_are_right(report.remaining))
     elif part == "sampling":
         for network in networks:
             drawers: dict[str, Any] = {}
-            report.part(f"{network} contenders", 60, lambda n=network, d=drawers: loaded(n, folder, d))  # type: ignore[misc]
+            report.part(f"{network} contenders", 60, partial(load_drawers, network, folder, drawers))
             for batch in batches if drawers else ():
                 name = f"sampling {network}, batch {batch}"
-                report.part(name, 40, lambda b=batch, d=drawers: race(d, b, STEPS, lambda: report.left))  # type: ignore[misc]
+                report.part(name, 40, partial(race, drawers, batch, STEPS, lambda: report.remaining))
     elif sanitizer := shutil.which("compute-sanitizer"):
-        report.part("sanitizer", 60, lambda: kernels_are_right(True, sanitizer, report.left))
+        report.part("sanitizer", 60, lambda: kernels_are_right(True, sanitizer, report.remaining))
     else:
         report.skip("sanitizer", "compute-sanitizer is not installed")
 
 
 def _gpu(report: Report) -> dict[str, Any] | None:
     try:
-        found = context.gpu()
-        driver = context.driver().get_driver_version()
-        return {"name": found.name, "capability": found.capability, "driver": driver}
+        gpu, driver = context.gpu(), context.driver().get_driver_version()
+        return {"name": gpu.name, "capability": gpu.capability, "driver": driver}
     except CmRuntimeError as error:
         report.skip("gpu", f"{error}; kernels run in their host build, engines on the CPU")
         return None
@@ -507,21 +489,21 @@ def _version(name: str) -> str | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What was found, as Markdown."""
+    """The results as Markdown."""
     gpu = result["gpu"]
     lines = [f"{gpu['name']}, compute capability {gpu['capability']}" if gpu else "no GPU: host mode", ""]
     for part in ("kernels", "torch ops", "sanitizer"):
         if part in result:
             lines.append(f"{part} ({result[part]['where']}): {result[part]['summary']}")
     for name, each in result.get("engines", {}).items():
-        said = each.get("skipped") or f"{each['grey']} grey levels at most, {each['differ']:.2e} of pixels differ"
-        lines.append(f"{name}: {said}")
+        text = each.get("skipped") or f"{each['grey']} grey levels at most, {each['differ']:.2e} of pixels differ"
+        lines.append(f"{name}: {text}")
     for setup, each in result.get("bandwidth", {}).items():
         lines += ["", f"| {setup} | MB | ms | GB/s | of copy |", "| --- | ---: | ---: | ---: | ---: |"]
-        for name, has_ in each.items():
-            middle, low, high = has_["of copy"]
+        for name, row in each.items():
+            middle, low, high = row["of copy"]
             share = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-            lines.append(f"| {name} | {has_['megabytes']} | {has_['ms']} | {has_['GB/s']} | {share} |")
+            lines.append(f"| {name} | {row['megabytes']} | {row['ms']} | {row['GB/s']} | {share} |")
     for name, each in result.items():
         if name.startswith("sampling "):
             lines += ["", f"| {name}, two steps | ms | outside evaluations |", "| --- | ---: | ---: |"]

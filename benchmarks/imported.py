@@ -1,4 +1,4 @@
-r"""What an imported network costs to export and to sample, beside the diffusers pipeline that it came from.
+r"""The cost of exporting and sampling an imported network, beside the diffusers pipeline that it came from.
 
     python benchmarks/imported.py --json runs/imagenet64.json                 # 296M parameters, random weights
     python benchmarks/imported.py --network lsun256 --batch 1                 # 526M parameters; export takes minutes
@@ -6,9 +6,9 @@ r"""What an imported network costs to export and to sample, beside the diffusers
 
 diffusers makes and saves the model. `cm-runtime export` and `cm-runtime sample` run as commands of their own, whose
 time and peak memory (the kernel's count of resident pages, files mapped into memory included) are measured from
-outside. Then, in one process, the ConsistencyModelPipeline in eager torch and our sampler on ONNX Runtime draw the same
-images from the same noise at fp32: without agreement to 1e-3 before quantisation nothing is timed. They alternate; each
-round gives a ratio, and the median is reported with its extremes.
+outside. Then, in one process, the ConsistencyModelPipeline in eager torch and cm-runtime's sampler on ONNX Runtime draw
+the same images from the same noise at fp32: without agreement to 1e-3 before quantisation nothing is timed. They
+alternate; each round gives a ratio, and the median is reported with its extremes.
 
 Exit status: 0 done and ours never slower; 1 slower, or a disagreement; 2 usage. Needs the dev extra (diffusers).
 """
@@ -20,12 +20,10 @@ import gc
 import importlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,7 +37,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is 
 
 import cm_runtime as cm
 from cm_runtime.bench import peers
+from cm_runtime.bench.turns import take_turns, timer
 from cm_runtime.schedule import NoiseRange
+from cm_runtime.subprocesses import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = 40
@@ -48,9 +48,9 @@ AGREEMENT = 1e-3
 RESNET, ATTENTION = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
 
 
-def _config(plain: int, attended: int, **options: Any) -> dict[str, Any]:
+def _config(plain: int, attention: int, **options: Any) -> dict[str, Any]:
     """A UNet2DModel's options: levels without and with attention, outermost first, all resampled by residual blocks."""
-    levels = [RESNET] * plain + [ATTENTION] * attended
+    levels = [RESNET] * plain + [ATTENTION] * attention
     return {
         "down_block_types": [down for down, _ in levels],
         "up_block_types": [up for _, up in levels[::-1]],
@@ -112,21 +112,16 @@ sys.exit(status)
 
 
 def command(*words: object) -> dict[str, float]:
-    """Runs ``cm-runtime`` WORDS, what it prints shown: {seconds, peak_bytes}. Raises CalledProcessError."""
+    """Run ``cm-runtime`` WORDS, its output on standard error: {seconds, peak_bytes}. Raises CalledProcessError."""
     call = [sys.executable, "-c", WATCH, *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(call, env=environment, stdout=subprocess.PIPE, check=True)
-    return dict(json.loads(done.stdout))
+    return dict(json.loads(subprocess.run(call, env=environment, stdout=subprocess.PIPE, check=True).stdout))
 
 
 def pipeline(folder: Path, classes: int) -> Callable[[NDArray[np.float32], Sequence[float]], NDArray[np.float32]]:
     """(noise (K,N,C,H,W), sigmas) -> images (N,H,W,C) in [-1, 1], drawn by diffusers; label i is i mod classes."""
-    opened = peers.pipeline(folder)
-
-    def draw(z: NDArray[np.float32], sigmas: Sequence[float]) -> NDArray[np.float32]:
-        return opened(z, sigmas, np.arange(z.shape[1]) % classes if classes else None)
-
-    return draw
+    drawer = peers.pipeline(folder)
+    return lambda z, sigmas: drawer(z, sigmas, np.arange(z.shape[1]) % classes if classes else None)
 
 
 def compare(model: Any, theirs: Callable[..., Any], batch: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -138,20 +133,15 @@ def compare(model: Any, theirs: Callable[..., Any], batch: int, steps: int, roun
     def ours() -> Any:
         return cm.sample(model, noise=z, sigmas=sigmas, output="float32")
 
-    apart = float(np.abs(ours() - theirs(z, sigmas)).max())
-    if not apart <= AGREEMENT:
-        raise SystemExit(f"error: batch {batch}, {steps} steps: the images are {apart:.2g} apart; nothing is timed")
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(rounds):
-        for name, draw in (("ours", ours), ("theirs", lambda: theirs(z, sigmas))):
-            began = time.perf_counter()
-            draw()
-            times[name].append(time.perf_counter() - began)
+    error = float(np.abs(ours() - theirs(z, sigmas)).max())
+    if not error <= AGREEMENT:
+        raise SystemExit(f"error: batch {batch}, {steps} steps: the images are {error:.2g} apart; nothing is timed")
+    times = take_turns({"ours": timer(ours), "theirs": timer(lambda: theirs(z, sigmas))}, range(rounds))
     ratios = [there / here for here, there in zip(times["ours"], times["theirs"], strict=True)]
     return {
         "batch": batch,
         "steps": steps,
-        "max_abs": apart,
+        "max_abs": error,
         **{f"{name}_seconds": statistics.median(each) for name, each in times.items()},
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
@@ -182,10 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.work:
         options.work.mkdir(parents=True, exist_ok=True)
     with nullcontext(options.work) if options.work else tempfile.TemporaryDirectory() as work:
-        found = _measure(options, Path(work))
+        figures = _measure(options, Path(work))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 0 if all(case["ratio"] >= 1 for case in found["cases"]) else 1
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(case["ratio"] >= 1 for case in figures["cases"]) else 1
 
 
 def _measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -218,7 +208,7 @@ def _measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             )
             cases.append(case)
     versions = {name: _package(name).__version__ for name in ("torch", "diffusers", "onnxruntime")}
-    machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": options.threads}
+    machine = {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "threads": options.threads}
     return {
         "network": str(options.folder or options.network),
         "weight_bytes": weights,
@@ -227,15 +217,6 @@ def _measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "commands": commands,
         "cases": cases,
     }
-
-
-def _processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

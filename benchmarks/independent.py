@@ -1,4 +1,4 @@
-"""Is the p50 that `cm-runtime bench run` reports what a plain loop around onnxruntime measures?
+"""A check of the p50 that `cm-runtime bench run` reports, against a plain loop around onnxruntime.
 
     python benchmarks/independent.py --batch 1 8 64 --rounds 8
 
@@ -20,9 +20,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # a checkout that is not installed
+
+from cm_runtime.bench.turns import take_turns  # noqa: E402
+
 MODEL = ROOT / "cm_runtime" / "models" / "fashion-mnist.onnx"
 LEVELS = (80.0, 1.11776)  # what the bundled model stores for two steps
 WITHIN = 0.05
@@ -36,10 +41,10 @@ path, batch, threads, seconds, levels = json.loads(sys.argv[1])
 options = ort.SessionOptions()
 options.intra_op_num_threads = threads
 session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-given = {each.name: each for each in session.get_inputs()}
-shape = [batch, *given["x"].shape[1:]]
+inputs = {each.name: each for each in session.get_inputs()}
+shape = [batch, *inputs["x"].shape[1:]]
 rng = np.random.default_rng(0)
-label = {"label": np.arange(batch, dtype=np.int64) % 10} if "label" in given else {}
+label = {"label": np.arange(batch, dtype=np.int64) % 10} if "label" in inputs else {}
 
 def draw():
     x0 = np.zeros(shape, np.float32)
@@ -65,9 +70,9 @@ print(json.dumps([1e3 * float(np.median(each[len(times) // 5 :])) for each in (t
 
 def loop_ms(batch: int, threads: int, seconds: float) -> tuple[float, float]:
     """The plain loop's median request and its network's part, in milliseconds; its first fifth is its warm-up."""
-    told = json.dumps([str(MODEL), batch, threads, seconds, LEVELS])
-    done = subprocess.run([sys.executable, "-c", LOOP, told], stdout=subprocess.PIPE, text=True, check=True)
-    request, network = json.loads(done.stdout)
+    options = json.dumps([str(MODEL), batch, threads, seconds, LEVELS])
+    child = subprocess.run([sys.executable, "-c", LOOP, options], stdout=subprocess.PIPE, text=True, check=True)
+    request, network = json.loads(child.stdout)
     return float(request), float(network)
 
 
@@ -94,21 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_within = True
     with tempfile.TemporaryDirectory() as folder:
         for batch in options.batch:
-            pairs = []
-            for number in range(options.rounds):
-                given = batch, options.threads, options.seconds
-                if number % 2:
-                    loop = loop_ms(*given)
-                    pairs.append((bench_ms(*given, Path(folder) / "run.json"), loop))
-                else:
-                    pairs.append((bench_ms(*given, Path(folder) / "run.json"), loop_ms(*given)))
-            for part, what in enumerate(("requests", "network")):
-                ours, theirs = ([side[part] for side in each] for each in zip(*pairs, strict=True))
+            setup = batch, options.threads, options.seconds
+            sides = {"bench": partial(bench_ms, *setup, Path(folder) / "run.json"), "loop": partial(loop_ms, *setup)}
+            pairs = take_turns(sides, range(options.rounds))
+            for part, name in enumerate(("requests", "network")):
+                ours, theirs = ([pair[part] for pair in pairs[side]] for side in sides)
                 ratios = sorted(here / there for here, there in zip(ours, theirs, strict=True))
                 middle = statistics.median(ratios)
-                is_within &= what == "network" or abs(middle - 1) <= WITHIN
+                is_within &= name == "network" or abs(middle - 1) <= WITHIN
                 print(
-                    f"batch {batch}, {what}: bench run {statistics.median(ours):.3f} ms, loop"
+                    f"batch {batch}, {name}: bench run {statistics.median(ours):.3f} ms, loop"
                     f" {statistics.median(theirs):.3f} ms, ratio {middle:.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]",
                     flush=True,
                 )

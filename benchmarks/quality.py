@@ -1,10 +1,10 @@
-r"""How good samples of the Fashion-MNIST model are: label agreement and Frechet distance under a fixed judge.
+r"""Quality of samples of the Fashion-MNIST model: label agreement and Frechet distance under a fixed judge.
 
     python benchmarks/quality.py --classifier classifier.pt --model default
     python benchmarks/quality.py --classifier classifier.pt --samples two-step=x.npz --require two-step:84:20
 
 The judge is a classifier trained on the 60000 real training images, and it must reach 91% on the 10000 test
-images. *Agreement* is the share of samples to which it gives the label they were asked for. *Distance* is the
+images. *Agreement* is the share of samples to which it gives the label of their request. *Distance* is the
 Frechet distance (Heusel et al. 2017, arXiv 1706.08500, eq. 6) between Gaussians fitted to its penultimate
 features of the samples and of the training images. A distance means nothing outside its classifier, so it is
 read against yardsticks: the real test images, and the first 2000 of them with Gaussian pixel noise of
@@ -160,8 +160,8 @@ def train_classifier(
         )
         for epoch in range(recipe.epochs):
             total = 0.0
-            for chosen in torch.randperm(len(x))[: batches * batch].view(batches, batch):
-                loss = torch.nn.functional.cross_entropy(classifier(x[chosen]), y[chosen])
+            for index in torch.randperm(len(x))[: batches * batch].view(batches, batch):
+                loss = torch.nn.functional.cross_entropy(classifier(x[index]), y[index])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -174,13 +174,13 @@ def train_classifier(
 
 @torch.inference_mode()
 def judge(classifier: Classifier, images: Array, batch: int = 500) -> tuple[Array, Array]:
-    """``images`` (N, 1, 28, 28) uint8 -> features (N, 128) float32, labels given (N,) int64."""
-    features, given = [], []
+    """``images`` (N, 1, 28, 28) uint8 -> features (N, 128) float32, its labels (N,) int64."""
+    features, labels = [], []
     for start in range(0, len(images), batch):
         f = classifier.features(torch.from_numpy(np.array(images[start : start + batch])))
         features.append(f.numpy())
-        given.append(classifier.head(f).argmax(1).numpy())
-    return np.concatenate(features), np.concatenate(given)
+        labels.append(classifier.head(f).argmax(1).numpy())
+    return np.concatenate(features), np.concatenate(labels)
 
 
 def save_classifier(path: Path, classifier: Classifier, recipe: Recipe, accuracy: float) -> None:
@@ -205,12 +205,12 @@ def load_classifier(path: Path, recipe: Recipe) -> Classifier:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise TypeError(f"a {type(content).__name__}, not a dict")
-        trained_as = content["recipe"]
+        settings = content["recipe"]
         classifier.load_state_dict(content["state_dict"])
     except _NOT_OURS as error:
         raise CheckpointError(f"{path}: not a classifier kept by this script; name another file") from error
-    if trained_as != asdict(recipe):
-        raise CheckpointError(f"{path}: trained as {trained_as}, asked for {asdict(recipe)}; name another file")
+    if settings != asdict(recipe):
+        raise CheckpointError(f"{path}: trained as {settings}, asked for {asdict(recipe)}; name another file")
     return classifier.eval()
 
 
@@ -222,9 +222,9 @@ def add_noise(images: Array, std: float, seed: int) -> Array:
 
 
 def measure(name: str, classifier: Classifier, images: Array, labels: Array, reference: tuple[Array, Array]) -> Figures:
-    """Judge ``images`` (N, 1, 28, 28) uint8 asked for as ``labels`` (N,) against ``reference``."""
-    features, given = judge(classifier, images)
-    right = given == labels
+    """Judge ``images`` (N, 1, 28, 28) uint8, requested as ``labels`` (N,), against ``reference``."""
+    features, answers = judge(classifier, images)
+    right = answers == labels
     counts = np.bincount(labels, minlength=CLASSES)
     hits = np.bincount(labels[right], minlength=CLASSES)
     return Figures(
@@ -262,7 +262,7 @@ def read_samples(path: Path) -> tuple[Array, Array]:
             images, labels = file["arr_0"], file["arr_1"]
     except _NOT_OURS as error:
         raise DataError(f"{path}: not an npz file with arr_0 (images) and arr_1 (labels): {error}") from error
-    return _checked(str(path), images, labels)
+    return _check(str(path), images, labels)
 
 
 def draw_samples(model: str, steps: int, seed: int, count: int = SET_SIZE) -> tuple[Array, Array]:
@@ -272,19 +272,19 @@ def draw_samples(model: str, steps: int, seed: int, count: int = SET_SIZE) -> tu
     """
     import cm_runtime as cm
 
-    loaded = cm.load() if model == "default" else cm.load(model)
-    images = cm.sample(loaded, count=count, steps=steps, seed=seed)
-    return _checked(f"{steps}-step samples of {model}", np.asarray(images), np.arange(count) % CLASSES)
+    engine = cm.load() if model == "default" else cm.load(model)
+    images = cm.sample(engine, count=count, steps=steps, seed=seed)
+    return _check(f"{steps}-step samples of {model}", np.asarray(images), np.arange(count) % CLASSES)
 
 
-def _checked(what: str, images: Array, labels: Array) -> tuple[Array, Array]:
-    """NHWC images and labels -> NCHW images and int64 labels. Raises DataError naming ``what``."""
+def _check(name: str, images: Array, labels: Array) -> tuple[Array, Array]:
+    """NHWC images and labels -> NCHW images and int64 labels. Raises DataError naming ``name``."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (28, 28, 1):
-        raise DataError(f"{what}: images are {images.dtype} {images.shape}, not uint8 (N, 28, 28, 1)")
+        raise DataError(f"{name}: images are {images.dtype} {images.shape}, not uint8 (N, 28, 28, 1)")
     if len(images) < 2 or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise DataError(f"{what}: {len(images)} images with labels {labels.dtype} {labels.shape}")
+        raise DataError(f"{name}: {len(images)} images with labels {labels.dtype} {labels.shape}")
     if labels.min() < 0 or labels.max() >= CLASSES:
-        raise DataError(f"{what}: labels from {labels.min()} to {labels.max()}, not 0 to {CLASSES - 1}")
+        raise DataError(f"{name}: labels from {labels.min()} to {labels.max()}, not 0 to {CLASSES - 1}")
     return images.transpose(0, 3, 1, 2), labels.astype(np.int64)
 
 
@@ -294,17 +294,17 @@ def nearest_above(distance: float, yardsticks: Mapping[int, Figures]) -> int | N
 
 
 def misses(requirement: Requirement, samples: Figures, yardsticks: Mapping[int, Figures]) -> list[str]:
-    """Say, a line each, what of ``requirement`` the ``samples`` do not meet; empty if they meet all of it."""
-    found = []
+    """The failures of ``samples`` to meet ``requirement``, a line each."""
+    lines = []
     limit = yardsticks[requirement.noise].distance
     if samples.count != SET_SIZE or not samples.balanced:
         kind = "balanced" if samples.balanced else "unbalanced"
-        found.append(f"{samples.count} samples of {kind} labels, not {SET_SIZE} of balanced labels")
+        lines.append(f"{samples.count} samples of {kind} labels, not {SET_SIZE} of balanced labels")
     if not samples.agreement * 100 >= requirement.agreement:
-        found.append(f"agreement {samples.agreement:.2%} is less than {requirement.agreement:g}%")
+        lines.append(f"agreement {samples.agreement:.2%} is less than {requirement.agreement:g}%")
     if not samples.distance < limit:
-        found.append(f"distance {samples.distance:.3f} is not below noise {requirement.noise} ({limit:.3f})")
-    return [f"{requirement.name}: {line}" for line in found]
+        lines.append(f"distance {samples.distance:.3f} is not below noise {requirement.noise} ({limit:.3f})")
+    return [f"{requirement.name}: {line}" for line in lines]
 
 
 def table(rows: Sequence[Figures], yardsticks: Mapping[int, Figures]) -> str:
@@ -319,7 +319,7 @@ def table(rows: Sequence[Figures], yardsticks: Mapping[int, Figures]) -> str:
     return "\n".join(lines)
 
 
-def _named(text: str) -> tuple[str, Path]:
+def _parse_samples(text: str) -> tuple[str, Path]:
     """``NAME=PATH``, or ``PATH`` alone, which is named by its stem."""
     name, separator, path = text.partition("=")
     if separator and name and "/" not in name:
@@ -336,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", default="fashion-mnist", help="folder of IDX files, or a name to download (%(default)s)")
     add("--classifier", type=Path, metavar="PATH", help="read the classifier, or train it and keep it here")
-    add("--samples", type=_named, action="append", default=[], metavar="[NAME=]NPZ", help="may be repeated")
+    add("--samples", type=_parse_samples, action="append", default=[], metavar="[NAME=]NPZ", help="may be repeated")
     add("--model", metavar="PATH", help=f"draw {SET_SIZE} samples of it; 'default': the bundled one")
     add("--steps", type=int, action="append", metavar="K", help="with --model, may be repeated (1 and 2)")
     add("--require", type=Requirement.parse, action="append", default=[], metavar="NAME:AGREEMENT:NOISE")
@@ -347,17 +347,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, report: Callable[[str], None]) -> int:
+def _measure(options: argparse.Namespace, report: Callable[[str], None]) -> int:
     """Train or load the judge, measure, print, write; returns the exit status."""
-    kept = options.classifier is not None and options.classifier.exists()
-    for path in (None if kept else options.classifier, options.json):
+    has_classifier = options.classifier is not None and options.classifier.exists()
+    for path in (None if has_classifier else options.classifier, options.json):
         if path is not None:
             check_writable(path)
     train_images, train_labels = read_data(options.data, "train")
     test_images, test_labels = read_data(options.data, "test")
 
     recipe = Recipe(seed=options.seed)
-    if kept:
+    if has_classifier:
         classifier = load_classifier(options.classifier, recipe)
     else:
         classifier = train_classifier(train_images, train_labels, recipe, report)
@@ -366,7 +366,7 @@ def _run(options: argparse.Namespace, report: Callable[[str], None]) -> int:
         raise CmRuntimeError(
             f"the classifier is right on {accuracy:.2%} of the test images, less than {MINIMUM_ACCURACY:.0%}"
         )
-    if options.classifier is not None and not kept:
+    if options.classifier is not None and not has_classifier:
         save_classifier(options.classifier, classifier, recipe, accuracy)
     report(f"classifier: right on {accuracy:.2%} of {len(test_labels)} test images")
 
@@ -380,16 +380,16 @@ def _run(options: argparse.Namespace, report: Callable[[str], None]) -> int:
     samples = {}
     for name, path in options.samples:
         samples[name] = measure(name, classifier, *read_samples(path), reference)
-    for name, steps in options.drawn.items():
+    for name, steps in options.requests.items():
         report(f"{name}: drawing {SET_SIZE} samples")
-        drawn = draw_samples(options.model, steps, options.sample_seed)
-        samples[name] = measure(name, classifier, *drawn, reference)
+        images = draw_samples(options.model, steps, options.sample_seed)
+        samples[name] = measure(name, classifier, *images, reference)
 
     print(table([real, *yardsticks.values(), *samples.values()], yardsticks))
-    missed = [line for r in options.require for line in misses(r, samples[r.name], yardsticks)]
-    for line in missed:
+    failures = [line for r in options.require for line in misses(r, samples[r.name], yardsticks)]
+    for line in failures:
         print(f"missed: {line}")
-    if options.require and not missed:
+    if options.require and not failures:
         print("every requirement met")
     if options.json is not None:
         content = {
@@ -403,11 +403,11 @@ def _run(options: argparse.Namespace, report: Callable[[str], None]) -> int:
             "noise": {str(level): asdict(y) for level, y in yardsticks.items()},
             "samples": [asdict(s) for s in samples.values()],
             "requirements": [asdict(r) for r in options.require],
-            "missed": missed,
+            "missed": failures,
         }
         with write(options.json) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
-    return 1 if missed else 0
+    return 1 if failures else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -421,8 +421,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--steps must be at least 1")
     if not all(0 <= seed < 2**64 for seed in (options.seed, options.sample_seed)):
         parser.error("seeds are 0 to 2^64 - 1")
-    options.drawn = {STEP_NAMES.get(k, f"{k}-step"): k for k in steps}
-    names = [name for name, _ in options.samples] + list(options.drawn)
+    options.requests = {STEP_NAMES.get(k, f"{k}-step"): k for k in steps}
+    names = [name for name, _ in options.samples] + list(options.requests)
     if len(set(names)) < len(names):
         parser.error(f"two sets of samples have one name: {', '.join(names)}")
     unknown = [r.name for r in options.require if r.name not in names]
@@ -433,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--threads must be at least 1")
         torch.set_num_threads(options.threads)
     try:
-        return _run(options, lambda line: print(line, file=sys.stderr))
+        return _measure(options, lambda line: print(line, file=sys.stderr))
     except CmRuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Things that draw the same images, each in a process of its own, taking turns."""
+"""Contenders that draw the same images, each in a process of its own, taking turns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
+from cm_runtime.bench.turns import ratio, take_turns, until
+
 PAUSE = 0.2  # seconds: ONNX Runtime's threads look for work until then, and would slow the next one down
 
 
 @dataclass(frozen=True)
 class Runner:
-    """path: a sampler file of ours, run by ``backend`` in ``precision``; or a checkpoint for the tool ``peer``."""
+    """path: a sampler file of cm-runtime for ``backend`` in ``precision``; or a checkpoint for the tool ``peer``."""
 
     path: Path
     backend: str = ""
@@ -31,7 +34,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Times:
-    """What a runner took, in seconds, one number a round, and its images, (N,H,W,C) in [-1, 1]."""
+    """The seconds of a runner, one number a round, and its images, (N,H,W,C) in [-1, 1]."""
 
     seconds: list[float]
     images: np.ndarray[Any, Any]
@@ -41,23 +44,9 @@ class Times:
         return statistics.median(self.seconds)
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """The median over rounds, and the quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f}x [{self.low:.2f}, {self.high:.2f}]"
-
-
-def ratio(slow: Times, fast: Times) -> Ratio:
-    """How many times as long ``slow`` took, round by round."""
-    each = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
-    low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
-    return Ratio(middle, low, high)
+def ratio_text(slow: Times, fast: Times) -> str:
+    """The time of ``slow`` over that of ``fast``, round by round: 1.30x [1.28, 1.33], the median and the quartiles."""
+    return "{:.2f}x [{:.2f}, {:.2f}]".format(*ratio(slow.seconds, fast.seconds))
 
 
 def race(
@@ -68,12 +57,10 @@ def race(
     work: Path,
     *,
     seconds: float,
-    least: int = 5,
 ) -> dict[str, Times]:
-    """z: (K,N,C,H,W) float32, the noise that all of them are given.
+    """Time all runners for ``seconds`` on the same noise, z: (K,N,C,H,W) float32, in five rounds at least.
 
-    Rounds go on until ``seconds`` have passed, but at least ``least`` of them; before each timed turn stands an untimed
-    one, short of batches that take seconds themselves.
+    Before each timed turn stands an untimed one, short of batches that take seconds themselves.
     """
     context = multiprocessing.get_context("spawn")
     lines: dict[str, Connection] = {}
@@ -81,23 +68,25 @@ def race(
     images = {}
     try:
         for name, runner in runners.items():
-            lines[name], theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, runner, z, tuple(sigmas), label, work), daemon=True)
+            lines[name], other_end = context.Pipe()
+            arguments = other_end, runner, z, tuple(sigmas), label, work
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
-            theirs.close()
+            other_end.close()
             processes.append(process)
             images[name] = lines[name].recv()
-        taken: dict[str, list[float]] = {name: [] for name in runners}
-        end = time.monotonic() + seconds
-        while time.monotonic() < end or min(map(len, taken.values())) < least:
-            for name, line in lines.items():
-                time.sleep(PAUSE)
-                line.send("draw")
-                taken[name].append(line.recv())
+
+        def draw(line: Connection) -> float:
+            time.sleep(PAUSE)
+            line.send("draw")
+            return float(line.recv())
+
+        turns = {name: partial(draw, line) for name, line in lines.items()}
+        times = take_turns(turns, until(seconds))
     finally:
         for process in processes:
             process.kill()
-    return {name: Times(taken[name], images[name]) for name in runners}
+    return {name: Times(times[name], images[name]) for name in runners}
 
 
 def _serve(line: Connection, runner: Runner, z: Any, sigmas: tuple[float, ...], label: Any, work: Path) -> None:

@@ -4,7 +4,7 @@
     python benchmarks/shards.py --count 5000       # a look
 
 Peak memory: of `cm-runtime sample` drawing them all, against 1000 images; at most a tenth more. Throughput: of shards
-as that command makes them, in turns with the bare engine: the same micro-batches, two evaluations each and nothing
+as that command draws them, in turns with the bare engine: the same micro-batches, two evaluations each and nothing
 else; the median of the turns' ratios, at most 5% less. Killed: the same command ended by SIGKILL three times and run
 again, the sha256 of each shard against those of the run that nothing disturbed.
 
@@ -54,8 +54,8 @@ def start(count: int, folder: Path, backend: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "cm_runtime", *map(str, words)], env=environment)
 
 
-def undisturbed(count: int, folder: Path, backend: str) -> Run:
-    """Raises CalledProcessError."""
+def run_once(count: int, folder: Path, backend: str) -> Run:
+    """Draw into a folder, and measure the process. Raises CalledProcessError."""
     began = time.perf_counter()
     process = start(count, folder, backend)
     _, status, usage = os.wait4(process.pid, 0)
@@ -64,8 +64,8 @@ def undisturbed(count: int, folder: Path, backend: str) -> Run:
     return Run(time.perf_counter() - began, usage.ru_maxrss / 1024)
 
 
-def killed(count: int, folder: Path, backend: str) -> int:
-    """Kills the run `KILLS` times, each some way further, and lets it end; returns how often it was killed."""
+def run_with_kills(count: int, folder: Path, backend: str) -> int:
+    """Kill the run `KILLS` times, each some way further, and let it end; returns the number of kills."""
     kills = 0
     for part in range(1, KILLS + 1):
         process = start(count, folder, backend)
@@ -75,7 +75,7 @@ def killed(count: int, folder: Path, backend: str) -> int:
         time.sleep(0.3 * part)  # into the next shard
         process.kill()
         kills += process.wait() < 0
-    undisturbed(count, folder, backend)
+    run_once(count, folder, backend)
     return kills
 
 
@@ -83,41 +83,41 @@ def ratios(folder: Path, backend: str, turns: int, shards: int) -> list[float]:
     """Images a second of shards over those of the bare engine, one ratio a turn."""
     threads = len(os.sched_getaffinity(0))
     engine: Any = backends.load(None, backend, threads=threads)  # type: ignore[arg-type]
-    at_once = even_micro_batch(1000, engine.micro_batch)
-    chosen = sampling_request(engine.manifest, Draw(count=turns * shards * 1000, steps=STEPS, micro_batch=at_once))
-    whole = job.Job.from_request(engine, chosen, backends.DEFAULT_MODEL, job.Shards(), threads)
-    index = np.arange(at_once, dtype=np.uint64)
-    x = np.float32(chosen.sigmas[0]) * noise.normal(0, index, 0, engine.manifest.image_shape)
+    micro_batch = even_micro_batch(1000, engine.micro_batch)
+    request = sampling_request(engine.manifest, Draw(count=turns * shards * 1000, steps=STEPS, micro_batch=micro_batch))
+    whole = job.Job.from_request(engine, request, backends.DEFAULT_MODEL, job.Shards(), threads)
+    index = np.arange(micro_batch, dtype=np.uint64)
+    x = np.float32(request.sigmas[0]) * noise.normal(0, index, 0, engine.manifest.image_shape)
     label = (index % np.uint64(engine.manifest.num_classes)).astype(np.int64)
 
     def bare(images: int) -> float:
         began = time.perf_counter()
-        for _ in range(0, images, at_once):
-            for sigma in chosen.sigmas:
+        for _ in range(0, images, micro_batch):
+            for sigma in request.sigmas:
                 engine.denoise(x, sigma, label)
-        return -(-images // at_once) * at_once / (time.perf_counter() - began)
+        return -(-images // micro_batch) * micro_batch / (time.perf_counter() - began)
 
-    def sharded(numbers: range) -> float:
+    def draw_shards(numbers: range) -> float:
         began = time.perf_counter()
         for _ in job.run(engine, whole, folder, numbers):
             pass
         return len(numbers) * 1000 / (time.perf_counter() - began)
 
-    found = []
-    bare(4 * at_once)
+    quotients = []
+    bare(4 * micro_batch)
     with job.open_folder(whole, folder):
         for turn in range(turns):
             numbers = range(turn * shards, (turn + 1) * shards)
-            pair = [lambda: bare(shards * 1000), lambda these=numbers: sharded(these)]  # type: ignore[misc]
+            pair = [lambda: bare(shards * 1000), lambda these=numbers: draw_shards(these)]  # type: ignore[misc]
             order = (0, 1) if turn % 2 else (1, 0)
-            speed = {which: pair[which]() for which in order}
-            print(f"turn {turn}: bare {speed[0]:.1f} images/s, shards {speed[1]:.1f}", file=sys.stderr, flush=True)
-            found.append(speed[1] / speed[0])
-    return found
+            rates = {which: pair[which]() for which in order}
+            print(f"turn {turn}: bare {rates[0]:.1f} images/s, shards {rates[1]:.1f}", file=sys.stderr, flush=True)
+            quotients.append(rates[1] / rates[0])
+    return quotients
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, measures, prints."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50_000, help="images of a run (%(default)s)")
     parser.add_argument("--backend", default="ort", help="(%(default)s)")
@@ -129,16 +129,16 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             speeds = ratios(folder / "turns", options.backend, options.turns, options.turn_shards)
-            few = undisturbed(FEW, folder / "few", options.backend)
-            many = undisturbed(options.count, folder / "many", options.backend)
-            kills = killed(options.count, folder / "killed", options.backend)
+            few = run_once(FEW, folder / "few", options.backend)
+            many = run_once(options.count, folder / "many", options.backend)
+            kills = run_with_kills(options.count, folder / "killed", options.backend)
             sums = [(folder / name / job.SUMS).read_text() for name in ("many", "killed")]
             manifest = job.load_job(folder / "many")
     except (CmRuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     assert manifest is not None
-    speed, memory = statistics.median(speeds), many.memory / few.memory
+    rate, memory = statistics.median(speeds), many.memory / few.memory
     is_same = sums[0] == sums[1] and kills == KILLS
     rows = [
         (
@@ -147,7 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
             f"<= {MOST_MEMORY}",
             memory <= MOST_MEMORY,
         ),
-        ("throughput, shards over the bare engine", f"{speed:.3f}", f">= {LEAST_SPEED}", speed >= LEAST_SPEED),
+        (
+            "throughput, shards over the bare engine",
+            f"{rate:.3f}",
+            f">= {LEAST_SPEED}",
+            rate >= LEAST_SPEED,
+        ),
         (f"shards with the same sha256 after {kills} kills", "all" if is_same else "not all", "all", is_same),
     ]
     print(f"{', '.join(manifest.versions)}, {manifest.threads} threads, micro-batch {manifest.micro_batch}")
@@ -155,8 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value, bound, is_met in rows:
         print(f"{name:<48} {value:>8} {bound:>8} {'met' if is_met else 'MISSED'}")
     if options.json:
-        told = {"throughput ratios": speeds, "memory ratio": memory, "run": many._asdict(), "few": few._asdict()}
-        options.json.write_text(json.dumps(told | {"kills": kills, "same": is_same}, indent=1) + "\n")
+        figures = {"throughput ratios": speeds, "memory ratio": memory, "run": many._asdict(), "few": few._asdict()}
+        options.json.write_text(json.dumps(figures | {"kills": kills, "same": is_same}, indent=1) + "\n")
     return 0 if all(is_met for *_, is_met in rows) else 1
 
 

@@ -1,4 +1,4 @@
-r"""How many images a second a step of CD and of CT trains, beside a plain transcription of the algorithms.
+r"""Images a second of a training step of CD and of CT, beside a plain transcription of the algorithms.
 
     python benchmarks/training.py                                  # fp32 and bf16 on the CPU, without and with compile
     python benchmarks/training.py --device cuda --precision bf16 --require 2
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import statistics
 import sys
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
+from cm_runtime.bench import turns
 from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
 from cm_runtime.networks.unet import UNetConfig
 from cm_runtime.training.batches import Stream
@@ -67,7 +69,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 # The plain transcription.
 
 
-def denoised(net: nn.Module, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+def denoise(net: nn.Module, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
     """D(x, t) of a diffusion model (arXiv 2206.00364, eq. 7): the teacher."""
     t = t[:, None, None, None]
     c_skip = SIGMA_DATA**2 / (t**2 + SIGMA_DATA**2)
@@ -133,9 +135,9 @@ class Plain:
         x_t = x + wide_t * z
         with torch.no_grad():
             if self.method == "cd":
-                d = (x_t - denoised(self.teacher, x_t, t, label)) / wide_t
+                d = (x_t - denoise(self.teacher, x_t, t, label)) / wide_t
                 x_r = x_t + d * (wide_r - wide_t)
-                d_r = (x_r - denoised(self.teacher, x_r, r, label)) / wide_r
+                d_r = (x_r - denoise(self.teacher, x_r, r, label)) / wide_r
                 x_r = x_t + (d + d_r) * (wide_r - wide_t) / 2
             else:
                 x_r = x + wide_r * z
@@ -168,7 +170,7 @@ class Plain:
         return self.learn(loss, k)
 
 
-# Ours, and the two side by side.
+# cm-runtime's step, and the two side by side.
 
 
 class Ours:
@@ -201,7 +203,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """A pair that is measured."""
 
     method: Method
     network: str
@@ -267,7 +269,7 @@ def _noisy(model: ConsistencyModel) -> ConsistencyModel:
 
 
 def disagreement(ours: Ours, plain: Plain, k: int = STEPS // 2) -> dict[str, float]:
-    """How far apart step ``k`` is on the same inputs: loss, gradients, and how the target moves, each relative."""
+    """The differences of step ``k`` on the same inputs: loss, gradients and movement of the target, each relative."""
     phase = ours.phase
     assert isinstance(phase, CdPhase | CtPhase)
     before = {name: p.clone() for name, p in plain.student.named_parameters()}
@@ -280,11 +282,11 @@ def disagreement(ours: Ours, plain: Plain, k: int = STEPS // 2) -> dict[str, flo
         theirs = plain.loss(batch.x, batch.label, z, n.clamp(min=0), k)
         plain.learn(theirs, k)
     ours.stepper.update(k)
-    own, target = dict(ours.stepper.model.F.named_parameters()), ours.stepper.state()["target"]
+    weights, target = dict(ours.stepper.model.F.named_parameters()), ours.stepper.state()["target"]
     return {
         "loss": abs(loss - theirs.item()) / abs(theirs.item()),
-        "gradient": _apart({name: (own[name].grad, p.grad) for name, p in plain.student.named_parameters()}),
-        "target": _apart(
+        "gradient": _relative({name: (weights[name].grad, p.grad) for name, p in plain.student.named_parameters()}),
+        "target": _relative(
             {
                 name: (target[f"F.{name}"] - before[name], p - before[name])
                 for name, p in plain.target.named_parameters()
@@ -293,20 +295,20 @@ def disagreement(ours: Ours, plain: Plain, k: int = STEPS // 2) -> dict[str, flo
     }
 
 
-def _apart(pairs: dict[str, tuple[Any, Any]]) -> float:
+def _relative(pairs: dict[str, tuple[Any, Any]]) -> float:
     """|a - b| / |b| over all pairs together, in float64."""
     differ = sum((a.double() - b.double()).square().sum().item() for a, b in pairs.values())
     return math.sqrt(differ / sum(b.double().square().sum().item() for _, b in pairs.values()))
 
 
-def agree(found: dict[str, float]) -> bool:
+def agree(differences: dict[str, float]) -> bool:
     """True where nothing is further apart than float32 rounding explains; a movement is a difference of weights."""
-    return all(value <= (1e-2 if name == "target" else 1e-4) for name, value in found.items())
+    return all(value <= (1e-2 if name == "target" else 1e-4) for name, value in differences.items())
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Images a second of both, medians, and the quartiles of the ratio."""
+    """Images a second of both, medians, and the ratio: its median and quartiles."""
 
     ours: float
     plain: float
@@ -316,30 +318,22 @@ class Figures:
 def measure(
     ours: Ours, plain: Plain, batch: int, rounds: int, device: torch.device, clock: Callable[[], float]
 ) -> Figures:
-    """Alternates the two for ``rounds`` rounds, after warming up; every round begins with the other one."""
+    """Alternate the two for ``rounds`` rounds, after two that warm up; every round begins with the other one."""
 
-    def timed(step: Callable[[int], float], k: int) -> float:
-        _settle(device)
-        began = clock()
-        step(k)
-        _settle(device)
-        return clock() - began
+    def step_of(side: Ours | Plain) -> Callable[[], float]:
+        k = itertools.count(STEPS // 2)
 
-    middle = STEPS // 2
-    for k in range(2):
-        ours.step(middle + k)
-        plain.step(middle + k)
-    mine, theirs = [], []
-    for k in range(middle + 2, middle + 2 + rounds):
-        if k % 2:
-            mine.append(timed(ours.step, k))
-            theirs.append(timed(plain.step, k))
-        else:
-            theirs.append(timed(plain.step, k))
-            mine.append(timed(ours.step, k))
-    ratios = [p / m for m, p in zip(mine, theirs, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return Figures(batch / statistics.median(mine), batch / statistics.median(theirs), (low, median, high))
+        def step() -> None:
+            side.step(next(k))
+            _settle(device)
+
+        return turns.timer(step, clock)
+
+    sides = {"ours": step_of(ours), "plain": step_of(plain)}
+    turns.take_turns(sides, range(2))
+    seconds = turns.take_turns(sides, range(rounds))
+    mine, theirs = (batch / statistics.median(each) for each in seconds.values())
+    return Figures(mine, theirs, turns.ratio(seconds["plain"], seconds["ours"]))
 
 
 def _settle(device: torch.device) -> None:
@@ -364,12 +358,12 @@ def profile(step: Callable[[int], float], device: torch.device) -> dict[str, flo
     """The shares of a step's time, by kind of operation; largest first."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU, activity.CUDA] if device.type == "cuda" else [activity.CPU]
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities) as profiler:
         for k in range(2):
             step(STEPS // 2 + k)
         _settle(device)
     times: dict[str, float] = {}
-    for event in found.key_averages():
+    for event in profiler.key_averages():
         spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "the rest")
         times[kind] = times.get(kind, 0.0) + spent
@@ -414,35 +408,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     channels_last = device.type == "cuda" if options.layout == "auto" else options.layout == "channels-last"
-    missed = 0
+    misses = 0
     print(f"{options.network}, batch {options.batch}, {options.device}, {torch.get_num_threads()} threads,", end=" ")
     print(f"torch {torch.__version__}, {options.clock} clock; images/s, ratio: median [quartiles]")
     for method in options.method:
         check = Case(method, options.network, min(options.batch, 32), "fp32", False, channels_last, device)
-        found = disagreement(*pair_of(check, learning_rate=100.0))  # so that the target moves by more than rounding
-        print(f"{method}: apart by", ", ".join(f"{name} {value:.1e}" for name, value in found.items()), flush=True)
-        if not agree(found):
+        errors = disagreement(*pair_of(check, learning_rate=100.0))  # so that the target moves by more than rounding
+        print(f"{method}: apart by", ", ".join(f"{name} {value:.1e}" for name, value in errors.items()), flush=True)
+        if not agree(errors):
             print("error: ours and the transcription disagree; nothing is timed")
             return 1
         for precision in options.precision:
-            for compiled in options.compile:
-                case = Case(method, options.network, options.batch, precision, compiled == "on", channels_last, device)
+            for switch in options.compile:
+                case = Case(method, options.network, options.batch, precision, switch == "on", channels_last, device)
                 ours, plain = pair_of(case)
                 row = measure(ours, plain, case.batch, options.rounds, device, CLOCKS[options.clock])
-                low, median, high = row.ratio
+                median, low, high = row.ratio
                 print(
-                    f"{method} {precision} compile {compiled:<3}  ours {row.ours:7.1f}  plain {row.plain:7.1f}"
+                    f"{method} {precision} compile {switch:<3}  ours {row.ours:7.1f}  plain {row.plain:7.1f}"
                     f"  ratio {median:.2f} [{low:.2f}, {high:.2f}]",
                     flush=True,
                 )
-                missed += options.require is not None and median < options.require
+                misses += options.require is not None and median < options.require
                 if options.profile:
                     for name, step in (("ours", ours.step), ("plain", plain.step)):
                         shares = profile(step, device)
                         print(f"  {name}:", ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
-    if missed:
-        print(f"missed: {missed} cases below {options.require}")
-    return 1 if missed else 0
+    if misses:
+        print(f"missed: {misses} cases below {options.require}")
+    return 1 if misses else 0
 
 
 if __name__ == "__main__":

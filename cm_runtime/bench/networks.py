@@ -1,4 +1,4 @@
-"""The standing networks: known sizes, random weights from a seed, for benchmarks that need no trained model."""
+"""The standing networks: fixed sizes, random weights from a seed, for benchmarks that need no trained model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 STANDING = tuple(NETWORKS)
 
 
-def standing(name: str, folder: Path) -> Path:
+def standing_checkpoint(name: str, folder: Path) -> Path:
     """The checkpoint of a standing network in ``folder``, made where it is not there yet.
 
     Raises RequestError for another name, and OutputError where the folder cannot be written.
@@ -56,7 +56,7 @@ def standing(name: str, folder: Path) -> Path:
 
     with output_errors(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(made(config(name)), path)
+    save_checkpoint(random_checkpoint(config(name)), path)
     return path
 
 
@@ -68,7 +68,7 @@ def config(name: str) -> ModelConfig:
     return ModelConfig(network=UNetConfig(**NETWORKS[name]), precond="boundary", sigma_boundary=0.002)
 
 
-def made(config: ModelConfig, seed: int = SEED) -> Checkpoint:
+def random_checkpoint(config: ModelConfig, seed: int = SEED) -> Checkpoint:
     """A checkpoint of ``config`` whose every weight is random, so that no layer is silent."""
     from cm_runtime.checkpoints.native import Checkpoint
     from cm_runtime.manifest import TrainingSummary

@@ -1,6 +1,6 @@
-"""What a machine can do at best: a matrix product, for arithmetic, and a copy, for memory.
+"""Peak rates of a machine: a matrix product, for arithmetic, and a copy, for memory.
 
-Both are measured in a process of their own, which is told its number of threads before it loads a library.
+Both are measured in a process of their own, whose number of threads is set before it loads a library.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from cm_runtime.bench.machine import free_bytes
 from cm_runtime.bench.results import Estimate, Peaks
+from cm_runtime.bench.turns import timer
 from cm_runtime.errors import EngineError, MissingExtraError, RequestError
 from cm_runtime.extras import EXTRAS, require
 
@@ -33,7 +34,7 @@ CHILD = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from cm_runtime.bench import peaks
-print(json.dumps(peaks.measured_here(*json.loads(sys.argv[2]))))
+print(json.dumps(peaks.measure_here(*json.loads(sys.argv[2]))))
 """
 
 
@@ -49,60 +50,60 @@ def measure_peaks(threads: int, device: str = "cpu", *, size: int | None = None,
         raise RequestError(f"threads must be at least 1, not {threads}")
     if device != "cpu" and importlib.util.find_spec("torch") is None:
         raise MissingExtraError("torch", EXTRAS["torch"], f"measuring the peaks of {device}")
-    found = _in_child(threads, device, size or (SIZE if device == "cpu" else GPU_SIZE), seconds)
+    rates = _in_child(threads, device, size or (SIZE if device == "cpu" else GPU_SIZE), seconds)
     return Peaks(
         threads=threads,
         device=device,
-        matrix_gflop_per_s=_estimate(found["gflop_per_s"]),
-        copy_gb_per_s=_estimate(found["gb_per_s"]),
-        library=found["library"],
+        matrix_gflop_per_s=_estimate(rates["gflop_per_s"]),
+        copy_gb_per_s=_estimate(rates["gb_per_s"]),
+        library=rates["library"],
     )
 
 
 def drift(first: Peaks, last: Peaks) -> float:
-    """By what share of the first matrix product's rate the last differs from it."""
+    """The change of the matrix product's rate, as a share of the first."""
     return abs(last.matrix_gflop_per_s.value / first.matrix_gflop_per_s.value - 1)
 
 
 def _in_child(threads: int, *arguments: Any) -> dict[str, Any]:
-    """`measured_here` (threads, *arguments) in a process whose libraries have that many threads."""
+    """`measure_here` (threads, *arguments) in a process whose libraries have that many threads."""
     call = [sys.executable, "-P", "-c", CHILD, json.dumps(sys.path), json.dumps([threads, *arguments])]
     environment = os.environ | dict.fromkeys(THREADS, str(threads)) | {"MKL_DYNAMIC": "FALSE", "OMP_DYNAMIC": "FALSE"}
     try:
-        done = subprocess.run(
+        child = subprocess.run(
             call, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"the machine's peaks cannot be measured: {error}") from error
-    if done.returncode:
-        last = (done.stderr.strip() or f"the process ended with status {done.returncode}").splitlines()[-1]
+    if child.returncode:
+        last = (child.stderr.strip() or f"the process ended with status {child.returncode}").splitlines()[-1]
         raise EngineError(f"the machine's peaks cannot be measured: {last}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    rates: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return rates
 
 
 def _estimate(rates: Sequence[float]) -> Estimate:
     """The median, and the order statistics that hold it with at least 95%, where there are enough."""
-    ordered, n = sorted(rates), len(rates)
+    ranks, n = sorted(rates), len(rates)
     k, outside = -1, 0  # of 2^n ways, in how many at most k of n samples are below the median
     while 40 * (outside + math.comb(n, k + 1)) <= 1 << n:
         k += 1
         outside += math.comb(n, k)
-    low, high = (ordered[k], ordered[-1 - k]) if k >= 0 else (None, None)
-    return Estimate(value=statistics.median(ordered), low=low, high=high)
+    low, high = (ranks[k], ranks[-1 - k]) if k >= 0 else (None, None)
+    return Estimate(value=statistics.median(ranks), low=low, high=high)
 
 
 # In the child
 
 
-def measured_here(threads: int, device: str, size: int, seconds: float) -> dict[str, Any]:
-    """The rates of every repetition and the library; on the CPU how many threads this process then has, too."""
+def measure_here(threads: int, device: str, size: int, seconds: float) -> dict[str, Any]:
+    """The rates of every repetition and the library; on the CPU also the number of threads of this process."""
     if device != "cpu":
         return _on_gpu(device, size, seconds)
     copies = _copies(threads, seconds)
     products = _products(size, seconds)
-    running = len(os.listdir("/proc/self/task"))
-    return {"gflop_per_s": products, "gb_per_s": copies, "library": _blas(), "running": running}
+    threads = len(os.listdir("/proc/self/task"))
+    return {"gflop_per_s": products, "gb_per_s": copies, "library": _blas(), "running": threads}
 
 
 def _copies(threads: int, seconds: float) -> list[float]:
@@ -113,14 +114,14 @@ def _copies(threads: int, seconds: float) -> list[float]:
     with ThreadPoolExecutor(threads) as pool:
         for side in parts:  # the kernel finds pages when they are first written, near the thread that does
             list(pool.map(np.copyto, side, [1.0] * threads))
-        return _rates(_wall(lambda: list(pool.map(np.copyto, *parts))), 2 * source.nbytes / 1e9, seconds)
+        return _rates(timer(lambda: list(pool.map(np.copyto, *parts))), 2 * source.nbytes / 1e9, seconds)
 
 
 def _products(size: int, seconds: float) -> list[float]:
     """GFLOP/s of NumPy's matrix product."""
     a, b = np.random.default_rng(0).random((2, size, size), np.float32)
     product = np.empty_like(a)
-    return _rates(_wall(lambda: np.matmul(a, b, out=product)), 2 * size**3 / 1e9, seconds)
+    return _rates(timer(lambda: np.matmul(a, b, out=product)), 2 * size**3 / 1e9, seconds)
 
 
 def _on_gpu(device: str, size: int, seconds: float) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def _on_gpu(device: str, size: int, seconds: float) -> dict[str, Any]:
     torch.set_float32_matmul_precision("highest")  # no TF32
     torch.cuda.set_device(device)
 
-    def timed(work: Callable[[], object]) -> Callable[[], float]:
+    def gpu_timer(work: Callable[[], object]) -> Callable[[], float]:
         def run() -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -143,9 +144,9 @@ def _on_gpu(device: str, size: int, seconds: float) -> dict[str, Any]:
 
     free, _ = torch.cuda.mem_get_info()
     source, target = (torch.ones(min(COPIED, free // 8) // 4, device=device) for _ in range(2))
-    copies = _rates(timed(lambda: target.copy_(source)), 2 * source.nbytes / 1e9, seconds)
+    copies = _rates(gpu_timer(lambda: target.copy_(source)), 2 * source.nbytes / 1e9, seconds)
     a, b, product = (torch.randn(size, size, device=device) for _ in range(3))
-    products = _rates(timed(lambda: torch.mm(a, b, out=product)), 2 * size**3 / 1e9, seconds)
+    products = _rates(gpu_timer(lambda: torch.mm(a, b, out=product)), 2 * size**3 / 1e9, seconds)
     return {
         "gflop_per_s": products,
         "gb_per_s": copies,
@@ -153,24 +154,13 @@ def _on_gpu(device: str, size: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def _wall(work: Callable[[], object]) -> Callable[[], float]:
-    """Runs it and tells its seconds."""
-
-    def run() -> float:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-
-    return run
-
-
-def _rates(run: Callable[[], float], amount: float, seconds: float) -> list[float]:
+def _rates(measure: Callable[[], float], amount: float, seconds: float) -> list[float]:
     """``amount`` over the seconds of each repetition, after one that does not count."""
-    run()
+    measure()
     rates: list[float] = []
     end = time.perf_counter() + seconds
     while len(rates) < LEAST or time.perf_counter() < end:
-        rates.append(amount / run())
+        rates.append(amount / measure())
     return rates
 
 

@@ -39,26 +39,26 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_network_is_made_once_and_found_again(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = networks.standing("cifar32", tmp_path / "cache" / "here")
+    path = networks.standing_checkpoint("cifar32", tmp_path / "cache" / "here")
     assert [each.name for each in path.parent.iterdir()] == ["cifar32-seed0-1.pt"]
     before = path.stat()
-    monkeypatch.setattr(networks, "made", pytest.fail)
-    assert networks.standing("cifar32", path.parent) == path
+    monkeypatch.setattr(networks, "random_checkpoint", pytest.fail)
+    assert networks.standing_checkpoint("cifar32", path.parent) == path
     assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
 @pytest.mark.process
 def test_the_seed_decides_the_weights(small: None, tmp_path: Path) -> None:
-    one, other = (networks.standing("cifar32", tmp_path / name) for name in "ab")
+    one, other = (networks.standing_checkpoint("cifar32", tmp_path / name) for name in "ab")
     assert one.read_bytes() == other.read_bytes()
-    weights, others = (networks.made(networks.config("cifar32"), seed).ema["0"] for seed in (0, 1))
+    weights, others = (networks.random_checkpoint(networks.config("cifar32"), seed).ema["0"] for seed in (0, 1))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in read_checkpoint(one).ema["0"].items())
     assert not any(torch.equal(tensor, others[name]) for name, tensor in weights.items())
 
 
 @pytest.mark.process
 def test_no_layer_is_silent_and_outputs_are_of_order_one(small: None, tmp_path: Path) -> None:
-    model = load_checkpoint(networks.standing("cifar32", tmp_path)).model()
+    model = load_checkpoint(networks.standing_checkpoint("cifar32", tmp_path)).model()
     generator = torch.Generator().manual_seed(0)
     for tensor in model.parameters():
         assert 0.02 < tensor.std() < 1 and (tensor != 0).all()
@@ -75,7 +75,7 @@ def test_no_layer_is_silent_and_outputs_are_of_order_one(small: None, tmp_path: 
 
 def test_what_cannot_be_made_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no standing network 'cifar'; they are cifar32, imagenet64"):
-        networks.standing("cifar", tmp_path)
+        networks.standing_checkpoint("cifar", tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be made"):
-        networks.standing("cifar32", tmp_path / "file")
+        networks.standing_checkpoint("cifar32", tmp_path / "file")

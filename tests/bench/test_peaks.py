@@ -84,7 +84,7 @@ def test_as_many_threads_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work that took a second: 2 n^3 operations a product; the bytes of both arrays a copy."""
-    monkeypatch.setattr(peaks, "_wall", lambda work: lambda: work() is None or 1.0)
+    monkeypatch.setattr(peaks, "timer", lambda work: lambda: work() is None or 1.0)
     monkeypatch.setattr(peaks, "COPIED", 4000)
     assert set(peaks._products(30, 0.0)) == {2 * 27_000 / 1e9}
     assert set(peaks._copies(2, 0.0)) == {8000 / 1e9}

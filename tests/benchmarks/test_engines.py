@@ -65,4 +65,4 @@ def test_a_ratio_is_the_median_of_rounds() -> None:
     slow, fast = (
         race.Times(seconds, np.zeros(1)) for seconds in ([2.0, 3.0, 8.0, 4.0, 4.0], [1.0, 1.0, 2.0, 1.0, 2.0])
     )
-    assert str(race.ratio(slow, fast)) == "3.00x [2.00, 4.00]"
+    assert race.ratio_text(slow, fast) == "3.00x [2.00, 4.00]"

@@ -60,8 +60,8 @@ def euler(plain: Any) -> None:
         seen.append((x - true(net, x, t, label)) / wide)
         return x - seen[-1] * wide if len(seen) % 2 else x - seen[-2] * wide
 
-    true = training.denoised
-    training.denoised = denoised
+    true = training.denoise
+    training.denoise = denoised
 
 
 def other_mu(plain: Any) -> None:
@@ -96,7 +96,7 @@ def another_grid(plain: Any) -> None:
 def test_a_sabotaged_transcription_is_caught(
     method: str, sabotage: Any, shows_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "denoised", training.denoised)  # put back what a sabotage replaces
+    monkeypatch.setattr(training, "denoise", training.denoise)  # put back what a sabotage replaces
     monkeypatch.setattr(training, "grid", training.grid)
     ours, plain = pair(method)
     sabotage(plain)
