@@ -395,12 +395,12 @@ class OwnDrawer:
         """The share of a batch's GPU time outside the network's evaluations, by the GPU's events."""
         sampler = self._model.on_device
         request = sampling_request(self._model.manifest, Draw(count=batch, steps=steps, micro_batch=batch))
-        capture = sampler.prepare(request, batch)
+        capture = sampler.prepare(request, batch).batch
         clock = Clock(sampler.device)
         shares = []
         for _ in range(ROUNDS):
-            network = clock.milliseconds(prepared.batch.evaluate, steps) * steps
-            shares.append(1 - network / clock.milliseconds(prepared.batch.put, 1))
+            network = clock.milliseconds(capture.evaluate, steps) * steps
+            shares.append(1 - network / clock.milliseconds(capture.put, 1))
         return round(statistics.median(shares), 4)
 
 

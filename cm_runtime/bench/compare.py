@@ -1,4 +1,4 @@
-"""The gate: is one build slower than another by more than is allowed, and can that be known?"""
+"""The gate: verdicts on whether one build is slower than another by more than is allowed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Verdict:
     reason: str = ""
 
 
-def judged(ratio: Estimate, gate: float) -> Word:
+def judge(ratio: Estimate, gate: float) -> Word:
     """REGRESSION: all of the interval is above 1 + gate. PASS: none of it. INCONCLUSIVE: some, or there is none."""
     if ratio.low is None or ratio.high is None:
         return "INCONCLUSIVE"
@@ -36,34 +36,34 @@ def judged(ratio: Estimate, gate: float) -> Word:
     return "PASS" if ratio.high <= 1 + gate else "INCONCLUSIVE"
 
 
-def overall(verdicts: Sequence[Verdict]) -> Word:
+def worst(verdicts: Sequence[Verdict]) -> Word:
     """The worst."""
     words = {each.word for each in verdicts}
     return "REGRESSION" if "REGRESSION" in words else "INCONCLUSIVE" if "INCONCLUSIVE" in words else "PASS"
 
 
-def within(result: Result, gate: float) -> list[Verdict]:
-    """Of a run with ``--against``, which took turns with its base. Raises RequestError for another run."""
+def compare_builds(result: Result, gate: float) -> list[Verdict]:
+    """Verdicts of a run with ``--against``, which took turns with its base. Raises RequestError for another run."""
     if not any(each.contender(BASE) for each in result.scenarios):
         raise RequestError("this result holds one build only: give two results, or measure with bench run --against")
     return [_of_pair(each, each.contender(SUBJECT), each.contender(BASE), gate) for each in result.scenarios]
 
 
-def notes(base: Result, new: Result) -> list[str]:
-    """Sentences on models that have two names, or two files; `between` compares them all the same."""
-    found: dict[str, None] = {}
+def model_notes(base: Result, new: Result) -> list[str]:
+    """Sentences on models that have two names, or two files; `compare_runs` compares them all the same."""
+    sentences: dict[str, None] = {}
     for before, after in _pairs(base, new):
         if before is None or after is None:
             continue
         one, other = model_name(before.model), model_name(after.model)
         if one != other:
-            found[f"{other} is compared with {one}: each result has one model, so its name does not count"] = None
+            sentences[f"{other} is compared with {one}: each result has one model, so its name does not count"] = None
         if before.facts and after.facts and before.facts.sha256 != after.facts.sha256:
             files = f"the files differ: {one} is {before.facts.sha256[:12]}, {other} {after.facts.sha256[:12]}"
             source = before.facts.source_sha256
             is_one = source and source == after.facts.source_sha256
-            found[f"{files}, {'exports of one checkpoint' if is_one else 'of different checkpoints'}"] = None
-    return list(found)
+            sentences[f"{files}, {'exports of one checkpoint' if is_one else 'of different checkpoints'}"] = None
+    return list(sentences)
 
 
 def _pairs(base: Result, new: Result) -> list[tuple[ScenarioResult | None, ScenarioResult | None]]:
@@ -79,16 +79,14 @@ def _pairs(base: Result, new: Result) -> list[tuple[ScenarioResult | None, Scena
     return [*pairs, *((None, each) for name, each in after.items() if name not in before)]
 
 
-def between(base: Result, new: Result, gate: float, allow_different: bool = False) -> list[Verdict]:
-    """Of two runs, scenario by scenario of the base.
+def compare_runs(base: Result, new: Result, gate: float, allow_different: bool = False) -> list[Verdict]:
+    """Verdicts of two runs, scenario by scenario of the base.
 
-    How far the machine's matrix product went apart between them, or within either, widens the intervals. Raises
+    The change of the machine's matrix product between them, or within either, widens the intervals. Raises
     RequestError where the runs are of different machines or packages, unless that is allowed, or share no scenario.
     """
-    if not allow_different and (found := machine.differences(base.machine, new.machine)):
-        raise RequestError(
-            f"the results are of different machines: {'; '.join(found)} (--allow-different compares them)"
-        )
+    if not allow_different and (lines := "; ".join(machine.differences(base.machine, new.machine))):
+        raise RequestError(f"the results are of different machines: {lines} (--allow-different compares them)")
     pairs = _pairs(base, new)
     if not any(before and after for before, after in pairs):
         raise RequestError(
@@ -96,8 +94,8 @@ def between(base: Result, new: Result, gate: float, allow_different: bool = Fals
             " (--scenario of bench run measures one of them again)"
         )
     verdicts = [_between(before, after, base, new, gate) for before, after in pairs if before]
-    added = [after.name for before, after in pairs if after and not before]
-    return [*verdicts, *(Verdict(name, "INCONCLUSIVE", reason="the base has no such scenario") for name in added)]
+    others = [after.name for before, after in pairs if after and not before]
+    return [*verdicts, *(Verdict(name, "INCONCLUSIVE", reason="the base has no such scenario") for name in others)]
 
 
 def _names(result: Result) -> str:
@@ -121,7 +119,7 @@ def _of_pair(scenario: ScenarioResult, new: Contender | None, base: Contender | 
     ratio = stats.ratio(new.block_ms, base.block_ms)
     differs = base.agreement.text if base.agreement and base.agreement.is_allowed else ""
     reasons = [reason for reason in (_too_few(len(new.block_ms)), differs) if reason]
-    return Verdict(name, judged(ratio, gate), ratio, "; ".join(reasons))
+    return Verdict(name, judge(ratio, gate), ratio, "; ".join(reasons))
 
 
 def _between(base: ScenarioResult, new: ScenarioResult | None, old: Result, late: Result, gate: float) -> Verdict:
@@ -137,10 +135,10 @@ def _between(base: ScenarioResult, new: ScenarioResult | None, old: Result, late
     if not same_levels(base.sigmas, new.sigmas):
         levels = f"sigmas {level_text(base.sigmas)} and {level_text(new.sigmas)}"
         return Verdict(base.name, "INCONCLUSIVE", reason=f"not the same work: {levels}")
-    for what in ("device", "threads"):
-        one, other = getattr(base, what), getattr(new, what)
+    for name in ("device", "threads"):
+        one, other = getattr(base, name), getattr(new, name)
         if one != other:
-            return Verdict(base.name, "INCONCLUSIVE", reason=f"not the same work: {what} {one} and {other}")
+            return Verdict(base.name, "INCONCLUSIVE", reason=f"not the same work: {name} {one} and {other}")
     if base.facts and new.facts and base.facts.image_shape != new.facts.image_shape:
         return Verdict(base.name, "INCONCLUSIVE", reason="not the same work: the images are of different sizes")
     fewest = min(len(after.block_ms), len(before.block_ms))
@@ -149,7 +147,7 @@ def _between(base: ScenarioResult, new: ScenarioResult | None, old: Result, late
     drift = _drift(_peaks(base, old), _peaks(new, late))
     ratio = stats.unpaired_ratio(after.block_ms, before.block_ms, drift)
     return Verdict(
-        base.name, judged(ratio, gate), ratio, _too_few(fewest) or f"the machine's own speed: {drift:.1%} apart"
+        base.name, judge(ratio, gate), ratio, _too_few(fewest) or f"the machine's own speed: {drift:.1%} apart"
     )
 
 
@@ -158,12 +156,12 @@ def _too_few(blocks: int) -> str:
 
 
 def _peaks(scenario: ScenarioResult, result: Result) -> Peaks | None:
-    wanted = scenario.threads, scenario.device
-    return next((each for each in result.peaks if (each.threads, each.device) == wanted), None)
+    place = scenario.threads, scenario.device
+    return next((each for each in result.peaks if (each.threads, each.device) == place), None)
 
 
 def _drift(base: Peaks | None, new: Peaks | None) -> float:
     if base is None or new is None:
         return 0.0
-    apart = abs(new.matrix_gflop_per_s.value / base.matrix_gflop_per_s.value - 1)
-    return max(apart, base.drift or 0.0, new.drift or 0.0)
+    change = abs(new.matrix_gflop_per_s.value / base.matrix_gflop_per_s.value - 1)
+    return max(change, base.drift or 0.0, new.drift or 0.0)

@@ -12,7 +12,7 @@ from cm_runtime.extras import require
 from cm_runtime.manifest import read_manifest
 
 _MOST = 10**21  # operations for one image: a day of the fastest computers
-_SMALL = 1024  # bytes; larger initializers are weights, whose values tell nothing about shapes
+_SMALL = 1024  # bytes; larger initializers are weights, whose values say nothing about shapes
 _UNCOUNTED = {
     *("Attention", "Einsum", "GRU", "LSTM", "RNN", "If", "Loop", "Scan", "DeformConv", "DFT"),
     *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"),
@@ -23,7 +23,7 @@ def gflop(path: str | os.PathLike[str]) -> float:
     """GFLOP that the exported file ``path`` takes to evaluate one image, by its shapes; its data file is not read.
 
     Counts the products and sums, two for each pair, of Conv, ConvTranspose, Gemm and MatMul, without biases. Raises
-    ArtifactError for a file that is not ours, or damaged, or whose shapes or operators tell no number, and
+    ArtifactError for a file that is foreign or damaged, or whose shapes or operators give no number, and
     MissingExtraError without onnx.
     """
     read_manifest(path)
@@ -82,7 +82,7 @@ def _single_image(path: str | os.PathLike[str]) -> Any:
 
 
 def _cast_constants(graph: Any) -> None:
-    """Casts what is left of the initializers: inference follows no cast to the scales of a Resize, stored as halves."""
+    """Cast the remaining initializers: inference follows no cast to the scales of a Resize, stored as halves."""
     from onnx import TensorProto, helper, numpy_helper
 
     small = {tensor.name: tensor for tensor in graph.initializer if tensor.data_location != TensorProto.EXTERNAL}

@@ -5,7 +5,6 @@ What takes torch happens in workers; the process that conducts a run imports non
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from cm_runtime.bench.builds import Build
 from cm_runtime.bench.networks import STANDING
 from cm_runtime.bench.results import ModelFacts
 from cm_runtime.bench.scenario import Scenario
+from cm_runtime.bench.worker import Spec
 from cm_runtime.bench.worker_process import Process, WorkerError
 from cm_runtime.errors import ArtifactError
 from cm_runtime.files import atomic, streams
@@ -39,11 +39,11 @@ class Model:
 
     @property
     def is_exported(self) -> bool:
-        """Whether ``path`` is an exported file, and no checkpoint for torch to run."""
+        """True where ``path`` is an exported file, and no checkpoint for torch to run."""
         return not backends.is_checkpoint(self.path)
 
     def facts(self) -> ModelFacts:
-        """What a result says of it."""
+        """The model in a result."""
         data = data_path(self.path, self.manifest) if self.is_exported else None
         parity = self.manifest.parity
         return ModelFacts(
@@ -62,45 +62,45 @@ class Model:
 
 @dataclass
 class Models:
-    """What has been made so far in the folder ``work``."""
+    """The models of a run, made ready in the folder ``work``, and their reference images."""
 
     work: Path
-    _made: dict[tuple[str, bool, bool], Model] = field(default_factory=dict)
+    _models: dict[tuple[str, bool, bool], Model] = field(default_factory=dict)
     _references: dict[tuple[Path, tuple[float, ...]], Any] = field(default_factory=dict)
 
     def model(self, scenario: Scenario, threads: int, build: Build, is_base: bool = False) -> Model:
         """The scenario's model, exported by ``build`` where it is a checkpoint that ONNX Runtime is to run."""
         key = scenario.model, scenario.backend == "torch", is_base
-        if key not in self._made:
+        if key not in self._models:
             source = build.model if is_base and build.model else _source(scenario.model, threads)
             if not streams.exists(source):
                 raise ArtifactError(f"{source}: no such model")
             name = str(source) if is_base and build.model else scenario.model
-            self._made[key] = self._ready(name, source, scenario.backend == "torch", threads, build)
-        return self._made[key]
+            self._models[key] = self._ready(name, source, scenario.backend == "torch", threads, build)
+        return self._models[key]
 
     def _ready(self, name: str, source: Path, is_for_torch: bool, threads: int, build: Build) -> Model:
         if backends.is_checkpoint(source) and is_for_torch:
             with Process(threads) as worker:
-                told = worker.ask("manifest", checkpoint=str(source.absolute()))["manifest"]
-            return Model(name, source, source, _sha256(source), parse_manifest(told, source))
+                manifest = worker.ask("manifest", checkpoint=str(source.absolute()))["manifest"]
+            return Model(name, source, source, _sha256(source), parse_manifest(manifest, source))
         path, export_s = source, None
         if backends.is_checkpoint(source):
-            path = self.work / f"model-{len(self._made)}.onnx"
+            path = self.work / f"model-{len(self._models)}.onnx"
             with Process(threads, build.root) as worker:
                 export_s = worker.ask("export", checkpoint=str(source.absolute()), target=str(path))["export_s"]
         manifest = read_manifest(path)
         return Model(name, path, source, atomic.sha256(path), manifest, export_s, _gflop(path, threads))
 
-    def reference(self, model: Model, spec: dict[str, Any], sigmas: Sequence[float], threads: int) -> Any | str:
+    def reference(self, model: Model, spec: Spec) -> Any | str:
         """The first images as eager torch draws them on the CPU in float32, or why there is no such reference."""
-        key = model.source, tuple(sigmas)
+        key = model.source, spec.sigmas
         if key not in self._references:
-            path, images = str(model.source.absolute()), self.work / "reference.npy"
-            asked = {**spec, "peer": "torch", "path": path, "batch": REFERENCE_IMAGES, "device": "cpu"}
+            images = self.work / "reference.npy"
+            torch = {"peer": "torch", "path": str(model.source.absolute()), "device": "cpu", "batch": REFERENCE_IMAGES}
             try:
-                with Process(threads) as worker:
-                    worker.ask("load", spec=asked)
+                with Process(spec.threads) as worker:
+                    worker.ask("load", spec=vars(spec) | torch)
                     worker.ask("first", path=str(images))
                 self._references[key] = np.load(images)
             except WorkerError as error:
@@ -122,7 +122,7 @@ def _source(model: str, threads: int) -> Path:
 
 
 def _gflop(path: Path, threads: int) -> float | None:
-    """Of one evaluation of one image; None without the onnx package."""
+    """GFLOP of one evaluation of one image; None without the onnx package."""
     try:
         with Process(threads) as worker:
             return float(worker.ask("gflop", path=str(path.absolute()))["gflop"])
@@ -137,7 +137,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file, or of the names and contents of a folder's files."""
+    """SHA-256 of a file, or of the names and contents of a folder's files."""
     if path.is_file():
         return atomic.sha256(path)
     return atomic.sha256_of_files({each.relative_to(path).as_posix(): each for each in _files(path)})

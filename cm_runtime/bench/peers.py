@@ -1,7 +1,7 @@
-"""What other tools do with the same weights: each draws as its user would write it, by the noise that it is given.
+"""Other tools with the same weights: each draws as its users would write it, from noise that it receives.
 
-The loops over steps here are theirs, not ours. Whoever times a peer compares its images with ours first, so that an
-option of theirs which came to mean something else is a disagreement and not a wrong time.
+The loops over steps here belong to those tools. Before a peer is timed, its images are compared with cm-runtime's, so
+that a tool's option which came to mean something else is a disagreement and not a wrong time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ RANDN = ("pipelines.consistency_models.pipeline_consistency_models", "schedulers
 
 @dataclass(frozen=True)
 class Drawer:
-    """A peer that is loaded. version: of the packages that draw, as "diffusers 0.42.1, torch 2.13.0"."""
+    """A loaded peer. version: of the packages that draw, as "diffusers 0.42.1, torch 2.13.0"."""
 
     draw: Callable[[Array, Sequence[float], Label], Array]
     version: str
@@ -50,7 +51,7 @@ class Drawer:
 
 
 def peer(name: Peer, checkpoint: Checkpoint | Path, work: Path, threads: int = 0, device: str = "cpu") -> Drawer:
-    """The peer of that name with the weights of a checkpoint, or of a path to one or to an exported file of ours.
+    """The peer of that name with the weights of a checkpoint, or of a path to one or to an exported file.
 
     work: where what it loads is written, and removed again; threads: 0 leaves them to the peer, others are the whole
     process's; device: auto, cpu or cuda:N. torch.compile compiles when it first draws a batch of some size. Raises
@@ -68,14 +69,18 @@ def peer(name: Peer, checkpoint: Checkpoint | Path, work: Path, threads: int = 0
 
     where = find_device(device)
     set_threads(EngineOptions(threads=threads).threads)
-    loaded = _read(checkpoint) if isinstance(checkpoint, Path) else checkpoint
+    source = _load_checkpoint(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=work) as folder:
         if name == "diffusers":
-            return _diffusers(loaded, Path(folder), str(where))
-        if name in ("onnx", "openvino"):
-            return (_onnx if name == "onnx" else _openvino)(loaded, Path(folder), str(where), threads)
-        return _compiled(loaded, where) if name == "torch.compile" else _eager(loaded, where)
+            return _diffusers(source, Path(folder), str(where))
+        if name in ("torch", "torch.compile"):
+            return _torch(source, where, is_compiled=name == "torch.compile")
+        from cm_runtime.export.torch_exporter import plain
+
+        path = Path(folder) / "model.onnx"
+        plain(source, path)
+        return (_onnx if name == "onnx" else _openvino)(source, path, str(where), threads)
 
 
 NEEDED: dict[Peer, tuple[str, ...]] = {
@@ -93,16 +98,16 @@ def pipeline(folder: Path, device: str = "cpu") -> Drawer:
     import torch
 
     package.utils.logging.disable_progress_bar()  # of loading
-    opened = package.ConsistencyModelPipeline.from_pretrained(str(folder), low_cpu_mem_usage=False).to(device)
-    opened.set_progress_bar_config(disable=True)
+    pipe = package.ConsistencyModelPipeline.from_pretrained(str(folder), low_cpu_mem_usage=False).to(device)
+    pipe.set_progress_bar_config(disable=True)
     grid = {"num_train_timesteps": MOST_STEPS + 1}
-    scheduler = opened.scheduler = type(opened.scheduler).from_config(opened.scheduler.config, **grid)
+    scheduler = pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **grid)
 
     def draw(z: Array, sigmas: Sequence[float], label: Label) -> Array:
-        # Its timesteps are indices into a grid; ours say how many there are, and the levels are these.
+        # Its timesteps are indices into a grid; these only count the steps, and the levels are replaced.
         scheduler._convert_to_karras = lambda _: np.array(sigmas, np.float64)
-        with _given(z, device):
-            images = opened(
+        with _replace_noise(z, device):
+            images = pipe(
                 batch_size=z.shape[1],
                 class_labels=None if label is None else torch.from_numpy(label),
                 num_inference_steps=None,
@@ -115,16 +120,16 @@ def pipeline(folder: Path, device: str = "cpu") -> Drawer:
 
 
 @contextmanager
-def _given(z: Array, device: str) -> Iterator[None]:
+def _replace_noise(z: Array, device: str) -> Iterator[None]:
     """diffusers draws ``z``, step by step, and then zeros, which its last step weighs by 0."""
     import torch
 
-    left = [torch.from_numpy(part).to(device) for part in z]
+    parts = [torch.from_numpy(part).to(device) for part in z]
     modules = [importlib.import_module(f"diffusers.{name}") for name in RANDN]
     before = [module.randn_tensor for module in modules]
 
     def randn_tensor(shape: Sequence[int], **_: Any) -> torch.Tensor:
-        return left.pop(0) if left else torch.zeros(tuple(shape), device=device)
+        return parts.pop(0) if parts else torch.zeros(tuple(shape), device=device)
 
     try:
         for module in modules:
@@ -135,7 +140,7 @@ def _given(z: Array, device: str) -> Iterator[None]:
             module.randn_tensor = real  # type: ignore[attr-defined]
 
 
-def _read(path: Path) -> Checkpoint:
+def _load_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".onnx":
         require("onnx", f"reading the weights of {path}")
         from cm_runtime.export.from_onnx import recover
@@ -156,108 +161,66 @@ def _diffusers(checkpoint: Checkpoint, folder: Path, device: str) -> Drawer:
     return pipeline(folder / "pipeline", device)
 
 
-def _eager(checkpoint: Checkpoint, device: torch.device) -> Drawer:
-    import torch
-
-    return Drawer(_torch_loop(checkpoint.model().to(device), checkpoint, device), f"torch {torch.__version__}")
-
-
-def _compiled(checkpoint: Checkpoint, device: torch.device) -> Drawer:
-    import torch
-
-    compiled = torch.compile(
-        checkpoint.model().to(device),
-        fullgraph=True,  # or else what cannot be compiled would run uncompiled, unseen
-        dynamic=False,
-        mode="max-autotune" if device.type == "cuda" else "default",
-    )
-    loop = _torch_loop(compiled, checkpoint, device)
-
-    def draw(z: Array, sigmas: Sequence[float], label: Label) -> Array:
-        try:
-            return loop(z, sigmas, label)
-        except Exception as error:  # a compiler's errors are of many kinds
-            raise EngineError(f"torch.compile: {compiler_reason(error)}") from error
-
-    return Drawer(draw, f"torch {torch.__version__}")
-
-
-def _torch_loop(
-    f: Callable[..., torch.Tensor], checkpoint: Checkpoint, device: torch.device
-) -> Callable[[Array, Sequence[float], Label], Array]:
+def _torch(checkpoint: Checkpoint, device: torch.device, is_compiled: bool) -> Drawer:
     """The sampler in torch, everything between the first noise and the images on the device."""
     import torch
+
+    f: Any = checkpoint.model().to(device)
+    if is_compiled:
+        mode = "max-autotune" if device.type == "cuda" else "default"
+        f = torch.compile(f, fullgraph=True, dynamic=False, mode=mode)  # else a part may run uncompiled
+
+    def denoise(x: torch.Tensor, sigma: float, label: torch.Tensor | None) -> torch.Tensor:
+        sigmas = torch.full((len(x),), sigma, device=device)
+        try:
+            return f(x, sigmas, label)  # type: ignore[no-any-return]
+        except Exception as error:  # a compiler's errors are of many kinds
+            if not is_compiled:
+                raise
+            raise EngineError(f"torch.compile: {compiler_reason(error)}") from error
 
     def draw(z: Array, sigmas: Sequence[float], label: Label) -> Array:
         with torch.inference_mode():
             noise = torch.from_numpy(z).to(device)
             labels = None if label is None else torch.from_numpy(label).to(device)
-
-            def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-                return f(x, torch.full((len(x),), sigma, device=device), labels)
-
-            x0 = _multistep(denoise, noise, sigmas, checkpoint.config.sigma_min)
+            x0 = _multistep(partial(denoise, label=labels), noise, sigmas, checkpoint.config.sigma_min)
             images: Array = x0.permute(0, 2, 3, 1).contiguous().cpu().numpy()
             return images
 
-    return draw
+    return Drawer(draw, f"torch {torch.__version__}")
 
 
-def _onnx(checkpoint: Checkpoint, folder: Path, device: str, threads: int) -> Drawer:
-    import torch
-
+def _onnx(checkpoint: Checkpoint, path: Path, device: str, threads: int) -> Drawer:
     ort = require("onnxruntime", "the peer onnx")
-    path = _plain(checkpoint, folder)
     session = open_session(path, str(path), EngineOptions(device=device, threads=threads))
-
-    def denoise(feed: dict[str, Any]) -> Array:
-        (x0,) = session.run(None, feed)
-        return x0  # type: ignore[no-any-return]
-
-    version = f"onnxruntime {ort.__version__}, exported by torch {torch.__version__}"
-    return Drawer(_numpy_loop(denoise, checkpoint.config.sigma_min), version)
+    return _numpy_drawer(lambda feed: session.run(None, feed)[0], checkpoint, f"onnxruntime {ort.__version__}")
 
 
-def _openvino(checkpoint: Checkpoint, folder: Path, device: str, threads: int) -> Drawer:
+def _openvino(checkpoint: Checkpoint, path: Path, device: str, threads: int) -> Drawer:
     """In float32, which OpenVINO leaves for bfloat16 by itself where the processor has it."""
-    import torch
-
     if device != "cpu":
         raise RequestError(f"the peer openvino runs on the CPU, not on {device}")
     ov = openvino.package()
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if number := engine_threads(threads):
         options["INFERENCE_NUM_THREADS"] = str(number)
-    compiled = openvino.core().compile_model(str(_plain(checkpoint, folder)), "CPU", options)
-
-    def denoise(feed: dict[str, Any]) -> Array:
-        return np.array(compiled(feed)[0])
-
-    version = f"openvino {ov.__version__.partition('-')[0]}, exported by torch {torch.__version__}"
-    return Drawer(_numpy_loop(denoise, checkpoint.config.sigma_min), version)
+    model = openvino.core().compile_model(str(path), "CPU", options)
+    version = f"openvino {ov.__version__.partition('-')[0]}"
+    return _numpy_drawer(lambda feed: np.array(model(feed)[0]), checkpoint, version)
 
 
-def _plain(checkpoint: Checkpoint, folder: Path) -> Path:
-    from cm_runtime.export.torch_exporter import plain
-
-    path = folder / "model.onnx"
-    plain(checkpoint, path)
-    return path
-
-
-def _numpy_loop(
-    denoise: Callable[[dict[str, Any]], Array], sigma_min: float
-) -> Callable[[Array, Sequence[float], Label], Array]:
-    """The sampler in NumPy, around an engine's denoiser."""
+def _numpy_drawer(run: Callable[[dict[str, Any]], Array], checkpoint: Checkpoint, version: str) -> Drawer:
+    """The sampler in NumPy, around an engine that runs a plain export."""
+    import torch
 
     def draw(z: Array, sigmas: Sequence[float], label: Label) -> Array:
-        def denoised(x: Array, sigma: float) -> Array:
+        def denoise(x: Array, sigma: float) -> Array:
             feed = {"x": x, "sigma": np.full(len(x), sigma, np.float32)}
-            return denoise(feed if label is None else feed | {"label": label})
+            return run(feed if label is None else feed | {"label": label})
 
-        return to_nhwc(_multistep(denoised, z, sigmas, sigma_min))
+        return to_nhwc(_multistep(denoise, z, sigmas, checkpoint.config.sigma_min))
 
-    return draw
+    return Drawer(draw, f"{version}, exported by torch {torch.__version__}")
 
 
 def _multistep(denoise: Callable[[Any, float], Any], z: Any, sigmas: Sequence[float], sigma_min: float) -> Any:

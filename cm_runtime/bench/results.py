@@ -1,4 +1,4 @@
-"""What a run writes: one JSON file, and every single sample in a file beside it.
+"""The result of a run: one JSON file, and every single sample in a file beside it.
 
 The JSON holds all that `compare` and `report` need, block medians included, and grows by one scenario at a time: a run
 that is killed leaves what it finished, marked incomplete, unless a finished result was there, which stays. The samples'
@@ -57,7 +57,7 @@ class Latency(Record):
 
 
 class Agreement(Record):
-    """How far the first request's images are from those of ``against``, before quantisation, in [-1, 1] units."""
+    """Difference of the first request's images from those of ``against``, before quantisation, in [-1, 1] units."""
 
     against: str
     max_abs: float = Field(ge=0)
@@ -72,7 +72,7 @@ class Agreement(Record):
 
 
 class Served(Record):
-    """What a server scenario found."""
+    """The outcome of a server scenario."""
 
     rate: float = Field(description="requests a second that arrived")
     bound_ms: float
@@ -83,7 +83,7 @@ class Served(Record):
 class Contender(Record):
     """One side of a scenario: cm-runtime itself, the base it is compared with, or a peer.
 
-    Cold start, loading and memory are not told of peers, which make what they run out of our files first.
+    Peers have no cold start, loading and memory: they first convert the model.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Contender(Record):
 
 
 class ModelFacts(Record):
-    """What was run."""
+    """The model of a scenario."""
 
     path: str = Field(description="as it was asked for: a path, default, or the name of a standing network")
     sha256: str
@@ -187,7 +187,7 @@ class Gpu(Record):
 
 
 class Machine(Record):
-    """What two results must share to be compared."""
+    """The machine of a result; two results compare where it is the same."""
 
     processor: Processor
     gpus: Many[Gpu] = Field((), max_length=1024)
@@ -200,7 +200,7 @@ class Machine(Record):
 
 
 class Conditions(Record):
-    """What the machine was seen to do during the run."""
+    """Conditions of the machine during the run."""
 
     seconds: float
     mhz: tuple[float, float] | None = Field(None, description="lowest and highest clock seen on any core")
@@ -213,7 +213,7 @@ class Conditions(Record):
 
 
 class Peaks(Record):
-    """What the machine can do, measured before the first scenario and after the last."""
+    """Peak rates of the machine, measured before the first scenario and after the last."""
 
     threads: Whole
     device: str
@@ -232,7 +232,7 @@ class Peaks(Record):
 
 
 class Samples(Record):
-    """Where every sample is."""
+    """The file of every sample."""
 
     file: str
     bytes: Whole
@@ -240,7 +240,7 @@ class Samples(Record):
 
 
 class Settings(Record):
-    """How the run measured."""
+    """Settings of the run."""
 
     budget_s: float = Field(description="for each contender of a scenario")
     interval: float = Field(description="half the width of a median's interval, as a share, at which it stops")
@@ -276,10 +276,6 @@ class Result(Record):
             raise ValueError(f"two scenarios are called {twice!r}")
         return self
 
-    def scenario(self, name: str) -> ScenarioResult | None:
-        """The one called ``name``."""
-        return next((each for each in self.scenarios if each.name == name), None)
-
 
 def schema() -> str:
     """The JSON Schema of `Result`, as `schema.json` holds it."""
@@ -287,7 +283,7 @@ def schema() -> str:
 
 
 def write(result: Result, path: str | os.PathLike[str]) -> None:
-    """Replaces ``path`` in one step. Raises OutputError."""
+    """Replace ``path`` in one step. Raises OutputError."""
     with atomic.write(path) as temporary:
         temporary.write_text(result.model_dump_json(indent=1, exclude_defaults=False) + "\n", encoding="utf-8")
 

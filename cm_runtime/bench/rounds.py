@@ -6,9 +6,10 @@ block of requests, in an order that turns round every time, so that whatever the
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from cm_runtime.bench import nvidia, stats
+from cm_runtime.bench import stats
 from cm_runtime.bench.contenders import Side
-from cm_runtime.bench.results import MOST_BLOCKS, Agreement, Estimate
+from cm_runtime.bench.results import MOST_BLOCKS, Agreement, Estimate, Settings
 from cm_runtime.bench.scenario import Scenario
+from cm_runtime.bench.worker import Block, Facts
 from cm_runtime.bench.worker_process import Process, WorkerError
 from cm_runtime.sampling import to_uint8
 
@@ -35,36 +37,22 @@ P99_REQUESTS = 800  # that an interval of the 99th percentile takes at least, in
 LONGEST = 4  # times the budget, in a server scenario whose 99th percentile takes more of them
 QUICK_START = 3.0  # seconds; what starts faster is started three times
 
-
-@dataclass(frozen=True)
-class Limits:
-    """When a scenario has been measured enough: seconds for each contender, relative half-width of the intervals."""
-
-    budget_s: float
-    interval: float
-    seed: int
-    allow_different_images: bool = False
+Turn = Callable[[Side], Block | None]
 
 
 @dataclass(frozen=True)
 class Observer:
-    """look: called between blocks; tell: (share done, what is being done); keep: (side, block, samples)."""
+    """look: called between blocks; tell: (share of the scenario, activity); keep: (side, block number, samples)."""
 
     look: Callable[[], None]
     tell: Callable[[float, str], None]
-    keep: Callable[[str, int, dict[str, Any]], None]
+    keep: Callable[[str, int, Block], None]
 
 
 def contest(
-    scenario: Scenario,
-    sides: Sequence[Side],
-    threads: int,
-    reference: Any | str,
-    limits: Limits,
-    work: Path,
-    observer: Observer,
+    scenario: Scenario, sides: Sequence[Side], reference: Any | str, settings: Settings, work: Path, observer: Observer
 ) -> None:
-    """Measures the sides, the first of which is the subject, and leaves in each what was found.
+    """Measure the sides, the first of which is the subject, and leave the samples in each.
 
     reference: images (n,H,W,C) float32 of eager torch for the first indices, or why there are none. Raises WorkerError
     where the subject cannot run or draws other images than the reference.
@@ -73,199 +61,167 @@ def contest(
         subject = sides[0]
         for side in sides:
             observer.tell(0.0, f"starting {side.name}")
-            _start(side, threads, work, stack)
-            if side.out:
+            _start(side, work, stack)
+            if side.error:
                 pass
             elif side is not subject:
-                is_allowed = limits.allow_different_images and side.role == "base"
+                is_allowed = settings.allow_different_images and side.role == "base"
                 _compare(side, subject.images, subject.name, subject.is_quantised, is_allowed)
             elif isinstance(reference, str):
-                side.found["reason"] = f"not compared with torch: {reference}"
+                side.reason = f"not compared with torch: {reference}"
             else:
                 _compare(side, reference, "torch")
-            if subject.out:
-                raise subject.out
-        running = [side for side in sides if not side.out]
-        (_serve if scenario.kind == "server" else _rounds)(scenario, running, limits, observer)
-        if subject.out:
-            raise subject.out
-        for side in running:
-            if not side.out:
-                _usage(side)
+            if subject.error:
+                raise subject.error
+        sides = [side for side in sides if not side.error]
+        (_serve if scenario.kind == "server" else _time_blocks)(scenario, sides, settings, observer)
+        if subject.error:
+            raise subject.error
+        for side in sides:
+            if not side.error:
+                side.read_memory()
 
 
-def _start(side: Side, threads: int, work: Path, stack: ExitStack) -> None:
-    """Starts, loads and draws once; three times where that is quick, for the sake of the cold start's spread."""
-    starts: list[float] = []
+def _start(side: Side, work: Path, stack: ExitStack) -> None:
+    """Start, load and draw once; three times where that is quick, for the sake of the cold start's spread."""
     images = work / "first.npy"
     try:
-        if side.spec.get("backend") == "auto":  # measures on first use, and remembers
-            with Process(threads, side.root) as process:
-                process.ask("load", spec=side.spec)
+        if side.spec.backend == "auto":  # measures on first use, and remembers
+            with Process(side.spec.threads, side.root) as process:
+                process.ask("load", spec=vars(side.spec))
+        starts: list[float] = []
         while not starts or (side.role == "subject" and len(starts) < 3 and starts[0] < QUICK_START):
             if side.process:
                 side.process.close()
             began = time.perf_counter()
-            side.process = Process(threads, side.root)
+            side.process = Process(side.spec.threads, side.root)
             stack.callback(side.process.close)
-            side.facts = side.process.ask("load", spec=side.spec)
-            side.found |= side.process.ask("first", path=str(images))
+            side.facts = Facts(**side.process.ask("load", spec=vars(side.spec)))
+            side.first_s = side.process.ask("first", path=str(images))["first_s"]
             starts.append(time.perf_counter() - began)
     except WorkerError as error:
-        side.out = error
+        side.error = error
         return
-    side.images = np.load(images)
-    side.found["cold_start_s"] = tuple(starts)
+    side.images, side.cold_start_s = np.load(images), tuple(starts)
 
 
-def _compare(side: Side, expected: Any, against: str, is_quantised: bool = False, is_allowed: bool = False) -> None:
-    """Leave out a side whose images differ from those expected by more than rounding does, unless that is allowed.
+def _compare(side: Side, reference: Any, against: str, is_quantised: bool = False, is_allowed: bool = False) -> None:
+    """Leave out a side whose images differ from the reference by more than rounding does, unless that is allowed.
 
     Where either draws bytes they are held to one grey level.
     """
-    n = min(len(expected), len(side.images))
-    if side.images.shape[1:] != expected.shape[1:]:
-        side.out = WorkerError(f"its images are {side.images.shape[1:]}, those of {against} {expected.shape[1:]}")
+    if side.images.shape[1:] != reference.shape[1:]:
+        side.error = WorkerError(f"its images are {side.images.shape[1:]}, those of {against} {reference.shape[1:]}")
         return
-    apart = float(np.abs(side.images[:n] - expected[:n]).max())
-    levels = np.abs(_levels(side.images[:n]) - _levels(expected[:n])).max()
-    differs = not apart <= (GREY if side.is_quantised or is_quantised else AGREEMENT)
-    side.found["agreement"] = Agreement(
-        against=against, max_abs=apart, grey_levels=int(levels), is_allowed=differs and is_allowed
+    n = min(len(reference), len(side.images))
+    difference = float(np.abs(side.images[:n] - reference[:n]).max())
+    levels = np.abs(_grey_levels(side.images[:n]) - _grey_levels(reference[:n])).max()
+    differs = not difference <= (GREY if side.is_quantised or is_quantised else AGREEMENT)
+    side.agreement = Agreement(
+        against=against, max_abs=difference, grey_levels=int(levels), is_allowed=differs and is_allowed
     )
     if differs and not is_allowed:
-        side.out = WorkerError(f"its images differ from those of {against} by {apart:.2g}; it was not timed")
+        side.error = WorkerError(f"its images differ from those of {against} by {difference:.2g}; it was not timed")
 
 
-def _levels(images: Any) -> Any:
+def _grey_levels(images: Any) -> Any:
     return to_uint8(np.moveaxis(images, -1, 1)).astype(int)
 
 
-def _rounds(
-    scenario: Scenario,
-    sides: list[Side],
-    limits: Limits,
+def _take_turns(
+    sides: Sequence[Side],
+    rounds: Iterable[Turn],
+    is_over: Callable[[int, float], bool],
+    budget: float,
     observer: Observer,
 ) -> None:
-    plans = {}
-    for side in sides:
-        observer.tell(0.0, f"warming {side.name} up")
-        plans[side.name] = _warm(side, limits)
-    budget = limits.budget_s * len(sides)
+    """Measure a block of each side in every round, until ``is_over``(rounds so far, seconds) or the subject fails."""
     began = time.perf_counter()
-    for number in range(MOST_BLOCKS):
-        spent = time.perf_counter() - began
-        if number >= FEWEST_ROUNDS and (spent >= budget or _is_narrow(sides, limits)):
+    for number, turn in enumerate(rounds):
+        seconds = time.perf_counter() - began
+        if is_over(number, seconds):
             return
-        observer.tell(min(spent / budget, 1.0), f"round {number + 1}")
+        observer.tell(min(seconds / budget, 1.0), f"round {number + 1}")
         for side in sides if number % 2 == 0 else reversed(sides):
-            if side.out:
+            if side.error:
                 continue
             if len(sides) > 1:
                 time.sleep(SETTLE_S)
-            requests, lead = plans[side.name]
-            answer = _ask(side, "block", requests=requests, lead=lead)
-            if answer is None:
-                continue
-            side.blocks.append(np.array(answer["ns"]) / 1e6)
-            if answer["device_ms"]:
-                side.device_blocks.append(np.array(answer["device_ms"]))
-            if side.network_ns is not None:
-                inside = answer["network_ns"]
-                side.network_ns = None if inside is None else side.network_ns + inside
-            observer.keep(side.name, number, answer)
+            block = turn(side)
+            if block is not None:
+                side.add(block)
+                observer.keep(side.name, number, block)
             observer.look()
-        if sides[0].out:
+        if sides[0].error:
             return
 
 
-def _warm(side: Side, limits: Limits) -> tuple[int, int]:
-    """Requests until two blocks in a row take the same time, or a fifth of the budget is gone -> (requests, lead)."""
-    before, requests, total = side.found["first_s"] * 1e3, 1, 0
-    began = time.perf_counter()
-    is_stable = False
-    while not side.out:
-        answer = _ask(side, "block", requests=requests, lead=0)
-        if answer is None:
-            break
-        total += requests
-        now = float(np.median(answer["ns"])) / 1e6
-        is_stable = abs(now / before - 1) <= STABLE
-        before = now
-        length = min(BLOCK_S, limits.budget_s / 16) * 1e3
-        wanted = max(1, min(MOST_REQUESTS, math.ceil(length / now)))
-        if (is_stable and requests >= wanted) or time.perf_counter() - began > limits.budget_s / 5:
-            requests = wanted
-            break
-        requests = wanted
-    side.found |= {"warmup": total, "stable": is_stable}
-    return requests, int(requests > 1)
-
-
-def _is_narrow(sides: Sequence[Side], limits: Limits) -> bool:
-    """Whether every median, and every ratio to the subject, is known as well as was asked for."""
-    if min(len(side.blocks) for side in sides if not side.out) < 2 * stats.FEWEST_BLOCKS:
-        return False
-    subject = sides[0]
-    found = [stats.quantile(side.blocks, 0.5) for side in sides if not side.out]
-    found += [stats.ratio(side.medians, subject.medians) for side in sides if side.role == "base" and not side.out]
-    return all(_half_width(each) <= limits.interval for each in found)
-
-
-def _half_width(found: Estimate) -> float:
-    if found.low is None or found.high is None:
-        return math.inf
-    return (found.high - found.low) / 2 / found.value
-
-
-def _serve(
-    scenario: Scenario,
-    sides: list[Side],
-    limits: Limits,
-    observer: Observer,
-) -> None:
-    """Windows of Poisson arrivals, the same ones for every side."""
-    assert scenario.rate is not None
-    rng = np.random.default_rng(limits.seed)
+def _time_blocks(_: Scenario, sides: list[Side], settings: Settings, observer: Observer) -> None:
+    """Blocks of requests one after another."""
+    plans = {}
     for side in sides:
         observer.tell(0.0, f"warming {side.name} up")
-        _ask(side, "serve", arrivals=_arrivals(rng, scenario.rate), most=scenario.batch)
-        side.found["warmup"] = WINDOW
-    budget = max(limits.budget_s, P99_REQUESTS / scenario.rate) * len(sides)
+        plans[side.name] = _warm(side, settings)
+    budget = settings.budget_s * len(sides)
+
+    def is_over(number: int, seconds: float) -> bool:
+        return number >= FEWEST_ROUNDS and (seconds >= budget or _is_narrow(sides, settings))
+
+    rounds = itertools.repeat(lambda side: side.measure("block", **plans[side.name]), MOST_BLOCKS)
+    _take_turns(sides, rounds, is_over, budget, observer)
+
+
+def _warm(side: Side, settings: Settings) -> dict[str, int]:
+    """Draw until two blocks in a row take the same time, or a fifth of the budget is gone; returns a block's plan."""
+    assert side.first_s is not None
+    before, requests = side.first_s * 1e3, 1
     began = time.perf_counter()
-    for number in range(MOST_BLOCKS):
-        spent = time.perf_counter() - began
-        is_known = all(stats.latency(side.blocks).p99 for side in sides if not side.out and spent >= budget)
-        if number >= stats.FEWEST_BLOCKS and spent >= budget and (is_known or spent >= LONGEST * budget):
-            return
-        observer.tell(min(spent / budget, 1.0), f"window {number + 1}")
-        arrivals = _arrivals(rng, scenario.rate)
-        for side in sides if number % 2 == 0 else reversed(sides):
-            answer = None if side.out else _ask(side, "serve", arrivals=arrivals, most=scenario.batch)
-            if answer is not None:
-                side.blocks.append(np.array(answer["ns"]) / 1e6)
-                side.batches += answer["batches"]
-                observer.keep(side.name, number, answer)
-            observer.look()
-        if sides[0].out:
-            return
+    is_over = side.is_stable = False
+    while not is_over and (block := side.measure("block", requests=requests, lead=0)) is not None:
+        side.warmup += requests
+        now = float(np.median(block.ns)) / 1e6
+        side.is_stable, before = abs(now / before - 1) <= STABLE, now
+        length = min(BLOCK_S, settings.budget_s / 16) * 1e3
+        enough = max(1, min(MOST_REQUESTS, math.ceil(length / now)))
+        is_over = (side.is_stable and requests >= enough) or time.perf_counter() - began > settings.budget_s / 5
+        requests = enough
+    return {"requests": requests, "lead": int(requests > 1)}
 
 
-def _arrivals(rng: np.random.Generator, rate: float) -> list[float]:
-    return [float(second) for second in np.cumsum(rng.exponential(1 / rate, WINDOW))]
+def _is_narrow(sides: Sequence[Side], settings: Settings) -> bool:
+    """True where the interval of every median, and of every ratio of the base to the subject, is narrow enough."""
+    subject, sides = sides[0], [side for side in sides if not side.error]
+    if min(len(side.blocks) for side in sides) < 2 * stats.FEWEST_BLOCKS:
+        return False
+    estimates = [stats.quantile(side.blocks, 0.5) for side in sides]
+    estimates += [stats.ratio(side.medians, subject.medians) for side in sides if side.role == "base"]
+    return all(_half_width(each) <= settings.interval for each in estimates)
 
 
-def _ask(side: Side, do: str, **what: Any) -> dict[str, Any] | None:
-    assert side.process is not None
-    try:
-        return side.process.ask(do, **what)
-    except WorkerError as error:
-        side.out = error
-        return None
+def _half_width(estimate: Estimate) -> float:
+    if estimate.low is None or estimate.high is None:
+        return math.inf
+    return (estimate.high - estimate.low) / 2 / estimate.value
 
 
-def _usage(side: Side) -> None:
-    answer = _ask(side, "usage")
-    if answer is not None and side.process is not None:
-        device = nvidia.device_memory([side.process.pid]) if side.facts["device"] != "cpu" else None
-        side.found |= {**answer, "peak_device_bytes": device}
+def _serve(scenario: Scenario, sides: list[Side], settings: Settings, observer: Observer) -> None:
+    """Windows of Poisson arrivals, the same ones for every side."""
+    assert scenario.rate is not None
+    rate, rng = scenario.rate, np.random.default_rng(settings.seed)
+
+    def window() -> Turn:
+        arrivals = [float(second) for second in np.cumsum(rng.exponential(1 / rate, WINDOW))]
+        return lambda side: side.measure("serve", arrivals=arrivals, most=scenario.batch)
+
+    for side in sides:
+        observer.tell(0.0, f"warming {side.name} up")
+        window()(side)
+        side.warmup = WINDOW
+    budget = max(settings.budget_s, P99_REQUESTS / rate) * len(sides)
+
+    def is_over(number: int, seconds: float) -> bool:
+        if number < stats.FEWEST_BLOCKS or seconds < budget:
+            return False
+        return seconds >= LONGEST * budget or all(stats.latency(side.blocks).p99 for side in sides if not side.error)
+
+    _take_turns(sides, (window() for _ in range(MOST_BLOCKS)), is_over, budget, observer)

@@ -55,7 +55,7 @@ class Samples:
         self._file.close()
 
     def write(self, line: str) -> None:
-        """Appends a line."""
+        """Append a line."""
         data = line.encode()
         with output_errors(self._path):
             if self._file.write(data) != len(data):
@@ -63,8 +63,8 @@ class Samples:
         self._digest.update(data)
         self._bytes += len(data)
 
-    def so_far(self) -> results.Samples:
-        """What of the file is on the disk and belongs to the run."""
+    def sync(self) -> results.Samples:
+        """Put the samples so far on the disk; returns their record."""
         with output_errors(self._path):
             os.fsync(self._file.fileno())
         return results.Samples(file=self._path.name, bytes=self._bytes, sha256=self._digest.hexdigest())
@@ -86,7 +86,7 @@ class Samples:
 
 
 def _older(result: Path) -> tuple[str, bool]:
-    """The name of the samples of the result that is there, if any, and True if it is finished or cannot be told."""
+    """The name of the samples of the result that is there, if any, and True if it is finished or cannot be read."""
     if not result.exists():
         return "", False
     try:

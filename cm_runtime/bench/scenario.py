@@ -1,4 +1,4 @@
-"""What is measured: scenarios, and the suites that list them.
+"""Scenarios to measure, and the suites that list them.
 
 A suite is a TOML file of groups; a group is a model and lists of choices, every combination of which is a scenario:
 
@@ -8,7 +8,7 @@ A suite is a TOML file of groups; a group is a model and lists of choices, every
     steps = [1, 2, 4]
     batches = [1, 8, 64]
     peers = ["diffusers", "torch"]
-    quick = { steps = [2], batches = [1] }     # what of it `--quick` measures; without it, nothing
+    quick = { steps = [2], batches = [1] }     # the part that `--quick` measures; without it, nothing
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Group(Record):
     @model_validator(mode="after")
     def _makes_scenarios(self) -> Group:
         for quick in (False, True) if self.quick else (False,):
-            choices = self._choices(quick)
+            choices = self._part(quick)._choices
             if not all(choices):
                 raise ValueError("a list is empty")
             if any(len(set(each)) < len(each) for each in choices):
@@ -139,35 +139,24 @@ class Group(Record):
                 raise ValueError(" ".join(first_fault(error)).strip()) from error
         return self
 
-    def _choices(self, quick: bool) -> tuple[tuple[Any, ...], ...]:
-        """(kinds, backends, devices, threads, steps, batches)."""
-        lists = dict(self)
-        if quick and self.quick is not None:
-            lists |= {name: value for name, value in self.quick if value is not None}
-        return (lists["kinds"], self.backends, self.devices, self.threads, lists["steps"], lists["batches"])
+    def _part(self, quick: bool) -> Group:
+        """The group, or what `--quick` measures of it."""
+        return self.model_copy(update=self.quick.model_dump(exclude_none=True)) if quick and self.quick else self
+
+    @property
+    def _choices(self) -> tuple[tuple[Any, ...], ...]:
+        return self.kinds, self.backends, self.devices, self.threads, self.steps, self.batches
 
     def scenarios(self, quick: bool = False) -> list[Scenario]:
         """Every combination, in the order in which they are written."""
         if quick and self.quick is None:
             return []
-        peers = self.peers
-        if quick and self.quick is not None and self.quick.peers is not None:
-            peers = self.quick.peers
-        return [
-            Scenario(
-                model=self.model,
-                kind=kind,
-                steps=steps,
-                batch=batch,
-                backend=backend,
-                device=device,
-                threads=threads,
-                rate=self.rate if kind == "server" else None,
-                bound_ms=self.bound_ms if kind == "server" else None,
-                peers=() if kind == "server" else peers,
-            )
-            for kind, backend, device, threads, steps, batch in itertools.product(*self._choices(quick))
-        ]
+        part, scenarios = self._part(quick), []
+        for kind, backend, device, threads, steps, batch in itertools.product(*part._choices):
+            server = {"rate": self.rate, "bound_ms": self.bound_ms} if kind == "server" else {"peers": part.peers}
+            choices = {"kind": kind, "backend": backend, "device": device, "threads": threads}
+            scenarios.append(Scenario(model=self.model, steps=steps, batch=batch, **choices, **server))
+        return scenarios
 
 
 class Suite(Record):
@@ -178,15 +167,15 @@ class Suite(Record):
 
     def scenarios(self, quick: bool = False) -> list[Scenario]:
         """All scenarios, or those of the quick setting. Raises ConfigError where two have one name, or are too many."""
-        found: list[Scenario] = []
+        scenarios: list[Scenario] = []
         for group in self.group:
-            found += group.scenarios(quick)
-            if len(found) > MOST_SCENARIOS:
+            scenarios += group.scenarios(quick)
+            if len(scenarios) > MOST_SCENARIOS:
                 raise ConfigError(f"the suite has over {MOST_SCENARIOS} scenarios; split it")
-        names = Counter(scenario.name for scenario in found)
+        names = Counter(scenario.name for scenario in scenarios)
         if twice := sorted(name for name, count in names.items() if count > 1):
             raise ConfigError(f"the suite has two scenarios called {twice[0]!r}")
-        return found
+        return scenarios
 
 
 def named_suites() -> list[str]:
@@ -198,8 +187,7 @@ def read_suite(name: str) -> Suite:
     """The suite called ``name``, or in the TOML file of that path. Raises ConfigError."""
     path = SUITES / f"{name}.toml" if name in named_suites() else Path(name)
     if not streams.exists(path):
-        known = ", ".join(named_suites())
-        raise ConfigError(f"there is no suite {name}: give a .toml file, or one of {known}")
+        raise ConfigError(f"there is no suite {name}: give a .toml file, or one of {', '.join(named_suites())}")
     try:
         return Suite.model_validate(toml.read(path))
     except ValidationError as error:

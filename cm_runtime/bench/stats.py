@@ -30,7 +30,7 @@ def latency(blocks: Sequence[Times]) -> Latency:
         samples=sum(len(block) for block in blocks),
         blocks=len(blocks),
         p50=quantile(blocks, 0.5),
-        **{name: _bounded(blocks, q) for name, q in (("p90", 0.9), ("p95", 0.95), ("p99", 0.99))},
+        **{name: _percentile(blocks, q) for name, q in (("p90", 0.9), ("p95", 0.95), ("p99", 0.99))},
     )
 
 
@@ -41,26 +41,26 @@ def quantile(blocks: Sequence[Times], q: float) -> Estimate:
     1987), and at least a binomial's. No interval where it would reach beyond the smallest or largest sample, as it
     does with few of them.
     """
-    pooled = np.sort(np.concatenate(blocks))
-    n, k = len(pooled), len(blocks)
-    value = float(np.quantile(pooled, q))
+    samples = np.sort(np.concatenate(blocks))
+    n, k = len(samples), len(blocks)
+    value = float(np.quantile(samples, q))
     if k < 2:
         return Estimate(value=value)
     below = np.array([(block <= value).sum() - q * len(block) for block in blocks])
     lags = round(k**0.5)
     alone = float(below @ below)
-    shared = sum(2 * (1 - lag / (lags + 1)) * float(below[lag:] @ below[:-lag]) for lag in range(1, lags + 1))
-    variance = max(k / (k - 1) * max(alone, alone + shared) / n**2, q * (1 - q) / n)
+    between = sum(2 * (1 - lag / (lags + 1)) * float(below[lag:] @ below[:-lag]) for lag in range(1, lags + 1))
+    variance = max(k / (k - 1) * max(alone, alone + between) / n**2, q * (1 - q) / n)
     reach = student_t(max(k // 3, min(k - 1, 4))) * math.sqrt(variance)
     low, high = q - reach, q + reach
     if low < 0 or high > 1:
         return Estimate(value=value)
-    return Estimate(value=value, low=float(np.quantile(pooled, low)), high=float(np.quantile(pooled, high)))
+    return Estimate(value=value, low=float(np.quantile(samples, low)), high=float(np.quantile(samples, high)))
 
 
-def _bounded(blocks: Sequence[Times], q: float) -> Estimate | None:
-    found = quantile(blocks, q)
-    return None if found.high is None else found
+def _percentile(blocks: Sequence[Times], q: float) -> Estimate | None:
+    estimate = quantile(blocks, q)
+    return None if estimate.high is None else estimate
 
 
 def typical(values: Sequence[float]) -> Estimate:
@@ -69,7 +69,7 @@ def typical(values: Sequence[float]) -> Estimate:
 
 
 def ratio(new: Sequence[float], base: Sequence[float], seed: int = 0) -> Estimate:
-    """How many times as long ``new`` takes as ``base``: block medians of the same rounds, side by side.
+    """The time of ``new`` over that of ``base``: block medians of the same rounds, side by side.
 
     The interquartile mean of the rounds' log ratios, and its bootstrap interval over the rounds.
     """
@@ -88,9 +88,9 @@ def unpaired_ratio(new: Sequence[float], base: Sequence[float], drift: float = 0
     if None in (low, high, other_low, other_high):
         return _exp(centre - other, None, None)
     assert low is not None and high is not None and other_low is not None and other_high is not None
-    moved = math.log1p(drift)
-    below = math.hypot(centre - low, other_high - other) + moved
-    above = math.hypot(high - centre, other - other_low) + moved
+    margin = math.log1p(drift)
+    below = math.hypot(centre - low, other_high - other) + margin
+    above = math.hypot(high - centre, other - other_low) + margin
     return _exp(centre - other, centre - other - below, centre - other + above)
 
 
@@ -104,12 +104,12 @@ def _exp(centre: float, low: float | None, high: float | None) -> Estimate:
 
 def interquartile_mean(values: Times) -> Times:
     """The mean of the middle half along the last axis, the values at its edges counted in part."""
-    ordered = np.sort(values, axis=-1)
-    n = ordered.shape[-1]
+    ranks = np.sort(values, axis=-1)
+    n = ranks.shape[-1]
     place = np.arange(n)
     weight = np.clip(np.minimum(place + 1 - n / 4, 3 * n / 4 - place), 0, 1)
-    found: Times = ordered @ weight / weight.sum()
-    return found
+    mean: Times = ranks @ weight / weight.sum()
+    return mean
 
 
 def _bootstrap(values: Times, seed: int) -> tuple[float, float | None, float | None]:

@@ -1,4 +1,4 @@
-"""Workers, seen from the process that conducts them."""
+"""Worker processes and the requests to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 
 class WorkerError(EngineError):
-    """What a worker was asked for failed. ``is_absence``: for lack of a package, or of a model that it can run."""
+    """A worker's request failed. is_absence: for lack of a package, or of a model that it can run."""
 
     def __init__(self, text: str, is_absence: bool = False) -> None:
         super().__init__(text)
@@ -25,7 +25,7 @@ class WorkerError(EngineError):
 
 
 class Process:
-    """A worker. root: the folder that holds the ``cm_runtime`` to be run, by default this one."""
+    """A worker. root: the folder that holds the ``cm_runtime`` to run, by default this one."""
 
     def __init__(self, threads: int, root: Path = HERE) -> None:
         silence = privacy("onnxruntime", "diffusers")  # in builds, too, that do not know of it
@@ -36,19 +36,19 @@ class Process:
     def pid(self) -> int:
         return self._child.process.pid
 
-    def ask(self, do: str, **what: Any) -> dict[str, Any]:
-        """Waits for the answer. Raises WorkerError."""
-        self._child.send(json.dumps({"do": do, **what}))
+    def ask(self, do: str, **options: Any) -> dict[str, Any]:
+        """The answer of the worker's method ``do``. Raises WorkerError."""
+        self._child.send(json.dumps({"do": do, **options}))
         line = self._child.lines.readline()
         if not line:
             raise WorkerError(f"its process {self._child.explain_exit()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"], is_absence=answer["missing"] or answer["refused"])
+            raise WorkerError(answer["error"], is_absence=answer["is_absence"])
         return answer
 
     def close(self) -> None:
-        """Ends it, whatever it is doing."""
+        """End it, whatever it is doing."""
         self._child.close()
 
     def __enter__(self) -> Process:

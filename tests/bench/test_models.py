@@ -9,8 +9,11 @@ import pytest
 
 from cm_runtime import backends
 from cm_runtime.bench import models
+from cm_runtime.bench.worker import Spec
 from cm_runtime.bench.worker_process import WorkerError
 from cm_runtime.manifest import read_manifest
+
+SPEC = Spec("m.onnx", "ort", "cpu", 1, 4, (80.0,), 0, (1, 28, 28), 10, "work")
 
 
 @pytest.mark.parametrize("is_absence", [True, False])
@@ -33,8 +36,8 @@ def test_a_reference_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monk
     made = models.Models(tmp_path)
     if is_absence:
         for _ in range(2):
-            assert made.reference(model, {}, (80.0,), 1) == "no torch"
+            assert made.reference(model, SPEC) == "no torch"
         assert asked == ["load"]  # once for all scenarios
     else:
         with pytest.raises(WorkerError, match="no torch"):
-            made.reference(model, {}, (80.0,), 1)
+            made.reference(model, SPEC)

@@ -21,9 +21,9 @@ def run(output: Path, force: bool = False, scenarios: int = 2, word: str = "new"
     with Samples(output, force) as kept:
         for number in range(1, scenarios + 1):
             kept.write(f"{word} {number}\n")
-            kept.keep(example_results.result(*(one, two)[:number], complete=False, command=word, samples=kept.so_far()))
+            kept.keep(example_results.result(*(one, two)[:number], complete=False, command=word, samples=kept.sync()))
         if scenarios == 2:
-            kept.keep(example_results.result(one, two, complete=True, command=word, samples=kept.so_far()))
+            kept.keep(example_results.result(one, two, complete=True, command=word, samples=kept.sync()))
 
 
 def read(output: Path) -> tuple[str, bool, int]:

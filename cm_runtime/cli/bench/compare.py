@@ -35,19 +35,19 @@ def compare(
     gate = parsing.share("--fail-above", fail_above)
     first = results.read(base)
     if new is None:
-        verdicts = comparing.within(first, gate)
+        verdicts = comparing.compare_builds(first, gate)
     else:
         second = results.read(new)
-        verdicts = comparing.between(first, second, gate, allow_different)
-        for note in comparing.notes(first, second):
+        verdicts = comparing.compare_runs(first, second, gate, allow_different)
+        for note in comparing.model_notes(first, second):
             typer.echo(note)
     for each in verdicts:
         ratio = each.ratio
-        measured = "" if ratio is None else f" {ratio.value:.3f}x as long as the base"
+        times = "" if ratio is None else f" {ratio.value:.3f}x as long as the base"
         if ratio is not None and ratio.low is not None:
-            measured += f" [{ratio.low:.3f}, {ratio.high:.3f}]"
-        shown = f"{each.word:12} {title(each.scenario)}:"
-        typer.echo(one_line(f"{shown}{measured}{'; ' * bool(measured and each.reason)}{each.reason}"))
-    worst = comparing.overall(verdicts)
+            times += f" [{ratio.low:.3f}, {ratio.high:.3f}]"
+        head = f"{each.word:12} {title(each.scenario)}:"
+        typer.echo(one_line(f"{head}{times}{'; ' * bool(times and each.reason)}{each.reason}"))
+    worst = comparing.worst(verdicts)
     typer.echo(f"{worst}: {quantity(len(verdicts), 'scenario')}, gate at +{gate:.1%}")
     raise typer.Exit(STATUS[worst])

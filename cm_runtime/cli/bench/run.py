@@ -101,25 +101,25 @@ def run(
         raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
     if allow_different_images and against is None:
         raise RequestError("--allow-different-images is for --against, with which another model takes turns")
-    choices: dict[str, object] = {"kind": kind, "steps": steps, "batch": batch, "backend": backend, "peers": peers}
+    choices: dict[str, Any] = {"kind": kind, "steps": steps, "batch": batch, "backend": backend, "peers": peers}
     choices |= {"rate": rate, "bound": bound, "threads": threads, "device": None if device == "auto" else device}
-    given = [name for name, value in choices.items() if value is not None]
+    names = [name for name, value in choices.items() if value is not None]
     left_out: list[str] = []
-    if suite is None and given:
-        scenarios = _chosen(model or BUNDLED, kind, steps, batch, backend, device, threads, rate, bound, peers)
+    if suite is None and names:
+        scenarios = _scenarios(model or BUNDLED, choices)
     else:
-        if suite is not None and (given or model):
-            raise RequestError(f"the suite says what is run; leave out {'--' + given[0] if given else 'MODEL'}")
-        listed = read_suite(suite or "quick")
+        if suite is not None and (names or model):
+            raise RequestError(f"the suite says what is run; leave out {'--' + names[0] if names else 'MODEL'}")
+        source = read_suite(suite or "quick")
         if model:
-            groups = tuple(group.model_copy(update={"model": model}) for group in listed.group)
-            listed = listed.model_copy(update={"group": groups})
+            groups = tuple(group.model_copy(update={"model": model}) for group in source.group)
+            source = source.model_copy(update={"group": groups})
         is_part = quick and suite is not None
-        scenarios = listed.scenarios(quick=is_part)
+        scenarios = source.scenarios(quick=is_part)
         if is_part:
-            measured = {each.name for each in scenarios}
-            left_out = [name for each in listed.scenarios() if (name := each.name) not in measured]
-    scenarios = _fitting(scenarios, scenario)
+            part = {each.name for each in scenarios}
+            left_out = [name for each in source.scenarios() if (name := each.name) not in part]
+    scenarios = _select(scenarios, scenario)
     settings = Settings(
         budget_s=(2.0 if quick else 20.0) if budget is None else budget,
         interval=parsing.share("--interval", interval),
@@ -140,54 +140,43 @@ def run(
         )
     _print(result)
     typer.echo(f"{output}: now cm-runtime bench report {output}")
-    failed = [each for each in result.scenarios if each.status == "failed"]
-    failed_base = [each for each in result.scenarios for one in each.contenders if one.role == "base" and one.reason]
-    if failed or failed_base:
-        count = len(failed) + len(failed_base)
+    count = sum(each.status == "failed" for each in result.scenarios)
+    count += sum(one.role == "base" and bool(one.reason) for each in result.scenarios for one in each.contenders)
+    if count:
         raise UnmeasuredError(
             f"{count} of {quantity(len(result.scenarios), 'scenario')} could not be measured; see above"
         )
 
 
-def _chosen(
-    model: str,
-    kind: Any,
-    steps: str | None,
-    batch: str | None,
-    backend: str | None,
-    device: str,
-    threads: int | None,
-    rate: float | None,
-    bound: float | None,
-    peers: str | None,
-) -> list[Scenario]:
+def _scenarios(model: str, options: dict[str, Any]) -> list[Scenario]:
     """The scenarios that the options spell out."""
     from pydantic import ValidationError
 
     from cm_runtime.bench.scenario import PEERS, Group
     from cm_runtime.files.records import explain
 
-    if (kind == "server") != (rate is not None) or (kind == "server") != (bound is not None):
+    is_server, peers = options["kind"] == "server", options["peers"]
+    if any((options[name] is not None) != is_server for name in ("rate", "bound")):
         raise RequestError("--kind server takes --rate and --bound, and no other does")
     try:
         group = Group(
             model=model,
-            kinds=(kind or "single-stream",),
-            steps=tuple(parsing.whole_numbers("--steps", steps or "2")),
-            batches=tuple(parsing.whole_numbers("--batch", batch or "1")),
-            backends=tuple((backend or "auto").split(",")),
-            devices=(device,),
-            threads=(parsing.threads(threads),),
-            rate=rate,
-            bound_ms=bound,
-            peers=PEERS if peers == "all" else tuple(peers.split(",")) if peers else (),
+            kinds=(options["kind"] or "single-stream",),
+            steps=tuple(parsing.whole_numbers("--steps", options["steps"] or "2")),
+            batches=tuple(parsing.whole_numbers("--batch", options["batch"] or "1")),
+            backends=(options["backend"] or "auto").split(","),
+            devices=(options["device"] or "auto",),
+            threads=(parsing.threads(options["threads"]),),
+            rate=options["rate"],
+            bound_ms=options["bound"],
+            peers=PEERS if peers == "all" else peers.split(",") if peers else (),
         )
         return group.scenarios()
     except ValidationError as error:
         raise RequestError(explain(error, "scenario")) from error
 
 
-def _fitting(scenarios: list[Scenario], globs: list[str] | None) -> list[Scenario]:
+def _select(scenarios: list[Scenario], globs: list[str] | None) -> list[Scenario]:
     from fnmatch import fnmatchcase
 
     if not globs:
@@ -200,7 +189,7 @@ def _fitting(scenarios: list[Scenario], globs: list[str] | None) -> list[Scenari
 
 @contextmanager
 def _progress(scenarios: Sequence[Scenario], settings: Settings, against: str | None) -> Iterator[Tell]:
-    """Yields what shows (scenarios done, what is being done)."""
+    """Yield a function that shows (scenarios finished, activity)."""
     from cm_runtime.errors.wording import quantity
 
     total, where = len(scenarios), progress.place()
@@ -215,16 +204,16 @@ def _progress(scenarios: Sequence[Scenario], settings: Settings, against: str | 
     line = progress.Line() if where == "notebook" else None
     last = 0
 
-    def tell(done: float, doing: str) -> None:
+    def tell(count: float, activity: str) -> None:
         nonlocal last, plan
         if plan and where == "lines" and seconds > progress.LONG:  # now that nothing was refused
             progress.say(plan)
         plan = ""
-        text = f"scenario {min(int(done) + 1, total)}/{total}, {doing}"
+        text = f"scenario {min(int(count) + 1, total)}/{total}, {activity}"
         if line is not None:
             line.show(text)
-        elif int(done) > last:
-            last = int(done)
+        elif int(count) > last:
+            last = int(count)
             progress.phase(f"scenario {last}/{total} is done")
         else:
             progress.tick(text)
@@ -246,7 +235,7 @@ def _bar(total: int) -> Iterator[Tell]:
     # Drawn between blocks alone: a thread that refreshes it would take its time from what is timed.
     with Progress(*columns, text, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=total)
-        yield lambda done, doing: bar.update(task, completed=done, description=doing, refresh=True)
+        yield lambda count, activity: bar.update(task, completed=count, description=activity, refresh=True)
 
 
 def _print(result: Result) -> None:
@@ -263,16 +252,16 @@ def _print(result: Result) -> None:
                 typer.echo(f"{head}: {one.status}: {one.reason}")
                 continue
             p50 = one.latency.p50
-            known = "" if p50.low is None else f" [{p50.low:.4g}, {p50.high:.4g}]"
-            speed = "" if one.images_per_s is None else f", {one.images_per_s.value:.4g} images/s"
+            bounds = "" if p50.low is None else f" [{p50.low:.4g}, {p50.high:.4g}]"
+            rate = "" if one.images_per_s is None else f", {one.images_per_s.value:.4g} images/s"
             ratio = one.time_ratio
             if one.served is not None:
                 p99 = one.latency.p99
                 tail = "not known" if p99 is None else f"{p99.value:.4g} ms [{p99.low:.4g}, {p99.high:.4g}]"
-                speed = f", p99 {tail}: bound of {one.served.bound_ms:g} ms {'' if one.served.met else 'not '}met"
+                rate = f", p99 {tail}: bound of {one.served.bound_ms:g} ms {'' if one.served.met else 'not '}met"
             times = "" if ratio is None else f", {shown(ratio.value)}x as long"
             if ratio is not None and ratio.low is not None and ratio.high is not None:
                 times += f" [{shown(ratio.low)}, {shown(ratio.high)}]"
             if one.agreement and one.agreement.is_allowed:
                 times += f"; {one.agreement.text}"
-            typer.echo(f"{head}: p50 {p50.value:.4g} ms{known}{speed}{times}")
+            typer.echo(f"{head}: p50 {p50.value:.4g} ms{bounds}{rate}{times}")
