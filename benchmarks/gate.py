@@ -51,7 +51,7 @@ def plant(work: Path, percent: float) -> Path:
     root = work / f"slower-{percent:g}"
     shutil.copytree(ROOT / "cm_runtime", root / "cm_runtime", ignore=shutil.ignore_patterns("__pycache__"))
     if percent:
-        with (root / "cm_runtime" / "sampling.py").open("a", encoding="utf-8") as file:
+        with (root / "cm_runtime" / "generation" / "stream.py").open("a", encoding="utf-8") as file:
             file.write(PLANT.format(factor=1 + percent / 100))
     return root
 

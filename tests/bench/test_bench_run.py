@@ -144,7 +144,7 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
     """A planted slow-down of a half is found; the same tree twice is not one."""
     root = tmp_path / "slow"
     shutil.copytree(ROOT / "cm_runtime", root / "cm_runtime", ignore=shutil.ignore_patterns("__pycache__"))
-    with (root / "cm_runtime" / "sampling.py").open("a") as file:
+    with (root / "cm_runtime" / "generation" / "stream.py").open("a") as file:
         file.write(SLOW)
     settings = SMALL.model_copy(update={"budget_s": 2.0, "interval": 0.0})
     found = measured(tmp_path, one(batch=1), against=str(root), settings=settings)
@@ -167,7 +167,7 @@ def test_a_contender_that_dies_is_told_of(tmp_path: Path, files: Files) -> None:
     """As the kernel ends a process for want of memory: the base is out, and the subject is measured."""
     root = tmp_path / "mortal"
     shutil.copytree(ROOT / "cm_runtime", root / "cm_runtime", ignore=shutil.ignore_patterns("__pycache__"))
-    with (root / "cm_runtime" / "sampling.py").open("a") as file:
+    with (root / "cm_runtime" / "generation" / "stream.py").open("a") as file:
         file.write(MORTAL)
     (found,) = measured(tmp_path, one(model=str(files.onnx)), against=str(root)).scenarios
     subject, base = found.contenders
