@@ -184,7 +184,7 @@ class Manifest(Record):
         return self.training is not None and self.training.method == "edm"
 
     @model_serializer(mode="wrap")
-    def _stored(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _dump(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the data file's name where there is none, as before there were any."""
         return {name: value for name, value in whole(self).items() if name != "data_file" or value}
 

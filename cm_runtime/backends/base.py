@@ -85,7 +85,7 @@ class Backend(ABC):
         feed: dict[str, NDArray[Any]] = {} if labels is None else {"label": labels}
         if self.manifest.graph == "network":
             return self._by_network(images, levels, feed)
-        return self._checked(self.evaluate({"x": images, "sigma": levels, **feed}), images.dtype, images.shape)
+        return self._check_output(self.evaluate({"x": images, "sigma": levels, **feed}), images.dtype, images.shape)
 
     def _by_network(self, x: Array, sigma: Array, feed: Mapping[str, NDArray[Any]]) -> Array:
         """f = c_skip x + c_out F(c_in x, c_noise) of a graph of F (arXiv 2303.01469, eq. 5), around it on the host."""
@@ -97,7 +97,7 @@ class Backend(ABC):
         form, s = precond(m.precond, m.sigma_data, m.sigma_boundary), sigma.reshape(-1, 1, 1, 1)
         x_in = (form.c_in(s) * x).astype(NETWORK_TYPES[m.precision])
         F = self.evaluate({"x_in": x_in, "c_noise": form.c_noise(sigma), **feed})
-        f: Array = form.c_skip(s) * x + form.c_out(s) * self._checked(F, x.dtype, x.shape)
+        f: Array = form.c_skip(s) * x + form.c_out(s) * self._check_output(F, x.dtype, x.shape)
         return f
 
     def draw(self, noise: ArrayLike, label: ArrayLike | None = None) -> NDArray[np.uint8]:
@@ -109,14 +109,14 @@ class Backend(ABC):
         if labels is not None:
             feed["label"] = labels
         _, n, c, h, w = z.shape
-        return self._checked(self.evaluate(feed), np.dtype(np.uint8), (n, h, w, c))
+        return self._check_output(self.evaluate(feed), np.dtype(np.uint8), (n, h, w, c))
 
-    def _checked(self, made: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    def _check_output(self, output: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """What an engine made, if it is what the manifest says. Raises EngineError."""
-        found = getattr(made, "dtype", type(made)), getattr(made, "shape", ())
-        if found != (dtype, shape):
-            raise EngineError(f"the graph made {found[0]} {found[1]}, not the {dtype} {shape} that its manifest says")
-        return made  # type: ignore[no-any-return]
+        kind = getattr(output, "dtype", type(output)), getattr(output, "shape", ())
+        if kind != (dtype, shape):
+            raise EngineError(f"the graph made {kind[0]} {kind[1]}, not the {dtype} {shape} that its manifest says")
+        return output  # type: ignore[no-any-return]
 
 
 def read_outputs(manifest: Manifest, names: Collection[str], where: object) -> tuple[str, ...]:
@@ -132,9 +132,9 @@ def read_outputs(manifest: Manifest, names: Collection[str], where: object) -> t
     return outputs
 
 
-def finite_images(made: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def finite_images(outputs: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """The first of a graph's outputs. Raises EngineError where the second, ``finite`` (N,) bool, is not all true."""
-    images, *flags = made
+    images, *flags = outputs
     for finite in flags:
         if finite.dtype != np.bool_ or finite.shape != images.shape[:1]:
             raise EngineError(f"the graph made {finite.dtype} {finite.shape} of `finite`, not a bool for each image")
@@ -158,20 +158,20 @@ class Interface(NamedTuple):
 def interface(manifest: Manifest, n: int, outputs: Collection[str] | None = None) -> Interface:
     """The tensors of a graph at a batch of ``n``; outputs: those that are read, by default all."""
     c, h, w = manifest.image_shape
-    made: tuple[str, tuple[int, ...]]
+    result: tuple[str, tuple[int, ...]]
     inputs: dict[str, tuple[str, tuple[int, ...]]]
     if manifest.graph == "sampler":
         inputs = {"noise": ("float32", (manifest.steps, n, c, h, w))}
-        made = "uint8", (n, h, w, c)
+        result = "uint8", (n, h, w, c)
     elif manifest.graph == "network":
         inputs = {"x_in": (NETWORK_TYPES[manifest.precision], (n, c, h, w)), "c_noise": ("float32", (n,))}
-        made = "float32", (n, c, h, w)
+        result = "float32", (n, c, h, w)
     else:
         inputs = {"x": ("float32", (n, c, h, w)), "sigma": ("float32", (n,))}
-        made = "float32", (n, c, h, w)
+        result = "float32", (n, c, h, w)
     if manifest.num_classes:
         inputs["label"] = "int64", (n,)
-    kinds = dict(zip(OUTPUTS[manifest.graph], (made, ("bool", (n,))), strict=False))
+    kinds = dict(zip(OUTPUTS[manifest.graph], (result, ("bool", (n,))), strict=False))
     return Interface(inputs, {name: kinds[name] for name in (kinds if outputs is None else outputs)})
 
 
@@ -235,13 +235,13 @@ def images_at_once(manifest: Manifest, device: str) -> int:
     return max(1, min(256, (64 if device == "cpu" else 512) * 32 * 32 // (height * width)))
 
 
-def _numbers(value: ArrayLike, wanted: str) -> Array:
-    """``value`` as float32; no copy where it is that already. Raises RequestError with ``wanted``."""
+def _numbers(value: ArrayLike, expectation: str) -> Array:
+    """``value`` as float32; no copy where it is that already. Raises RequestError with ``expectation``."""
     try:
         array = np.asarray(value)
     except ValueError as error:  # ragged
-        raise RequestError(wanted) from error
+        raise RequestError(expectation) from error
     if array.dtype.kind not in "fiu":
-        raise RequestError(f"{wanted}, not {array.dtype}")
+        raise RequestError(f"{expectation}, not {array.dtype}")
     with np.errstate(over="ignore"):  # what float32 cannot hold is not finite, and refused as such
         return array.astype(np.float32, copy=False)

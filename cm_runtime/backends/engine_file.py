@@ -52,10 +52,10 @@ class Profile(Record):
 
 def profile(text: str) -> Profile:
     """``MIN:OPT:MAX`` as --batch has it. Raises RequestError."""
-    found = _PROFILE.fullmatch(text)
+    match = _PROFILE.fullmatch(text)
     try:
-        if found:
-            low, best, high = map(int, found.groups())
+        if match:
+            low, best, high = map(int, match.groups())
             return Profile(min=low, opt=best, max=high)
     except ValidationError:
         pass

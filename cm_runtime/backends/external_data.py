@@ -26,7 +26,7 @@ IN_MEMORY = "*/_ORT_MEM_ADDR_/*"  # a location by which ONNX Runtime and OpenVIN
 
 
 @dataclass(frozen=True)
-class Linked:
+class MappedWeights:
     """A data file that is a link, and its bytes, mapped."""
 
     path: Path
@@ -42,19 +42,19 @@ def data_file(path: Path, manifest: Manifest) -> Path | None:
     return data
 
 
-def linked(data: Path | None) -> Linked | None:
+def map_link(data: Path | None) -> MappedWeights | None:
     """A data file that is a link, mapped; None if it is none, as engines open it themselves. Raises ArtifactError."""
     if data is None or not data.is_symlink():
         return None
     try:
-        return Linked(data, np.memmap(data, np.uint8, "r"))
+        return MappedWeights(data, np.memmap(data, np.uint8, "r"))
     except ValueError as error:  # there is no mapping of nothing
         raise ArtifactError(f"{data}: is empty; export it again") from error
     except OSError as error:
         raise ArtifactError(f"{data} cannot be read: {system_reason(error)}") from error
 
 
-def addressed(path: Path, data: Linked) -> bytes:
+def embed_addresses(path: Path, data: MappedWeights) -> bytes:
     """The exported file ``path`` with the addresses of its weights in memory in place of their file's name.
 
     Only the initializers of its graph are rewritten. Raises ArtifactError where one lies outside of the data file.
@@ -77,17 +77,17 @@ def addressed(path: Path, data: Linked) -> bytes:
     try:
         return _rewritten(content, GRAPH, lambda graph: _rewritten(graph, INITIALIZER, tensor))
     except (MalformedError, ValueError) as error:
-        raise damaged(path, data.path) from error
+        raise damage_error(path, data.path) from error
 
 
-def damaged(path: Path | str, data: Path) -> ArtifactError:
+def damage_error(path: Path | str, data: Path) -> ArtifactError:
     """The error of weights that are not what the graph says."""
     return ArtifactError(f"{path}: its weights in {data} are damaged or cut short; export it again")
 
 
 def _payloads(message: bytes) -> list[tuple[int, bytes]]:
-    found = fields(io.BytesIO(message), len(message))
-    return [(field.number, message[field.payload : field.payload + field.length]) for field in found]
+    fields_of_message = fields(io.BytesIO(message), len(message))
+    return [(field.number, message[field.payload : field.payload + field.length]) for field in fields_of_message]
 
 
 def _rewritten(message: bytes, number: int, change: Callable[[bytes], bytes | None]) -> bytes:

@@ -82,7 +82,7 @@ class OpenVinoBackend(Backend):
             self.precision = options.precision
         self.version = f"openvino {ov.__version__.partition('-')[0]}"
         data = external_data.data_file(where, self.manifest)
-        self._weights = external_data.linked(data)  # alive as long as the engine that may read it
+        self._weights = external_data.map_link(data)  # alive as long as the engine that may read it
         self._lock = threading.Lock()  # a request serves one thread at a time
         plugins = core()
         if self.precision == "bf16" and not has_bf16():
@@ -91,7 +91,7 @@ class OpenVinoBackend(Backend):
             )
         (verdict or onnx_graph.check(where, self.manifest)).require_own(where, "OpenVINO")
         try:
-            graph = read(where if self._weights is None else external_data.addressed(where, self._weights))
+            graph = read_model(where if self._weights is None else external_data.embed_addresses(where, self._weights))
         except CmRuntimeError:
             raise
         except Exception as error:  # its exceptions have many lines and no base of their own
@@ -100,7 +100,7 @@ class OpenVinoBackend(Backend):
                     f"{where}: OpenVINO cannot load it with its weights behind a link: {openvino_reason(error)}"
                 ) from error
             if data and data.name in str(error):
-                raise external_data.damaged(where, data) from error
+                raise external_data.damage_error(where, data) from error
             raise ArtifactError(f"{where}: OpenVINO cannot load it: {openvino_reason(error)}") from error
         _check_ports(graph, self.manifest, where)
         self.outputs = read_outputs(self.manifest, set().union(*(port.names for port in graph.outputs)), where)
@@ -108,12 +108,12 @@ class OpenVinoBackend(Backend):
         if threads := engine_threads(options.threads):
             config["INFERENCE_NUM_THREADS"] = str(threads)
         try:
-            self._apart: list[str] = []
-            self._before = None
+            self._cut_names: list[str] = []
+            self._prefix = None
             if self.precision == "bf16":
-                before, graph, self._apart = split(graph, IMAGES[self.manifest.graph])
-                if self._apart:
-                    self._before = plugins.compile_model(before, "CPU", config | {"INFERENCE_PRECISION_HINT": "f32"})
+                before, graph, self._cut_names = split(graph, IMAGES[self.manifest.graph])
+                if self._cut_names:
+                    self._prefix = plugins.compile_model(before, "CPU", config | {"INFERENCE_PRECISION_HINT": "f32"})
             compiled = plugins.compile_model(graph, "CPU", config | {"INFERENCE_PRECISION_HINT": HINTS[self.precision]})
             self._request = compiled.create_infer_request()
         except Exception as error:
@@ -125,9 +125,9 @@ class OpenVinoBackend(Backend):
         try:
             given = dict(feed)
             with self._lock:
-                if self._before is not None:
-                    made = self._before({each.any_name: given[each.any_name] for each in self._before.inputs})
-                    given |= {name: made[i] for i, name in enumerate(self._apart)}
+                if self._prefix is not None:
+                    made = self._prefix({each.any_name: given[each.any_name] for each in self._prefix.inputs})
+                    given |= {name: made[i] for i, name in enumerate(self._cut_names)}
                 answer = self._request.infer({name: given[name] for name in self._names}, share_inputs=True)
                 results = [np.array(answer[name]) for name in self.outputs]
         except Exception as error:
@@ -153,14 +153,14 @@ def package() -> ModuleType:
 
 def core() -> Any:
     """The ov.Core of this process. Raises EngineError in a fork, where it would wait for threads that are not there."""
-    made, process = _started()
+    value, process = _start_core()
     if process != os.getpid():
         raise EngineError("OpenVINO was at work before this process was forked, and would hang: start it by spawn")
-    return made
+    return value
 
 
 @functools.cache
-def _started() -> tuple[Any, int]:
+def _start_core() -> tuple[Any, int]:
     """A core and its process, never let go.
 
     Each loads a CPU plugin that gives its thread another stack for signal handlers. Of two, whichever goes last puts
@@ -178,7 +178,7 @@ def has_bf16() -> bool:
     return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def read(model: Path | bytes) -> Any:
+def read_model(model: Path | bytes) -> Any:
     """The ov.Model of an ``.onnx``, a path or its bytes; never by a reader of another format, which would print."""
     manager = importlib.import_module("openvino.frontend").FrontEndManager()
     reader = manager.load_by_framework("onnx")

@@ -87,13 +87,13 @@ class OrtBackend(Backend):
         data = None if isinstance(model, bytes) else external_data.data_file(Path(where), self.manifest)
         if verdict is None:
             onnx_graph.check(model, self.manifest)
-        self._bound: OrderedDict[tuple[Any, ...], Bound] = OrderedDict()
+        self._bound: OrderedDict[tuple[Any, ...], MemoryBinding] = OrderedDict()
         try:
             stream = self._device.stream if self._device else 0
             self._session = open_session(model, where, options, stream, data)
         except (ArtifactError, EngineError) as error:
             if data and "External" in str(error):  # as ONNX Runtime calls an initializer, or the path of its data
-                raise external_data.damaged(where, data) from error
+                raise external_data.damage_error(where, data) from error
             raise
         self.outputs = read_outputs(self.manifest, {each.name for each in self._session.get_outputs()}, where)
 
@@ -101,12 +101,12 @@ class OrtBackend(Backend):
         """One run of the graph on checked inputs; see `Backend`."""
         try:
             if self.device == "cpu":
-                made = self._session.run(list(self.outputs), dict(feed))
+                results = self._session.run(list(self.outputs), dict(feed))
             else:
-                made = self._binding(feed).run(feed)
+                results = self._bind_memory(feed).run(feed)
         except Exception as error:
-            raise _failure(error) from error
-        return finite_images(made)
+            raise _wrap(error) from error
+        return finite_images(results)
 
     # On the GPU, as on_device.Engine has it
 
@@ -115,9 +115,9 @@ class OrtBackend(Backend):
         """This engine's sampling that stays on the GPU."""
         return OnDevice(self, self._device) if self._device else None
 
-    def batches(self, chosen: Request, noise: Array | None = None) -> Iterator[Batch] | None:
+    def batches(self, request: Request, noise: Array | None = None) -> Iterator[Batch] | None:
         """`sampling.batches`, of which nothing but images leaves the GPU; None where it cannot stay there."""
-        return self.on_device.batches(chosen, noise) if self.on_device else None
+        return self.on_device.batches(request, noise) if self.on_device else None
 
     @property
     def graph(self) -> GraphKind:
@@ -132,7 +132,7 @@ class OrtBackend(Backend):
     def bind(self, device: Device, count: int) -> Evaluate:
         """Evaluations bound to addresses; those of each step are a binding, and a CUDA graph, of their own."""
         tensors = interface(self.manifest, count, self.outputs)
-        return Addressed(self._session, tensors, self.device, self._next_graph).evaluate
+        return AddressBinding(self._session, tensors, self.device, self._next_graph).evaluate
 
     def capture(self, device: Device, body: Callable[[], Any]) -> None:
         """None: ONNX Runtime captures its own runs, each as a graph, and cannot be captured from outside."""
@@ -142,18 +142,18 @@ class OrtBackend(Backend):
         self._graphs += 1
         return self._graphs
 
-    def _binding(self, feed: Mapping[str, NDArray[Any]]) -> Bound:
+    def _bind_memory(self, feed: Mapping[str, NDArray[Any]]) -> MemoryBinding:
         """The memory for inputs of these shapes; that of the shape longest unused is let go beyond a few."""
         key = tuple(array.shape for array in feed.values())
         if key not in self._bound:
             if len(self._bound) == MOST_BOUND:
                 self._bound.popitem(last=False)
-            self._bound[key] = Bound(self._session, feed, self.outputs, self.device, self._next_graph())
+            self._bound[key] = MemoryBinding(self._session, feed, self.outputs, self.device, self._next_graph())
         self._bound.move_to_end(key)
         return self._bound[key]
 
 
-class Bound:
+class MemoryBinding:
     """A session's inputs and outputs in memory of ``device`` whose addresses stay, as a CUDA graph needs them.
 
     The first run makes the outputs' memory, the engine knowing their shapes best. number: of the graph that ONNX
@@ -177,9 +177,9 @@ class Bound:
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", "-1")  # this once without a graph: its outputs' addresses are new
         session.run_with_iobinding(binding, options)
-        self._made = binding.get_outputs()
+        self._outputs = binding.get_outputs()
         binding.clear_binding_outputs()
-        for name, value in zip(outputs, self._made, strict=True):
+        for name, value in zip(outputs, self._outputs, strict=True):
             binding.bind_ortvalue_output(name, value)
         self._binding, self._options = binding, ort.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(number))
@@ -189,10 +189,10 @@ class Bound:
         for name, array in feed.items():
             self._inputs[name].update_inplace(array)
         self._session.run_with_iobinding(self._binding, self._options)
-        return [np.array(value.numpy()) for value in self._made]
+        return [np.array(value.numpy()) for value in self._outputs]
 
 
-class Addressed:
+class AddressBinding:
     """A session's runs from and to addresses of ``device``, put in the session's stream and not waited for."""
 
     def __init__(self, session: Any, tensors: Interface, device: str, number: Callable[[], int]) -> None:
@@ -211,7 +211,7 @@ class Addressed:
         try:
             self._session.run_with_iobinding(*self._bindings[key])
         except Exception as error:
-            raise _failure(error) from error
+            raise _wrap(error) from error
 
     def _bind(self, addresses: Mapping[str, int]) -> tuple[Any, Any]:
         binding = self._session.io_binding()
@@ -225,7 +225,7 @@ class Addressed:
         return binding, options
 
 
-def _failure(error: Exception) -> EngineError:
+def _wrap(error: Exception) -> EngineError:
     """What ONNX Runtime raised, as ours: its exceptions share no base of their own."""
     line = first_line(error)
     is_memory = "Failed to allocate memory" in line or "out of memory" in line
@@ -251,8 +251,8 @@ def open_session(
     settings.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
     provider = _provider(ort, device, stream)
     source = model if isinstance(model, bytes) else where
-    if linked := external_data.linked(data):
-        _give_weights(settings, linked)
+    if weights := external_data.map_link(data):
+        _give_weights(settings, weights)
         source = streams.read_bytes(where, ArtifactError, external_data.LARGEST_GRAPH)
     try:
         # Without enable_fallback=0 it would print on standard output and go on with other providers.
@@ -274,7 +274,7 @@ def open_session(
     return session
 
 
-def _give_weights(settings: Any, data: external_data.Linked) -> None:
+def _give_weights(settings: Any, data: external_data.MappedWeights) -> None:
     """Let a session of a file's bytes take its weights from memory. Raises EngineError for an older ONNX Runtime."""
     if not hasattr(settings, "add_external_initializers_from_files_in_memory"):
         raise EngineError(f"ONNX Runtime before 1.24 cannot read weights behind a link, {data.path}: update it")
@@ -295,7 +295,7 @@ def _provider(ort: Any, device: str, stream: int) -> Any:
         raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: pip install 'cm-runtime[gpu]'")
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # the CUDA libraries of pip packages
-    own = {"user_compute_stream": str(stream)} if stream else {}
+    stream_option = {"user_compute_stream": str(stream)} if stream else {}
     # TF32, ONNX Runtime's default, has ten bits of a float32's 23, and moves images by more than rounding does.
-    fixed = {"enable_cuda_graph": "1", "use_tf32": "0"}
-    return "CUDAExecutionProvider", {"device_id": number or "0", **fixed, **own}
+    config = {"enable_cuda_graph": "1", "use_tf32": "0"}
+    return "CUDAExecutionProvider", {"device_id": number or "0", **config, **stream_option}

@@ -76,8 +76,8 @@ class TensorRtBackend(Backend):
         if not has_driver() and not has(package):
             raise EngineError(f"{where} runs on an NVIDIA GPU: {NO_DRIVER}")
         trt = module(package)
-        found = context.gpu()
-        target = package, trt.__version__, found.capability
+        gpu = context.gpu()
+        target = package, trt.__version__, gpu.capability
         if isinstance(engine, bytes):
             engine_file.check_target(self.file, where, *target)
             engine_file.check_hash(engine, self.file, where)
@@ -87,7 +87,7 @@ class TensorRtBackend(Backend):
         self.manifest = self.file.model
         self.device = "cuda:0"
         self.precision = self.manifest.precision
-        self.version = f"{package} {trt.__version__} on {found.name}"
+        self.version = f"{package} {trt.__version__} on {gpu.name}"
         self._trt = trt
         self._logger = listener(trt)
         self._device = Device()
@@ -111,16 +111,16 @@ class TensorRtBackend(Backend):
         RequestError for one above its greatest.
         """
         profile = self.file.profile
-        asked = interface(self.manifest, 0).batch(feed)
-        if asked > profile.max:
-            raise RequestError(_beyond(profile, asked))
-        run = interface(self.manifest, max(asked, profile.min), self.outputs)
+        count = interface(self.manifest, 0).batch(feed)
+        if count > profile.max:
+            raise RequestError(_beyond(profile, count))
+        run = interface(self.manifest, max(count, profile.min), self.outputs)
         context = self._context
-        sent = []  # a host array must outlive its copy
+        arrays = []  # a host array must outlive its copy
         for name, (dtype, shape) in run.inputs.items():
             axis = 1 if name == "noise" else 0
             array = pad_batch(np.ascontiguousarray(feed[name], dtype), shape[axis], axis)
-            sent.append(array)
+            arrays.append(array)
             self._must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
             self._must(context.set_tensor_address(name, self._device.send(name, array)), f"the address of {name}")
         for name, (dtype, shape) in run.outputs.items():
@@ -129,8 +129,8 @@ class TensorRtBackend(Backend):
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             self._must(context.set_tensor_address(name, self._device.address(name, size)), f"the address of {name}")
         self._must(context.execute_async_v3(self._device.stream), "to run")
-        made = [self._device.fetch(name, shape, np.dtype(dtype)) for name, (dtype, shape) in run.outputs.items()]
-        return finite_images([each if len(each) == asked else each[:asked].copy() for each in made])
+        outputs = [self._device.fetch(name, shape, np.dtype(dtype)) for name, (dtype, shape) in run.outputs.items()]
+        return finite_images([each if len(each) == count else each[:count].copy() for each in outputs])
 
     # On the GPU, as on_device.Engine has it
 
@@ -139,9 +139,9 @@ class TensorRtBackend(Backend):
         """This engine's sampling that stays on the GPU."""
         return OnDevice(self, self._device)
 
-    def batches(self, chosen: Request, noise: Array | None = None) -> Iterator[Batch]:
+    def batches(self, request: Request, noise: Array | None = None) -> Iterator[Batch]:
         """`sampling.batches`, of which nothing but images leaves the GPU."""
-        return self.on_device.batches(chosen, noise)
+        return self.on_device.batches(request, noise)
 
     @property
     def graph(self) -> GraphKind:
@@ -192,17 +192,17 @@ class TensorRtBackend(Backend):
     def _check_tensors(self, where: str) -> None:
         """Raises ArtifactError if the engine's inputs and outputs are not those of its manifest."""
         engine, trt = self._engine, self._trt
-        found = {}
+        tensors = {}
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             shape = tuple(engine.get_tensor_shape(name)) if is_input else ()  # an output's is checked when it is made
-            found[name] = is_input, engine.get_tensor_dtype(name).name, shape
-        self.outputs = read_outputs(self.manifest, found, where)
-        wanted = interface(self.manifest, -1, self.outputs)
-        expected = {name: (True, _TYPES[dtype], shape) for name, (dtype, shape) in wanted.inputs.items()}
-        expected |= {name: (False, _TYPES[dtype], ()) for name, (dtype, _) in wanted.outputs.items()}
-        if found != expected:
-            raise ArtifactError(f"{where}: its inputs and outputs {found} are not those of its manifest, {expected}")
+            tensors[name] = is_input, engine.get_tensor_dtype(name).name, shape
+        self.outputs = read_outputs(self.manifest, tensors, where)
+        tensors_of_graph = interface(self.manifest, -1, self.outputs)
+        expected = {name: (True, _TYPES[dtype], shape) for name, (dtype, shape) in tensors_of_graph.inputs.items()}
+        expected |= {name: (False, _TYPES[dtype], ()) for name, (dtype, _) in tensors_of_graph.outputs.items()}
+        if tensors != expected:
+            raise ArtifactError(f"{where}: its inputs and outputs {tensors} are not those of its manifest, {expected}")
 
 
 def _beyond(profile: Profile, count: int) -> str:

@@ -84,7 +84,7 @@ class TorchBackend(Backend):
             raise EngineError(
                 "torch was at work before this process was forked, and would hang: start it by spawn, or take 1 thread"
             )
-        training = self._model.training
+        was_training = self._model.training
         self._model.eval()
         kind = torch.device(self.device).type
         try:
@@ -96,7 +96,7 @@ class TorchBackend(Backend):
                 raise
             raise EngineError(f"{self.name}: {compiler_reason(error)}") from error
         finally:
-            self._model.train(training)
+            self._model.train(was_training)
 
     # On the GPU, as on_device.Engine has it
 
@@ -105,9 +105,9 @@ class TorchBackend(Backend):
         """This engine's sampling that stays on the GPU."""
         return OnDevice(self, Device()) if can_stay(self.device) else None
 
-    def batches(self, chosen: Request, noise: Array | None = None) -> Iterator[Batch] | None:
+    def batches(self, request: Request, noise: Array | None = None) -> Iterator[Batch] | None:
         """`sampling.batches`, of which nothing but images leaves the GPU; None where it cannot stay there."""
-        return self.on_device.batches(chosen, noise) if self.on_device else None
+        return self.on_device.batches(request, noise) if self.on_device else None
 
     def images(self, count: int) -> Images:
         """float32, of which autocast makes what it needs."""
@@ -117,13 +117,13 @@ class TorchBackend(Backend):
         """F, compiled where this backend compiles f; the module is left in evaluation mode."""
         self._model.eval()
         shape, kind = (count, *self.manifest.image_shape), torch.device(self.device)
-        F = self._compiled(self._model.F)
+        F = self._compile(self._model.F)
 
         def evaluate(addresses: Mapping[str, int]) -> None:
-            x_in, made = (tensor_at(addresses[name], shape, torch.float32, kind) for name in ("x_in", "F"))
-            given = [x_in, tensor_at(addresses["c_noise"], (count,), torch.float32, kind)]
+            x_in, output = (tensor_at(addresses[name], shape, torch.float32, kind) for name in ("x_in", "F"))
+            inputs = [x_in, tensor_at(addresses["c_noise"], (count,), torch.float32, kind)]
             if self.manifest.num_classes:
-                given.append(tensor_at(addresses["label"], (count,), torch.int64, kind))
+                inputs.append(tensor_at(addresses["label"], (count,), torch.int64, kind))
             try:
                 with (
                     torch.inference_mode(),
@@ -131,7 +131,7 @@ class TorchBackend(Backend):
                     ieee(),
                     torch.autocast(kind.type, self._type, enabled=self._type is not None),
                 ):
-                    made.copy_(F(*given))
+                    output.copy_(F(*inputs))
             except torch.OutOfMemoryError as error:
                 raise OutOfMemoryError(f"torch: {first_line(error)}") from error
             except RuntimeError as error:
@@ -143,7 +143,7 @@ class TorchBackend(Backend):
         """The whole loop in one graph, by torch, whose allocator has to know of it."""
         return TorchGraph(device.stream, torch.device(self.device), body)
 
-    def _compiled(self, module: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def _compile(self, module: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if not self._is_compiled:
             return module
         # Graphs are ours: those that max-autotune itself captures cannot be inside of another.
@@ -161,7 +161,7 @@ class _Ieee:
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._before: tuple[bool, str, list[str]]
+        self._saved: tuple[bool, str, list[str]]
 
     @staticmethod
     def _places() -> tuple[Any, ...]:
@@ -175,14 +175,14 @@ class _Ieee:
                 return
             products = [str(place.fp32_precision) for place in self._places()]
             allows = products[:2] == ["tf32", "tf32"]  # cuDNN's old flag, not to be asked where the two differ
-            self._before = allows, torch.get_float32_matmul_precision(), products
+            self._saved = allows, torch.get_float32_matmul_precision(), products
             self._set(False, "highest", ["ieee"] * len(products))
 
     def leave(self) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._set(*self._before)
+                self._set(*self._saved)
 
     def _set(self, allows: bool, precision: str, products: list[str]) -> None:
         torch.backends.cudnn.allow_tf32 = allows
@@ -263,9 +263,9 @@ class _InFloat32(nn.Module):
 
 def set_threads(threads: int) -> None:
     """Let torch's CPU operators take ``threads`` threads; for 0, no more than this process may use processors."""
-    allowed = engine_threads(threads)
-    if threads or 0 < allowed < torch.get_num_threads():
-        torch.set_num_threads(allowed)
+    count = engine_threads(threads)
+    if threads or 0 < count < torch.get_num_threads():
+        torch.set_num_threads(count)
 
 
 def find_device(name: str) -> torch.device:

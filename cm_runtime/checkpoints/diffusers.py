@@ -33,7 +33,7 @@ SCHEDULER = "scheduler_config.json"
 JSON_LIMIT = 16 << 20  # bytes; an index of shards is the largest, some 100 kB
 
 
-def read(folder: Path, precond: Form | None = None, known: Published | None = None) -> Checkpoint:
+def read(folder: Path, precond: Form | None = None, model_card: Published | None = None) -> Checkpoint:
     """The model in ``folder``. Its scheduler decides the preconditioning form; without one ``precond`` or a name must.
 
     Raises CheckpointError: what is missing or damaged, and the first option, tensor or shard that does not fit.
@@ -47,21 +47,21 @@ def read(folder: Path, precond: Form | None = None, known: Published | None = No
         raise CheckpointError(f"{where}: its config.json is of a {kind}, and cm-runtime reads a UNet2DModel")
     try:
         network = diffusers_options.network_of(config)
-        form, sampler = _form(scheduler, precond, known)
-        chosen = _weights(where)
-        weights = diffusers_tensors.to_ours(_tensors(chosen), network)
+        form, sampler = _form(scheduler, precond, model_card)
+        weight_files = _weights(where)
+        weights = diffusers_tensors.to_ours(_tensors(weight_files), network)
         N = sampler.pop("num_train_timesteps", None)
         boundary = 0.0 if form == "edm" else sampler.get("sigma_min", NoiseRange.sigma_min)
-        files = [where / "config.json", *schedulers[:1], *chosen]
+        files = [where / "config.json", *schedulers[:1], *weight_files]
         model = ModelConfig(network=network, precond=form, sigma_boundary=boundary, **sampler)
         published_range = model.noise_range == NoiseRange()
         return Checkpoint(
             config=model,
             default_ema=EMA,
             ema={EMA: {f"F.{name}": tensor for name, tensor in weights.items()}},
-            training=published.summary(known, "diffusers", N),
+            training=published.summary(model_card, "diffusers", N),
             sha256=atomic.sha256_of_files({path.name: path for path in files}),
-            sigmas=known.sigmas if known and published_range else {},
+            sigmas=model_card.sigmas if model_card and published_range else {},
         )
     except ValidationError as error:
         raise CheckpointError(f"{folder}: its scheduler: {explain(error)}") from error
@@ -70,12 +70,12 @@ def read(folder: Path, precond: Form | None = None, known: Published | None = No
 
 
 def _form(
-    scheduler: Mapping[str, Any] | None, precond: Form | None, known: Published | None
+    scheduler: Mapping[str, Any] | None, precond: Form | None, model_card: Published | None
 ) -> tuple[Form, dict[str, Any]]:
     """The form, and what else the scheduler says: without one, nothing."""
     if scheduler is None:
-        return published.form(known, precond), {}
-    if precond not in (None, "boundary") or (known is not None and known.precond != "boundary"):
+        return published.form(model_card, precond), {}
+    if precond not in (None, "boundary") or (model_card is not None and model_card.precond != "boundary"):
         raise CheckpointError(f"its {diffusers_options.SCHEDULER} decides the preconditioning form, which is boundary")
     return "boundary", diffusers_options.sampler_of(scheduler)
 
@@ -103,17 +103,17 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _tensors(paths: list[Path]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in paths:
         content = load_safetensors(path) if path.suffix == ".safetensors" else load_torch(path)
         if not isinstance(content, Mapping) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
         ):
             raise CheckpointError(f"{path} holds no tensors by name")
-        if twice := found.keys() & content.keys():
+        if twice := tensors.keys() & content.keys():
             raise CheckpointError(f"{path} holds {min(twice)}, which another shard holds too")
-        found.update(content)
-    return found
+        tensors.update(content)
+    return tensors
 
 
 def _json(path: Path, complaint: str) -> dict[str, Any]:

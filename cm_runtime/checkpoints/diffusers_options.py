@@ -80,24 +80,24 @@ class Unmapped:
 
     def __init__(self, what: str, options: int) -> None:
         """what: whose options they are; options: how many the configuration has."""
-        self._what, self._options, self._found = what, options, dict[str, str]()
+        self._what, self._options, self._complaints = what, options, dict[str, str]()
 
     def add(self, option: str, value: Any, possible: str) -> None:
         """An option, its value, and what alone would be possible."""
-        self._found.setdefault(option, f"{option} {str(value)[:200]}: {possible}")
+        self._complaints.setdefault(option, f"{option} {str(value)[:200]}: {possible}")
 
     def check(self) -> None:
         """Raises CheckpointError naming every option that was added."""
-        if self._found:
-            names = "; ".join(self._found.values())
-            share = f"{len(self._found)} of {quantity(self._options, 'option')}"
-            verb = "has" if len(self._found) == 1 else "have"
+        if self._complaints:
+            names = "; ".join(self._complaints.values())
+            share = f"{len(self._complaints)} of {quantity(self._options, 'option')}"
+            verb = "has" if len(self._complaints) == 1 else "have"
             raise CheckpointError(f"{share} {verb} no counterpart in cm-runtime's {self._what}: {names}")
 
 
-def network_of(given: Mapping[str, Any]) -> UNetConfig:
+def network_of(content: Mapping[str, Any]) -> UNetConfig:
     """Our network for a UNet2DModel's config.json; raises CheckpointError naming the options that have no place."""
-    config = _options(given, OPTIONS, "UNet2DModel")
+    config = _options(content, OPTIONS, "UNet2DModel")
     unmapped = Unmapped("UNet", len(config))
     for option in FIXED:
         if config[option] != OPTIONS[option]:
@@ -188,16 +188,16 @@ def unet2d_of(network: UNetConfig) -> dict[str, Any]:
     }
 
 
-def sampler_of(given: Mapping[str, Any]) -> dict[str, Any]:
+def sampler_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """{num_train_timesteps, sigma_min, sigma_max, sigma_data, rho} of a scheduler_config.json.
 
     Raises CheckpointError for another scheduler, or one whose images our sampler would not draw.
     """
-    if given.get("_class_name") != SCHEDULER:
+    if content.get("_class_name") != SCHEDULER:
         raise CheckpointError(
-            f"its scheduler is {given.get('_class_name')}, not that of consistency models, {SCHEDULER}"
+            f"its scheduler is {content.get('_class_name')}, not that of consistency models, {SCHEDULER}"
         )
-    config = _options(given, SCHEDULER_OPTIONS, SCHEDULER)
+    config = _options(content, SCHEDULER_OPTIONS, SCHEDULER)
     unmapped = Unmapped("sampler", len(config))
     for option in ("s_noise", "clip_denoised"):
         if config[option] != SCHEDULER_OPTIONS[option]:
@@ -240,13 +240,13 @@ def groups_of(network: UNetConfig) -> set[int]:
         return {module.num_groups for module in UNet(network).modules() if isinstance(module, GroupNorm)}
 
 
-def _options(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """``given`` over the defaults; those with an underscore are diffusers' own notes."""
-    options = {key: value for key, value in given.items() if not key.startswith("_")}
-    if unknown := options.keys() - known.keys():
-        named = "are no options" if len(unknown) > 1 else "is no option"
-        raise CheckpointError(f"{join_words(sorted(unknown))} {named} of {what} that cm-runtime knows")
-    return {**known, **options}
+def _options(content: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """``content`` over the defaults; those with an underscore are diffusers' own notes."""
+    options = {key: value for key, value in content.items() if not key.startswith("_")}
+    if unknown := options.keys() - defaults.keys():
+        verb = "are no options" if len(unknown) > 1 else "is no option"
+        raise CheckpointError(f"{join_words(sorted(unknown))} {verb} of {what} that cm-runtime knows")
+    return {**defaults, **options}
 
 
 def _levels(config: Mapping[str, Any], count: int, unmapped: Unmapped) -> tuple[list[bool], str]:

@@ -35,7 +35,7 @@ ENDS = {
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
 
 
-def to_ours(given: Mapping[str, Tensor], network: UNetConfig) -> dict[str, Tensor]:
+def to_ours(state_dict: Mapping[str, Tensor], network: UNetConfig) -> dict[str, Tensor]:
     """A UNet2DModel's state dict under our UNet's names.
 
     Raises CheckpointError listing the tensors, by their names, that are missing, extra or misshapen.
@@ -43,35 +43,37 @@ def to_ours(given: Mapping[str, Tensor], network: UNetConfig) -> dict[str, Tenso
     with torch.device("meta"):
         shapes = shapes_of(UNet(network))
     names = _tensors(network, shapes)
-    weights = {_modern(name): tensor for name, tensor in given.items()}
-    expected = {name: _cut(shapes[mine], mine, len(theirs)) for mine, theirs in names.items() for name in theirs}
-    check_tensors(expected, weights, "its tensors do not fit its config.json")
-    found = {}
+    weights = {_modern(name): tensor for name, tensor in state_dict.items()}
+    shapes_of_theirs = {
+        name: _cut(shapes[mine], mine, len(theirs)) for mine, theirs in names.items() for name in theirs
+    }
+    check_tensors(shapes_of_theirs, weights, "its tensors do not fit its config.json")
+    result = {}
     for mine, theirs in names.items():
         parts = [weights[name] for name in theirs]
-        found[mine] = (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shapes[mine])
-    return found
+        result[mine] = (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shapes[mine])
+    return result
 
 
 def to_theirs(weights: Mapping[str, Tensor], network: UNetConfig) -> dict[str, Tensor]:
     """Our UNet's state dict under a UNet2DModel's names; no two tensors share memory, which safetensors asks for."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    found = {}
+    result = {}
     for mine, theirs in _tensors(network, shapes).items():
         shape = _cut(shapes[mine], mine, len(theirs))
         for name, part in zip(theirs, weights[mine].chunk(len(theirs)), strict=True):
-            found[name] = part.reshape(shape).clone(memory_format=torch.contiguous_format)
-    return found
+            result[name] = part.reshape(shape).clone(memory_format=torch.contiguous_format)
+    return result
 
 
 def _tensors(network: UNetConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
     """For each of our tensors the one of theirs, or the three that are its equal parts."""
-    found = {}
+    result = {}
     for mine, theirs in _layers(network):
         for kind in ("weight", "bias"):
             if f"{mine}.{kind}" in shapes:
-                found[f"{mine}.{kind}"] = tuple(f"{name}.{kind}" for name in theirs)
-    return found
+                result[f"{mine}.{kind}"] = tuple(f"{name}.{kind}" for name in theirs)
+    return result
 
 
 def _layers(network: UNetConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -81,8 +83,8 @@ def _layers(network: UNetConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         for name, other in names.items():
             yield f"{mine}.{name}", tuple(f"{theirs}.{part}" for part in other.split())
 
-    def resampler(mine: str, theirs: str, own: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-        yield from inside(mine, theirs, RES if network.resample == "resblock" else {own: "conv"})
+    def resampler(mine: str, theirs: str, resampler_name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        yield from inside(mine, theirs, RES if network.resample == "resblock" else {resampler_name: "conv"})
 
     for mine, theirs in ENDS.items():
         yield mine, (theirs,)

@@ -25,7 +25,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """The checkpoint in ``path``: our ``.pt``, a flat state dict of OpenAI's, or a folder of diffusers'.
 
-    What an OpenAI file does not say may be told. precond: the preconditioning form, where no published name decides
+    What an OpenAI file does not say may be options. precond: the preconditioning form, where no published name decides
     it; head_channels: of an attention head, 64 in all published networks; image_size: in pixels, by default what makes
     the innermost feature map 8x8, as in all published networks; model_name: the published model that this is, as
     cd_imagenet64_l2, by default the one whose name the file has (a folder: after diffusers-).
@@ -37,28 +37,33 @@ def load_checkpoint(
     from cm_runtime.checkpoints import native as ours
 
     where = Path(path)
-    known = published.find(where) if model_name is None else published.named(model_name)
+    model = published.find(where) if model_name is None else published.find_by_name(model_name)
     is_folder = os.path.isdir(where)  # False for names that no file can have
     if is_folder and (run := where / "ckpt.pt").is_file() and not (where / "config.json").exists():
         raise CheckpointError(f"{where} is the folder of a training run: take its checkpoint, {run}")
     if is_folder:
         _refuse(where, "a diffusers folder", "its config.json", head_channels=head_channels, image_size=image_size)
-        return diffusers.read(where, precond, known)
+        return diffusers.read(where, precond, model)
     content = ours.load_safetensors(where) if where.suffix == ".safetensors" else ours.load_torch(where)
     if isinstance(content, Mapping) and content.get("format") == ours.FORMAT:
-        told = {"precond": precond, "head_channels": head_channels, "image_size": image_size, "model_name": model_name}
-        _refuse(where, "a cm-runtime checkpoint", "itself", **told)
+        options = {
+            "precond": precond,
+            "head_channels": head_channels,
+            "image_size": image_size,
+            "model_name": model_name,
+        }
+        _refuse(where, "a cm-runtime checkpoint", "itself", **options)
         return ours.parse_checkpoint(content, where)
     try:
         heads = openai.HEAD_CHANNELS if head_channels is None else head_channels
-        return openai.convert(content, where, known, precond, heads, image_size)
+        return openai.convert(content, where, model, precond, heads, image_size)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def _refuse(where: Path, what: str, source: str, **told: object) -> None:
+def _refuse(where: Path, what: str, source: str, **options: object) -> None:
     """Raises RequestError for the first option that was given."""
-    for name, value in told.items():
+    for name, value in options.items():
         if value is not None:
             option = name.replace("_", "-")
             raise RequestError(f"{where} is {what} and says its {option} {source}; leave --{option} out")

@@ -203,9 +203,9 @@ def _check_archive(path: Path, size: int) -> None:
     """Check a zip of torch's, and the pickle in it, before anything is built. Raises as `check_pickle`."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    claimed = sum(entry.file_size for entry in entries)
-    if claimed > size:  # torch stores without compression: anything else is a bomb
-        raise CheckpointError(f"{path} is not a torch checkpoint: it claims {claimed} bytes of content")
+    size_of_content = sum(entry.file_size for entry in entries)
+    if size_of_content > size:  # torch stores without compression: anything else is a bomb
+        raise CheckpointError(f"{path} is not a torch checkpoint: it claims {size_of_content} bytes of content")
     if any(entry.file_size > pickles.MOST_BYTES for entry in entries if entry.filename.endswith("data.pkl")):
         raise RefusedError(f"its pickle has over {pickles.MOST_BYTES} bytes")
     record = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")  # the one that torch.load reads
@@ -243,17 +243,17 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
-def check_tensors(expected: Mapping[str, tuple[int, ...]], weights: Any, complaint: str) -> None:
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], weights: Any, complaint: str) -> None:
     """Raises CheckpointError naming the tensors that are missing, extra, misshapen or not finite, the first five."""
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise CheckpointError("its weights are not a state dict")
-    wrong = [f"missing {name}" for name in expected if name not in weights]
-    wrong += [f"unexpected {name}" for name in weights if name not in expected]
+    wrong = [f"missing {name}" for name in shapes if name not in weights]
+    wrong += [f"unexpected {name}" for name in weights if name not in shapes]
     for name, tensor in weights.items():
-        if name not in expected:
+        if name not in shapes:
             continue
-        if tuple(tensor.shape) != expected[name]:
-            wrong.append(f"{name} is {tuple(tensor.shape)} and should be {expected[name]}")
+        if tuple(tensor.shape) != shapes[name]:
+            wrong.append(f"{name} is {tuple(tensor.shape)} and should be {shapes[name]}")
         elif not is_dense(tensor):
             wrong.append(f"{name} is not a dense tensor of floats")
         elif not bool(torch.isfinite(tensor).all()):

@@ -36,7 +36,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def convert(
     content: Any,
     where: Path,
-    known: Published | None,
+    model_card: Published | None,
     precond: Form | None,
     head_channels: int = HEAD_CHANNELS,
     image_size: int | None = None,
@@ -44,35 +44,37 @@ def convert(
     """The flat state dict ``content`` of the file ``where`` as a checkpoint; raises CheckpointError."""
     weights = _state_dict(content)
     network = infer({name: tuple(tensor.shape) for name, tensor in weights.items()}, head_channels, image_size)
-    form = published.form(known, precond)
+    form = published.form(model_card, precond)
     with torch.device("meta"):
-        expected = shapes_of(UNet(network))
-    check_tensors(expected, weights, "its tensors do not fit the network that they suggest")
+        shapes = shapes_of(UNet(network))
+    check_tensors(shapes, weights, "its tensors do not fit the network that they suggest")
     return Checkpoint(
         config=ModelConfig(
             network=network, precond=form, sigma_boundary=0.0 if form == "edm" else NoiseRange.sigma_min
         ),
         default_ema=EMA,
         ema={EMA: {f"F.{name}": tensor for name, tensor in weights.items()}},
-        training=published.summary(known, "openai"),
+        training=published.summary(model_card, "openai"),
         sha256=atomic.sha256(where),
-        sigmas=known.sigmas if known else {},
+        sigmas=model_card.sigmas if model_card else {},
     )
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
     """``content`` if it looks like one; raises CheckpointError naming what it holds instead."""
-    wanted = "neither a cm-runtime checkpoint nor a state dict of OpenAI's"
+    complaint = "neither a cm-runtime checkpoint nor a state dict of OpenAI's"
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{wanted}: it holds a {type(content).__name__}")
+        raise CheckpointError(f"{complaint}: it holds a {type(content).__name__}")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{wanted}: its {name} is a {type(value).__name__}, where tensors by name should be")
+            raise CheckpointError(
+                f"{complaint}: its {name} is a {type(value).__name__}, where tensors by name should be"
+            )
     if "conv_in.weight" in content and "time_embedding.linear_1.weight" in content:
         raise CheckpointError("these are the weights of a diffusers model; give the folder that diffusers saved")
     for name in ("time_embed.0.weight", "input_blocks.0.0.weight"):
         if name not in content:
-            raise CheckpointError(f"{wanted}: it has no {name}, but {next(iter(content), 'nothing at all')}")
+            raise CheckpointError(f"{complaint}: it has no {name}, but {next(iter(content), 'nothing at all')}")
     return dict(content)
 
 

@@ -61,33 +61,33 @@ def find(path: Path) -> Published | None:
     return MODELS.get(path.absolute().name.removeprefix("diffusers-").removesuffix(path.suffix))
 
 
-def named(name: str) -> Published:
+def find_by_name(name: str) -> Published:
     """The published model of that name; raises RequestError."""
     if name not in MODELS:
         raise RequestError(f"there is no published model {name!r}; they are {', '.join(MODELS)}")
     return MODELS[name]
 
 
-def form(known: Published | None, asked: Form | None) -> Form:
-    """The form that a published name decides, else the one asked for; raises CheckpointError where neither does."""
-    if known is not None:
-        if asked not in (None, known.precond):
-            raise CheckpointError(f"the published model of this name has the {known.precond} form, not {asked}")
-        return known.precond
-    if asked is None:
+def form(published: Published | None, precond: Form | None) -> Form:
+    """The form that a published name decides, else the one precond for; raises CheckpointError where neither does."""
+    if published is not None:
+        if precond not in (None, published.precond):
+            raise CheckpointError(f"the published model of this name has the {published.precond} form, not {precond}")
+        return published.precond
+    if precond is None:
         raise CheckpointError(
             "such a file does not say its preconditioning form: export it with --precond boundary (a consistency"
             " model), --precond edm, or --model-name and the published model that it is"
         )
-    return asked
+    return precond
 
 
-def summary(known: Published | None, source: str, N: int | None = None) -> TrainingSummary:
-    """What is known of an imported model's training. N: num_train_timesteps, where the file says it."""
-    if N is None and known is not None:
-        N = known.N
+def summary(published: Published | None, source: str, N: int | None = None) -> TrainingSummary:
+    """What is published of an imported model's training. N: num_train_timesteps, where the file says it."""
+    if N is None and published is not None:
+        N = published.N
     return TrainingSummary(
-        method=known.method if known else "unknown",
-        data=known.data if known else "unknown",
+        method=published.method if published else "unknown",
+        data=published.data if published else "unknown",
         config={"imported_from": source, **({"num_train_timesteps": N} if N else {})},
     )

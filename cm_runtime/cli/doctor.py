@@ -34,7 +34,7 @@ def doctor(
 
         typer.echo(f"{'auto':{WIDTH}} forgot {quantity(measurements.forget(), 'remembered choice')}")
         return
-    content = _examined()
+    content = _examine()
     if as_json:
         typer.echo(json.dumps(content, indent=2))
         return
@@ -50,7 +50,7 @@ def doctor(
             typer.echo(f"  {'install':{WIDTH - 2}} {install}")
 
 
-def _examined() -> dict[str, Any]:
+def _examine() -> dict[str, Any]:
     """All that doctor says, under the names of its lines."""
     import platform
 
@@ -60,11 +60,15 @@ def _examined() -> dict[str, Any]:
 
     packages = {purpose: {name: _version(name) for name in names} for purpose, names in PURPOSES.items()}
     install = {}
-    for purpose, found in packages.items():
-        if missing := dict.fromkeys(EXTRAS[name] for name, version in found.items() if not version and name in EXTRAS):
-            wanted = [next(iter(missing))] if purpose == "engines for a GPU" else missing  # either of them will do
-            install[purpose] = f"pip install 'cm-runtime[{','.join(wanted)}]'"
-            if "gpu" in wanted and has_cpu_runtime():  # the two builds are one module
+    for purpose, versions in packages.items():
+        if missing := dict.fromkeys(
+            EXTRAS[name] for name, version in versions.items() if not version and name in EXTRAS
+        ):
+            extras_to_install = (
+                [next(iter(missing))] if purpose == "engines for a GPU" else missing
+            )  # either of them will do
+            install[purpose] = f"pip install 'cm-runtime[{','.join(extras_to_install)}]'"
+            if "gpu" in extras_to_install and has_cpu_runtime():  # the two builds are one module
                 install[purpose] = f"pip uninstall -y onnxruntime && {install[purpose]}"
     if any(packages["engines for a GPU"].values()):
         install.pop("engines for a GPU", None)
@@ -74,14 +78,14 @@ def _examined() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": cores(),
         "gpu": _gpu(),
-        **_bundled(),
+        **_describe_bundled(),
         "warning": TWO_RUNTIMES if has_two_runtimes() else "",
         "packages": packages,
         "install": install,
     }
 
 
-def _bundled() -> dict[str, str]:
+def _describe_bundled() -> dict[str, str]:
     """How the bundled model would be drawn here."""
     from cm_runtime.backends import DEFAULT_MODEL, auto, auto_device, precisions
     from cm_runtime.errors import CmRuntimeError
@@ -91,11 +95,11 @@ def _bundled() -> dict[str, str]:
         manifest = read_manifest(DEFAULT_MODEL)
         question = auto.question(DEFAULT_MODEL, manifest, auto_device("auto"))
         words = f"the bundled model runs on {auto.explain(question)}"
-        able = ", ".join(f"{name}: {what}" for name, what in precisions().items())
+        precisions_in_words = ", ".join(f"{name}: {what}" for name, what in precisions().items())
     except CmRuntimeError as error:
         return {"auto": str(error), "precision": "", "model": ""}
     shape = "x".join(map(str, manifest.image_shape))
-    return {"auto": words, "precision": able, "model": f"the bundled model draws {shape} images"}
+    return {"auto": words, "precision": precisions_in_words, "model": f"the bundled model draws {shape} images"}
 
 
 def _version(package: str) -> str:
@@ -125,5 +129,5 @@ def _gpu() -> str:
     if not has_driver():
         return f"none: {NO_DRIVER}"
     rows = nvidia_smi("gpu", "name", "driver_version", "compute_cap")
-    told = [f"{name}, driver {driver}, compute capability {capability}" for name, driver, capability in rows]
-    return "; ".join(told) or "an NVIDIA driver is here, and nvidia-smi names no GPU"
+    lines = [f"{name}, driver {driver}, compute capability {capability}" for name, driver, capability in rows]
+    return "; ".join(lines) or "an NVIDIA driver is here, and nvidia-smi names no GPU"

@@ -57,7 +57,7 @@ def on_this_thread() -> Iterator[None]:
 def gpu() -> Gpu:
     """The GPU of the context; CUDA_VISIBLE_DEVICES chooses among several. Raises as `driver` does."""
     cuda = driver()
-    with failing("asking for the GPU"):
+    with wrap_errors("asking for the GPU"):
         device = cuda.Context.get_device()
         major, minor = device.compute_capability()
         return Gpu(device.name(), f"{major}.{minor}")
@@ -66,11 +66,11 @@ def gpu() -> Gpu:
 @cache
 def module() -> Any:
     """Our kernels on the GPU. Raises EngineError for a GPU or a driver that is too old for them."""
-    cuda, found = driver(), gpu()
-    if tuple(map(int, found.capability.split("."))) < LEAST_CAPABILITY:
+    cuda, device = driver(), gpu()
+    if tuple(map(int, device.capability.split("."))) < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
         raise EngineError(
-            f"{found.name} has compute capability {found.capability}; the kernels need {least} (Ampere) or newer"
+            f"{device.name} has compute capability {device.capability}; the kernels need {least} (Ampere) or newer"
         )
     try:
         return cuda.module_from_buffer(kernels.fatbin())
@@ -82,17 +82,17 @@ def module() -> Any:
                 f" {LEAST_DRIVER // 1000} (580 or newer)"
             ) from error
         raise EngineError(
-            f"{found.name} (compute capability {found.capability}) refused the kernels: {first_line(error)}"
+            f"{device.name} (compute capability {device.capability}) refused the kernels: {first_line(error)}"
         ) from error
 
 
 @contextmanager
-def failing(doing: str) -> Iterator[None]:
+def wrap_errors(action: str) -> Iterator[None]:
     """CUDA's errors as one line that says what failed; OutOfMemoryError for want of memory."""
     cuda = driver()
     try:
         yield
     except cuda.MemoryError as error:
-        raise OutOfMemoryError(f"CUDA has no memory left while {doing}: {first_line(error)}") from error
+        raise OutOfMemoryError(f"CUDA has no memory left while {action}: {first_line(error)}") from error
     except cuda.Error as error:
-        raise EngineError(f"CUDA failed while {doing}: {first_line(error)}") from error
+        raise EngineError(f"CUDA failed while {action}: {first_line(error)}") from error

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm_runtime.cuda.context import driver, failing, module
+from cm_runtime.cuda.context import driver, module, wrap_errors
 from cm_runtime.cuda.graph import Graph
 from cm_runtime.kernels.launches import Launch
 
@@ -20,9 +20,9 @@ class Device:
 
     def __init__(self) -> None:
         self._cuda = driver()
-        self._held: dict[str, tuple[Any, int]] = {}
+        self._arrays: dict[str, tuple[Any, int]] = {}
         self._functions: dict[str, Any] = {}
-        with failing("making a stream"):
+        with wrap_errors("making a stream"):
             self._stream = self._cuda.Stream()
 
     @property
@@ -37,20 +37,20 @@ class Device:
 
     def address(self, name: str, size: int) -> int:
         """Where ``name`` has at least ``size`` bytes, until it is asked to have more."""
-        held, capacity = self._held.get(name, (None, 0))
-        if held is None or capacity < size:
-            with failing(f"taking {size / 1e6:.1f} MB of GPU memory for {name}"):
+        memory, capacity = self._arrays.get(name, (None, 0))
+        if memory is None or capacity < size:
+            with wrap_errors(f"taking {size / 1e6:.1f} MB of GPU memory for {name}"):
                 self._stream.synchronize()  # nothing may be using what is freed
-                self._held.pop(name, None)
-                del held
-                held = self._cuda.mem_alloc(size)
-            self._held[name] = held, size
-        return int(held)
+                self._arrays.pop(name, None)
+                del memory
+                memory = self._cuda.mem_alloc(size)
+            self._arrays[name] = memory, size
+        return int(memory)
 
     def send(self, name: str, array: NDArray[Any]) -> int:
         """Copies a contiguous ``array`` to the GPU, in the stream's order, and returns its address there."""
         address = self.address(name, array.nbytes)
-        with failing(f"copying {name} to the GPU"):
+        with wrap_errors(f"copying {name} to the GPU"):
             self._cuda.memcpy_htod_async(address, array, self._stream)
         return address
 
@@ -58,39 +58,39 @@ class Device:
         """Copies ``name`` from the GPU when all before it in the stream is done; the array is the caller's."""
         array = np.empty(shape, dtype)
         address = self.address(name, array.nbytes)
-        with failing(f"computing {name}"):  # an asynchronous kernel's failure is seen here first
+        with wrap_errors(f"computing {name}"):  # an asynchronous kernel's failure is seen here first
             self._cuda.memcpy_dtoh_async(array, address, self._stream)
             self._stream.synchronize()
         return array
 
     def take(self, size: int) -> Any:
         """Memory of its own, freed with what is returned; int() of that is its address."""
-        with failing(f"taking {size / 1e6:.1f} MB of GPU memory"):
+        with wrap_errors(f"taking {size / 1e6:.1f} MB of GPU memory"):
             return self._cuda.mem_alloc(size)
 
     def clear(self, address: int, size: int) -> None:
         """``size`` bytes, a multiple of 4, become 0 in the stream's order."""
-        with failing("clearing memory"):
+        with wrap_errors("clearing memory"):
             self._cuda.memset_d32_async(address, 0, size // 4, self._stream)
 
     def put(self, address: int, array: NDArray[Any]) -> None:
         """Copies a contiguous array to the GPU in the stream's order, until when a pinned one must stay as it is."""
-        with failing("copying to the GPU"):
+        with wrap_errors("copying to the GPU"):
             self._cuda.memcpy_htod_async(address, array, self._stream)
 
     def move(self, to: int, address: int, size: int) -> None:
         """Copies from one place of the GPU to another in the stream's order."""
-        with failing("copying on the GPU"):
+        with wrap_errors("copying on the GPU"):
             self._cuda.memcpy_dtod_async(to, address, size, self._stream)
 
     def finish(self) -> None:
         """Waits for all there is on the GPU, copies that leave included. Raises EngineError where it failed."""
-        with failing("computing"):
+        with wrap_errors("computing"):
             self._cuda.Context.synchronize()
 
     def launch(self, work: Launch) -> None:
         """Puts one of our kernels in the stream. Raises EngineError."""
-        with failing(f"launching {work.kernel}"):
+        with wrap_errors(f"launching {work.kernel}"):
             function = self._functions.get(work.kernel)
             if function is None:
                 function = self._functions[work.kernel] = module().get_function(work.kernel)
@@ -102,9 +102,9 @@ class Device:
         """What ``body`` puts in the stream, as a graph."""
         return Graph(self.stream, body)
 
-    def pinned(self, size: int) -> NDArray[np.uint8]:
+    def pin(self, size: int) -> NDArray[np.uint8]:
         """Bytes of the host that the GPU copies to and from by itself."""
-        with failing(f"pinning {size / 1e6:.1f} MB of memory"):
+        with wrap_errors(f"pinning {size / 1e6:.1f} MB of memory"):
             return self._cuda.pagelocked_empty(size, np.uint8)  # type: ignore[no-any-return]
 
 
@@ -116,8 +116,8 @@ class Leaving:
         self._device = device
         self._size = size
         self._memory = device.take(size)
-        self._pinned = device.pinned(size)
-        with failing("making a stream"):
+        self._pinned = device.pin(size)
+        with wrap_errors("making a stream"):
             self._stream = self._cuda.Stream()
             self._is_ready, self._is_done = self._cuda.Event(), self._cuda.Event()
         self._is_pending = False
@@ -127,7 +127,7 @@ class Leaving:
         if self._is_pending:
             raise AssertionError("the last copy has not been waited for")
         self._device.move(int(self._memory), address, self._size)
-        with failing("copying images to the host"):
+        with wrap_errors("copying images to the host"):
             self._is_ready.record(self._device.queue)
             self._stream.wait_for_event(self._is_ready)
             self._cuda.memcpy_dtoh_async(self._pinned, int(self._memory), self._stream)
@@ -136,7 +136,7 @@ class Leaving:
 
     def wait(self) -> NDArray[np.uint8]:
         """The bytes when they are there, to be read before the next `start`. Failures of all before are seen here."""
-        with failing("computing images"):
+        with wrap_errors("computing images"):
             self._is_done.synchronize()
         self._is_pending = False
         return self._pinned

@@ -20,8 +20,8 @@ class Graph:
         self._runtime = runtime()
         self._stream = stream
         self._executable: Any = None
-        relaxed = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", stream, relaxed)
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
         try:
             body()
         except BaseException:

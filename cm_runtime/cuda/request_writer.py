@@ -24,7 +24,7 @@ class RequestWriter:
     def __init__(self, engine: Engine, device: Device, layout: Layout, addresses: Mapping[str, int]) -> None:
         self._device, self._layout, self._addresses = device, layout, addresses
         self._manifest, self._graph = engine.manifest, engine.graph
-        self._pinned = device.pinned(layout.parameters.size)
+        self._pinned = device.pin(layout.parameters.size)
         self._arrays: dict[str, Array] = {}
 
     def write(self, request: Request, first: int, labels: NDArray[np.int64] | None, noise: Array | None) -> None:

@@ -56,8 +56,8 @@ def _module(index: int) -> Any:
     """Our kernels in the current context. Raises EngineError for a GPU or a driver that is too old for them."""
     capability = torch.cuda.get_device_capability(index)
     if capability < LEAST_CAPABILITY:
-        found, least = (".".join(map(str, each)) for each in (capability, LEAST_CAPABILITY))
-        raise EngineError(f"cuda:{index} has compute capability {found}; the kernels need {least} (Ampere) or newer")
+        actual, least = (".".join(map(str, each)) for each in (capability, LEAST_CAPABILITY))
+        raise EngineError(f"cuda:{index} has compute capability {actual}; the kernels need {least} (Ampere) or newer")
     try:
         return _call("cuModuleLoadData", kernels.fatbin())
     except EngineError as error:

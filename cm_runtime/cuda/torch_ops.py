@@ -35,7 +35,7 @@ from cm_runtime.precond import Precond, precond
 TYPES: dict[torch.dtype, Type] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def signed(number: int) -> int:
+def as_signed(number: int) -> int:
     """The int64 that has the 64 bits of a seed or a sample's number, 0..2^64-1."""
     return (number + 2**63) % 2**64 - 2**63
 
@@ -102,7 +102,7 @@ def _first_noise_cuda(
 ) -> tuple[Tensor, Tensor]:
     images = _check_noise(_batch("like", like), like, z, draw)
     x, x_in = torch.empty_like(like, dtype=torch.float32), torch.empty_like(like)
-    level, request = _written(like, torch.float32, 0, 0, sigma, c_in), _written(like, torch.int64, seed, first)
+    level, request = _table(like, torch.float32, 0, 0, sigma, c_in), _table(like, torch.int64, seed, first)
     at = Arrays(request.data_ptr(), level.data_ptr(), _address("z", z), x=x.data_ptr(), x_in=x_in.data_ptr())
     launch(launches.first_noise(images, at, draw), like.device)
     return x, x_in
@@ -132,7 +132,7 @@ def step(
     z: (N, C, H, W) float32, contiguous, or None to draw it.
     """
     _check_noise(_pair(x, F), F, z, draw)
-    x_next = _denoised(x, F, c_skip, c_out, clip).add_(_noise(x, z, seed, first, draw), alpha=renoise)
+    x_next = _check_denoised(x, F, c_skip, c_out, clip).add_(_noise(x, z, seed, first, draw), alpha=renoise)
     return x_next, torch.empty_like(F).copy_(x_next * c_in)
 
 
@@ -151,7 +151,7 @@ def _step_cuda(
 ) -> tuple[Tensor, Tensor]:
     images = _check_noise(_pair(x, F), F, z, draw)
     x_next, x_in = torch.empty_like(x), torch.empty_like(F)
-    level, request = _written(x, torch.float32, c_skip, c_out, renoise, c_in), _written(x, torch.int64, seed, first)
+    level, request = _table(x, torch.float32, c_skip, c_out, renoise, c_in), _table(x, torch.int64, seed, first)
     flag = x.new_empty(1, dtype=torch.int32)
     at = Arrays(
         request.data_ptr(),
@@ -176,13 +176,13 @@ def _step_fake(x: Tensor, F: Tensor, z: Tensor | None, *_: float) -> tuple[Tenso
 def finish(x: Tensor, F: Tensor, c_skip: float, c_out: float) -> Tensor:
     """clamp(c_skip x + c_out F) as uint8 (N, H, W, C)."""
     _pair(x, F)
-    grey = _denoised(x, F, c_skip, c_out, True).add_(1).mul_(127.5).round_()
+    grey = _check_denoised(x, F, c_skip, c_out, True).add_(1).mul_(127.5).round_()
     return _bytes(x).copy_(grey.permute(0, 2, 3, 1))
 
 
 def _finish_cuda(x: Tensor, F: Tensor, c_skip: float, c_out: float) -> Tensor:
     images = _pair(x, F)
-    made, flag, level = _bytes(x), x.new_empty(1, dtype=torch.int32), _written(x, torch.float32, c_skip, c_out, 0, 0)
+    made, flag, level = _bytes(x), x.new_empty(1, dtype=torch.int32), _table(x, torch.float32, c_skip, c_out, 0, 0)
     addresses = {"level": level, "x": x, "F": F, "bytes": made, "not_finite": flag}
     at = Arrays(**{name: tensor.data_ptr() for name, tensor in addresses.items()})
     launch(launches.finish(images, at), x.device)
@@ -250,7 +250,7 @@ for _op, _cuda, _fake in (
 def _batch(name: str, images: Tensor) -> Images:
     if images.dim() != 4 or images.numel() == 0 or images.dtype not in TYPES:
         wanted = "images (N, C, H, W) in float32, float16 or bfloat16"
-        raise RequestError(f"{name} must be {wanted}, not {_described(images.shape, images.dtype, images.device)}")
+        raise RequestError(f"{name} must be {wanted}, not {_describe(images.shape, images.dtype, images.device)}")
     n, c, h, w = images.shape
     if images.is_contiguous():
         return Images(n, c, h, w, TYPES[images.dtype], "nchw")
@@ -305,11 +305,11 @@ def _check_plain(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.d
 
 def _check(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device:
-        found = _described(tensor.shape, tensor.dtype, tensor.device)
-        raise RequestError(f"{name} must be {_described(shape, dtype, device)}, not {found}")
+        found = _describe(tensor.shape, tensor.dtype, tensor.device)
+        raise RequestError(f"{name} must be {_describe(shape, dtype, device)}, not {found}")
 
 
-def _described(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+def _describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
     return f"{tuple(shape)} {str(dtype).removeprefix('torch.')} on {device}"
 
 
@@ -320,7 +320,7 @@ def _form(sigma_data: float, sigma_boundary: float) -> Precond:
     return precond("boundary" if sigma_boundary else "edm", sigma_data, sigma_boundary)
 
 
-def _denoised(x: Tensor, F: Tensor, c_skip: float, c_out: float, clip: bool) -> Tensor:
+def _check_denoised(x: Tensor, F: Tensor, c_skip: float, c_out: float, clip: bool) -> Tensor:
     """clamp(c_skip x + c_out F), float32, in memory of its own."""
     x0 = x.clone().mul_(c_skip).add_(F, alpha=c_out)
     return x0.nan_to_num_(-1, 1, -1).clamp_(-1, 1) if clip else x0  # what is no number is -1, as in fmaxf
@@ -339,7 +339,7 @@ def _bytes(x: Tensor) -> Tensor:
     return x.new_empty((n, h, w, c), dtype=torch.uint8)
 
 
-def _written(beside: Tensor, dtype: torch.dtype, *numbers: float) -> Tensor:
+def _table(beside: Tensor, dtype: torch.dtype, *numbers: float) -> Tensor:
     """Numbers in memory of the GPU, by fills: a copy from the host would wait, and no graph could capture it."""
     made = beside.new_empty(len(numbers), dtype=dtype)
     for place, number in zip(made, numbers, strict=True):

@@ -67,9 +67,9 @@ def _flush() -> None:
 
 def _explain(error: Exception) -> str:
     """The error in one line."""
-    said = one_line(str(error))
+    text = one_line(str(error))
     if isinstance(error, CmRuntimeError):
-        return said
+        return text
     if isinstance(error, MemoryError):
         return "not enough memory for this; lower the micro-batch or the batch"
     if isinstance(error, OSError):
@@ -77,10 +77,10 @@ def _explain(error: Exception) -> str:
         where = "standard output" if _is_of_printing(error) else error.filename
         return one_line(reason if where is None else f"{_name(where)}: {reason}")
     if isinstance(error, RecursionError):
-        return f"something is nested too deeply ({said}); --debug shows where"
+        return f"something is nested too deeply ({text}); --debug shows where"
     if isinstance(error, ImportError):
-        return f"a package cannot be imported: {said}; --debug shows where"
-    return f"unexpected error: {type(error).__name__}: {said}; this is a fault of cm-runtime: --debug shows where"
+        return f"a package cannot be imported: {text}; --debug shows where"
+    return f"unexpected error: {type(error).__name__}: {text}; this is a fault of cm-runtime: --debug shows where"
 
 
 def _is_of_printing(error: OSError) -> bool:

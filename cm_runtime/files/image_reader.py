@@ -42,7 +42,7 @@ def read(file: Path, channels: int, size: tuple[int, int] | None = None) -> NDAr
     size: (H, W) it is fitted to, see `fitted`. Raises DataError for what is no picture, is damaged, transparent,
     animated, over 2^26 pixels, not of 8 bits, a JPEG of over 100 scans, or of colours that cannot be converted.
     """
-    with _opened(file) as unread, _opened(file) as stored:
+    with _open(file) as unread, _open(file) as stored:
         unread.verify()  # a PNG's checksums, which decoding skips; makes the object unusable
         if stored.format in ("JPEG", "MPO"):
             with streams.open_file(file, DataError, MAX_BYTES) as content:
@@ -58,13 +58,13 @@ def read(file: Path, channels: int, size: tuple[int, int] | None = None) -> NDAr
 
 def is_grey(file: Path) -> bool:
     """Return True if the file stores grey. Raises DataError."""
-    with _opened(file) as image:
+    with _open(file) as image:
         return image.mode in GREY
 
 
 def size_of(file: Path) -> tuple[int, int]:
     """(H, W) of the picture as it is shown, its EXIF rotation applied. Raises DataError."""
-    with _opened(file) as image:
+    with _open(file) as image:
         is_turned = image.getexif().get(ORIENTATION, 1) in TURNED
         return (image.width, image.height) if is_turned else (image.height, image.width)
 
@@ -81,7 +81,7 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
+def _open(file: Path) -> Iterator[Image.Image]:
     """The file's header read, its size and mode checked; no pixel is decoded yet.
 
     Whatever a decoder raises in the block becomes a DataError, and nobody hears its warnings.

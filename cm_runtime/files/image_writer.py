@@ -101,7 +101,7 @@ def _text_of_npz(path: Path) -> str:
     return str(np.frombuffer(data, dtype, 1, head.tell())[0])
 
 
-def encoded(picture: NDArray[np.uint8]) -> bytes:
+def encode_png(picture: NDArray[np.uint8]) -> bytes:
     """(H,W,C) uint8 as a PNG file's bytes; C must be 1 or 3."""
     file = io.BytesIO()
     _pillow(picture).save(file, format="PNG", compress_level=6)
@@ -140,13 +140,13 @@ class NpzWriter:
         self._count = 0
 
     def __enter__(self) -> Self:
-        with ExitStack() as opened:
-            temporary = opened.enter_context(atomic.write(self._path))
-            self._archive = opened.enter_context(zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED))
-            self._array = opened.enter_context(self._archive.open("arr_0.npy", "w", force_zip64=True))
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic.write(self._path))
+            self._archive = stack.enter_context(zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED))
+            self._array = stack.enter_context(self._archive.open("arr_0.npy", "w", force_zip64=True))
             header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": self._shape}
             np.lib.format.write_array_header_1_0(self._array, header)
-            self._opened = opened.pop_all()
+            self._stack = stack.pop_all()
         return self
 
     def write(self, images: NDArray[Any], labels: NDArray[np.int64] | None) -> None:
@@ -160,9 +160,9 @@ class NpzWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._opened.__exit__(kind, error, trace)
+            self._stack.__exit__(kind, error, trace)
             return
-        with self._opened:
+        with self._stack:
             if self._count != self._shape[0]:
                 raise ValueError(f"{self._count} of {quantity(self._shape[0], 'image')} were written")
             self._array.close()

@@ -41,17 +41,17 @@ def read(paths: Sequence[Path], channels: int, sizes: Sequence[tuple[int, int]])
     labels: list[int] | None = []
     for path in paths:
         if path.suffix.lower() == ".npz":
-            images, own = _arrays(path, channels, sizes)
+            images, file_labels = _arrays(path, channels, sizes)
             names += [f"{path.stem}-{n}" for n in range(len(images))]
         else:
             size = next((size for size in sizes[1:] if image_reader.size_of(path) == size), sizes[0])
-            images, own = image_reader.read(path, channels, size)[None], None
+            images, file_labels = image_reader.read(path, channels, size)[None], None
             names.append(path.stem)
         if parts and images.shape[1:] != parts[0].shape[1:]:
             (h, w), (height, width) = images.shape[1:3], parts[0].shape[1:3]
             raise data_error(path, f"is taken as {w}x{h}, but {paths[0].name} as {width}x{height}", "edit them apart")
         parts.append(images)
-        labels = None if labels is None or own is None else labels + own
+        labels = None if labels is None or file_labels is None else labels + file_labels
         if len(names) > MOST:
             raise RequestError(f"at most {MOST} images are edited at once")
     if not parts:
@@ -67,12 +67,12 @@ def read_mask(path: Path, paths: Sequence[Path], size: tuple[int, int]) -> NDArr
     It has the size of the pictures in ``paths``, and is fitted as they are, or that of the model's images. Raises
     DataError.
     """
-    own = image_reader.size_of(path)
+    file_labels = image_reader.size_of(path)
     for each in paths:
-        if own != size and (each.suffix.lower() == ".npz" or image_reader.size_of(each) != own):
+        if file_labels != size and (each.suffix.lower() == ".npz" or image_reader.size_of(each) != file_labels):
             high, wide = size if each.suffix.lower() == ".npz" else image_reader.size_of(each)
             cure = f"make it {size[1]}x{size[0]}, as the model's images, or as {each.name}"
-            raise data_error(path, f"is {own[1]}x{own[0]}, but {each.name} is {wide}x{high}", cure)
+            raise data_error(path, f"is {file_labels[1]}x{file_labels[0]}, but {each.name} is {wide}x{high}", cure)
     hole: NDArray[np.bool_] = image_reader.read(path, 1, size)[..., 0] >= WHITE
     return hole
 
@@ -99,8 +99,8 @@ def _arrays(path: Path, channels: int, sizes: Sequence[tuple[int, int]]) -> tupl
         member = npz.header(archive, archive.getinfo("arr_0.npy"), path)
         shape, kind = member.shape, member.dtype.newbyteorder("=")
         if len(shape) != 4 or kind not in (np.uint8, np.float32) or shape[3] != channels or shape[1:3] not in sizes:
-            wanted = " or ".join(f"(N, {h}, {w}, {channels})" for h, w in sizes)
-            raise data_error(path, f"arr_0 is {member.dtype} {shape}", f"give {wanted}, uint8 or float32")
+            shapes = " or ".join(f"(N, {h}, {w}, {channels})" for h, w in sizes)
+            raise data_error(path, f"arr_0 is {member.dtype} {shape}", f"give {shapes}, uint8 or float32")
         if shape[0] > MOST:
             raise data_error(path, f"holds {quantity(shape[0], 'image')}", f"at most {MOST} are edited at once")
         images = npz.array(archive, member, path)

@@ -65,10 +65,10 @@ def header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Membe
     with archive.open(info) as stream:
         head = io.BytesIO(read_up_to(stream, HEADER, path))
     try:
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(head)]
+        parse = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(head)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy remarks on headers that Python 2 wrote
-            shape, fortran_order, dtype = read(head)
+            shape, fortran_order, dtype = parse(head)
     except Exception as error:  # the parser of Python literals raises whatever it trips over
         wrong = f"{info.filename} has no npy header of version 1 or 2 ({error})"
         raise data_error(path, wrong, "write it with numpy.savez") from error

@@ -55,16 +55,16 @@ def fields(file: BinaryIO, end: int, most: int | None = None) -> Iterator[Field]
 
 def read_entry(entry: bytes) -> tuple[str, bytes]:
     """A string map's entry, as onnx.StringStringEntryProto: key is field 1, value is field 2. Raises MalformedError."""
-    found = {1: b"", 2: b""}
+    entry_fields = {1: b"", 2: b""}
     file = io.BytesIO(entry)
     for field in fields(file, len(entry), 8):
-        found[field.number] = file.read(field.length)
-    return found[1].decode(errors="replace"), found[2]
+        entry_fields[field.number] = file.read(field.length)
+    return entry_fields[1].decode(errors="replace"), entry_fields[2]
 
 
 def write_entry(number: int, key: str, value: bytes) -> bytes:
     """The same as field ``number`` of a message, tag and length included."""
-    return _delimited(number, _delimited(1, key.encode()) + _delimited(2, value))
+    return _delimit(number, _delimit(1, key.encode()) + _delimit(2, value))
 
 
 def write_head(number: int, length: int) -> bytes:
@@ -72,7 +72,7 @@ def write_head(number: int, length: int) -> bytes:
     return _number(number << 3 | _DELIMITED) + _number(length)
 
 
-def _delimited(number: int, payload: bytes) -> bytes:
+def _delimit(number: int, payload: bytes) -> bytes:
     return write_head(number, len(payload)) + payload
 
 

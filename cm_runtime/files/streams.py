@@ -49,11 +49,11 @@ def regular(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int
             large, or cannot be reached.
     """
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError) as wrong:  # ValueError: a name with a NUL
         raise error(_unreadable(path, wrong)) from wrong
-    _check(path, found, error, most)
-    return found
+    _check(path, status, error, most)
+    return status
 
 
 @contextmanager
@@ -100,11 +100,11 @@ def exists(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def _check(path: str | os.PathLike[str], found: os.stat_result, error: type[CmRuntimeError], most: int | None) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise error(f"{path}: is {KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}, not a regular file")
-    if most is not None and found.st_size > most:
-        raise error(f"{path}: has {found.st_size} bytes, more than the {most} that such a file has at most")
+def _check(path: str | os.PathLike[str], status: os.stat_result, error: type[CmRuntimeError], most: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path}: is {KINDS.get(stat.S_IFMT(status.st_mode), 'no file')}, not a regular file")
+    if most is not None and status.st_size > most:
+        raise error(f"{path}: has {status.st_size} bytes, more than the {most} that such a file has at most")
 
 
 def _unreadable(path: str | os.PathLike[str], wrong: OSError | ValueError) -> str:
@@ -136,15 +136,15 @@ def open_stream(path: Path) -> io.BufferedIOBase:
     return path.open("rb")
 
 
-def most_inflated(packed: int) -> int:
-    """Bytes that ``packed`` compressed ones may grow to: 2^28, or a hundred times as many up to 2^31."""
-    return min(max(USUAL_INFLATED, USUAL_RATIO * packed), MAX_INFLATED)
+def most_inflated(compressed_size: int) -> int:
+    """Bytes that ``compressed_size`` compressed ones may grow to: 2^28, or a hundred times as many up to 2^31."""
+    return min(max(USUAL_INFLATED, USUAL_RATIO * compressed_size), MAX_INFLATED)
 
 
 def read_up_to(stream: Readable, count: int, path: Path) -> bytearray:
     """At most ``count`` bytes of ``stream``, fewer only at its end; memory grows with what is really there.
 
-    Ask for one byte more than is wanted to learn that nothing follows, which also makes gzip and xz check
+    Ask for one byte more than is size_limit to learn that nothing follows, which also makes gzip and xz check
     their checksums. ``path`` names the file in the DataError that damaged compression raises.
     """
     data = bytearray()
@@ -162,13 +162,13 @@ class CappedStream(io.RawIOBase):
     def __init__(self, stream: Readable, limit: int, path: Path) -> None:
         """``path`` names the file in errors."""
         super().__init__()
-        self._stream, self._left, self._limit, self._path = stream, limit, limit, path
+        self._stream, self._rest, self._limit, self._path = stream, limit, limit, path
 
     def read(self, size: int = -1) -> bytes:
         """As ``io.RawIOBase.read``; raises DataError past the limit and on damaged compression."""
-        wanted = self._left + 1 if size < 0 else min(size, self._left + 1)
-        data = read_up_to(self._stream, wanted, self._path)
-        self._left -= len(data)
-        if self._left < 0:
+        size_limit = self._rest + 1 if size < 0 else min(size, self._rest + 1)
+        data = read_up_to(self._stream, size_limit, self._path)
+        self._rest -= len(data)
+        if self._rest < 0:
             raise data_error(self._path, f"unpacks to more than {self._limit} bytes", "fetch the original again")
         return bytes(data)

@@ -30,7 +30,7 @@ from cm_runtime.errors.reasons import system_reason
 from cm_runtime.errors.wording import quantity
 from cm_runtime.extras import require
 from cm_runtime.files import atomic, npz, streams
-from cm_runtime.files.image_writer import NpzWriter, encoded
+from cm_runtime.files.image_writer import NpzWriter, encode_png
 from cm_runtime.request import Output
 from cm_runtime.sampling import Batch
 
@@ -112,7 +112,7 @@ def _pictures(part: Batch) -> Iterator[tuple[int, bytes, int | None]]:
     """Index, PNG and label of each image."""
     labels = [None] * len(part.index) if part.labels is None else part.labels.tolist()
     for index, image, label in zip(part.index.tolist(), part.images, labels, strict=True):
-        yield index, encoded(image), label
+        yield index, encode_png(image), label
 
 
 def _key(index: int) -> str:

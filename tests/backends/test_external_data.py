@@ -84,20 +84,20 @@ def test_no_address_lies_outside_of_the_data_file(linked: Callable[[str], Path],
     tensor = next(each for each in graph.graph.initializer if each.external_data)
     next(entry for entry in tensor.external_data if entry.key == key).value = value
     path.write_bytes(graph.SerializeToString())
-    data = external_data.linked(external_data.data_file(path, read_manifest(path)))
+    data = external_data.map_link(external_data.data_file(path, read_manifest(path)))
     assert data is not None
     with pytest.raises(ArtifactError, match="damaged or cut short"):
-        external_data.addressed(path, data)
+        external_data.embed_addresses(path, data)
 
 
 def test_only_the_places_of_weights_are_rewritten(linked: Callable[[str], Path]) -> None:
     """The onnx package reads the same model, and each address holds the tensor's own bytes."""
     path = linked("data alone")
-    data = external_data.linked(external_data.data_file(path, read_manifest(path)))
+    data = external_data.map_link(external_data.data_file(path, read_manifest(path)))
     assert data is not None
     plain, changed = (
         onnx.load(path, load_external_data=False),
-        onnx.load_from_string(external_data.addressed(path, data)),
+        onnx.load_from_string(external_data.embed_addresses(path, data)),
     )
     for before, after in zip(plain.graph.initializer, changed.graph.initializer, strict=True):
         old, new = ({entry.key: entry.value for entry in each.external_data} for each in (before, after))

@@ -13,7 +13,7 @@ import pytest
 
 from cm_runtime.backends import ort as ort_module
 from cm_runtime.backends.base import EngineOptions
-from cm_runtime.backends.ort import Bound, OrtBackend
+from cm_runtime.backends.ort import MemoryBinding, OrtBackend
 from cm_runtime.cuda import sampler
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
 
@@ -142,7 +142,7 @@ import os, sys
 import onnxruntime
 from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends import ort as ort_module
-from cm_runtime.backends.ort import Bound, OrtBackend
+from cm_runtime.backends.ort import MemoryBinding, OrtBackend
 before = len(os.listdir("/proc/self/task"))
 backend = OrtBackend(sys.argv[1], options=EngineOptions(device="cpu", threads=int(sys.argv[2])))
 print(len(os.listdir("/proc/self/task")) - before)
@@ -249,7 +249,7 @@ def test_bound_inputs_and_outputs_compute_the_same(backend: OrtBackend) -> None:
     for n in (1, 3, 7):
         x, sigma, label = (np.random.default_rng(n).standard_normal((n, 3, 8, 8)), np.full(n, 2.0), np.arange(n) % 5)
         feed = {"x": x.astype(np.float32), "sigma": sigma.astype(np.float32), "label": label}
-        bound = Bound(backend._session, feed, ["denoised"], "cpu", 1)
+        bound = MemoryBinding(backend._session, feed, ["denoised"], "cpu", 1)
         (first,) = bound.run(feed)
         assert np.array_equal(first, backend.evaluate(feed))
         other = feed | {"x": feed["x"] * np.float32(0.5)}
@@ -268,7 +268,7 @@ def test_memory_is_kept_for_a_few_batch_sizes_and_graphs_are_numbered_apart(
         def __init__(self, session: object, feed: Any, output: str, device: str, number: int) -> None:
             made.append((len(feed["x"]), number))
 
-    monkeypatch.setattr(ort_module, "Bound", Recorded)
+    monkeypatch.setattr(ort_module, "MemoryBinding", Recorded)
     for n in (1, 2, 1, 3, 4, 1, 5, 2, 1):
         backend._binding({"x": np.zeros((n, 3, 8, 8), np.float32)})
     assert made == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (2, 6)]  # 2 was the longest unused when 5 came

@@ -29,7 +29,7 @@ SPACING = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0
 LEAST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}  # of subnormals
 FORM = precond("boundary")
 C_SKIP, C_OUT, C_IN = (float(c(np.float64(1.5))) for c in (FORM.c_skip, FORM.c_out, FORM.c_in))
-SEED, FIRST = torch_ops.signed(2**64 - 5), torch_ops.signed(2**63 - 1)
+SEED, FIRST = torch_ops.as_signed(2**64 - 5), torch_ops.as_signed(2**63 - 1)
 
 every_type = pytest.mark.parametrize("type", TYPES.values(), ids=TYPES)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -181,7 +181,7 @@ def test_scale_and_shift_and_silu_and_eps_arrive() -> None:
 def test_seeds_and_numbers_of_samples_are_64_bits(run: Callable[..., Any], seed: int, first: int) -> None:
     """A step of an f that is 0, renoised by 1, is its noise."""
     zeros = torch.zeros(3, 3, 7, 5)
-    bits = torch_ops.signed(seed), torch_ops.signed(first)
+    bits = torch_ops.as_signed(seed), torch_ops.as_signed(first)
     wanted = noise.normal(seed, [first, first + 1, first + 2], 1, (3, 7, 5))
     x_next, _ = run("step", zeros, zeros, None, 1.0, 1.0, 1.0, 1.0, True, *bits, 1)
     assert np.abs(x_next.numpy() - wanted).max() < 1e-5
