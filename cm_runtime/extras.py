@@ -84,7 +84,7 @@ def distribution_version(name: str) -> str:
 
 
 def require(package: str, what: str) -> ModuleType:
-    """Imports ``package``; where it is not installed, MissingExtraError names the pip command ``what`` needs."""
+    """Import ``package``; where it is not installed, MissingExtraError names the pip command ``what`` needs."""
     if package in PRIVACY:
         os.environ.update(privacy(package))
     try:
@@ -96,7 +96,7 @@ def require(package: str, what: str) -> ModuleType:
 
 
 def has(package: str) -> bool:
-    """Whether ``package`` is installed; it is not imported."""
+    """Return True if ``package`` is installed; it is not imported."""
     if package in sys.modules:
         return sys.modules[package] is not None
     try:

@@ -79,7 +79,7 @@ def check_plain(value: Any) -> None:
 
 
 class TrainingSummary(Record):
-    """How a model came to be; ``method`` edm means a teacher, which few steps cannot sample. None: not known."""
+    """Origin of a model; ``method`` edm means a teacher, which few steps cannot sample. None: not known."""
 
     method: str
     data: str
@@ -96,7 +96,7 @@ class TrainingSummary(Record):
 
 
 class Parity(Record):
-    """How far an export was from its float32 torch model when it was made, and on what that was measured.
+    """Distance of an export from its float32 torch model when it was made, and the inputs it was measured on.
 
     Of a sampler graph it is the images that are compared, and ``sigmas`` are its own.
     """
@@ -109,7 +109,29 @@ class Parity(Record):
 
 
 class Manifest(Record):
-    """What an exported file is; unknown keys are refused."""
+    """Contents and origin of an exported file; unknown keys are refused.
+
+    Attributes:
+        format_version: of the manifest.
+        graph: denoiser (f), network (F) or sampler (the whole loop).
+        image_shape: (C, H, W).
+        num_classes: 0 for a model without labels.
+        precond: boundary (consistency models) or edm (teachers).
+        sigma_min: noise level that images are taken to hold.
+        sigma_max: noise level of the first step.
+        sigma_data: standard deviation of the data.
+        sigma_boundary: level at which f is the identity.
+        rho: of the noise levels' grid.
+        sigmas: tuned levels by the number of steps; of a sampler graph, its own.
+        precision: of the graph's types.
+        parity: distance from the checkpoint, measured at export.
+        source_sha256: of the checkpoint.
+        training: origin of the weights, if known.
+        data_file: name of the file of the weights; empty where they are inside.
+
+    Raises:
+        ValidationError: A field is unknown, missing or out of range.
+    """
 
     format_version: Literal[1] = 1
     graph: GraphKind
@@ -174,7 +196,7 @@ class Manifest(Record):
 
     @property
     def steps(self) -> int:
-        """How many evaluations a sampler graph unrolls."""
+        """Number of evaluations that a sampler graph unrolls."""
         (steps,) = self.sigmas
         return steps
 
@@ -199,9 +221,16 @@ def parse_manifest(text: str | bytes, where: str | os.PathLike[str]) -> Manifest
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of an ``.onnx`` file that cm-runtime exported.
+    """Read the manifest of an ``.onnx`` that cm-runtime exported.
 
-    Raises ArtifactError when the file is missing, truncated, not ONNX, or without our manifest.
+    Args:
+        path: the file; its weights are not read.
+
+    Returns:
+        The checked manifest.
+
+    Raises:
+        ArtifactError: The file is missing, truncated, not ONNX, or without a manifest.
     """
     where = Path(path)
     try:

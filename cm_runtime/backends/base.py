@@ -26,7 +26,17 @@ NETWORK_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Engine and hardware of a model, as `load` explains them. Raises RequestError for what no engine takes."""
+    """Engine and hardware of a model.
+
+    Attributes:
+        backend: the engine; auto takes the fastest installed one for an ``.onnx``, and eager torch for a checkpoint.
+        device: auto (a GPU where the engine can use one, else the CPU), cpu or cuda:N.
+        precision: of the computation, for engines that can choose; auto is the file's own.
+        threads: of the engine; 0 is one per core.
+
+    Raises:
+        RequestError: There is no such backend or precision, or threads are out of range.
+    """
 
     backend: BackendName = "auto"
     device: str = "auto"
@@ -49,8 +59,18 @@ ON_CPU = EngineOptions(device="cpu")
 class Backend(ABC):
     """A model on an engine: `sampling.Denoiser` for a graph of f, `sampling.Drawer` for a sampler graph.
 
-    name: as --backend has it; device: cpu or cuda:N; precision: what it computes in; version: the engine's package and
-    version; outputs: those of the graph's that are read, the images' first; source: the name of the file.
+    Attributes:
+        name: as --backend has it.
+        manifest: of the file.
+        device: cpu or cuda:N.
+        precision: of the computation.
+        version: the engine's package and version.
+        outputs: the outputs of the graph that are read, the images' first.
+        source: the name of the file.
+
+    Example:
+        >>> model = cm_runtime.load("model.onnx")
+        >>> x0 = model.denoise(x, 2.0, label=3)
     """
 
     name: str
@@ -78,7 +98,20 @@ class Backend(ABC):
         return images_at_once(self.manifest, self.device)
 
     def denoise(self, x: ArrayLike, sigma: ArrayLike, label: ArrayLike | None = None) -> Array:
-        """x (N,C,H,W) float32, sigma scalar or (N,), label (N,) -> x0 (N,C,H,W) float32, unclamped, the caller's."""
+        """Denoise images: f(x, sigma), of a graph of f or F.
+
+        Args:
+            x: (N,C,H,W) float32.
+            sigma: noise level, a scalar or (N,).
+            label: (N,) integers, or one for all; none for a model without classes.
+
+        Returns:
+            x0 (N,C,H,W) float32, unclamped, the caller's.
+
+        Raises:
+            EngineError: The engine failed.
+            RequestError: The arguments do not fit the model, or its graph is a sampler.
+        """
         if self.manifest.graph == "sampler":
             raise RequestError("this file is a sampler graph; denoise needs one of cm-runtime export --graph denoiser")
         images, levels, labels = checked_inputs(self.manifest, x, sigma, label)
@@ -101,7 +134,19 @@ class Backend(ABC):
         return f
 
     def draw(self, noise: ArrayLike, label: ArrayLike | None = None) -> NDArray[np.uint8]:
-        """A sampler graph's images: noise (K,N,C,H,W) float32 standard normals, label (N,) -> (N,H,W,C) uint8."""
+        """Draw the images of a sampler graph.
+
+        Args:
+            noise: (K,N,C,H,W) float32 standard normals.
+            label: (N,) integers, or one for all; none for a model without classes.
+
+        Returns:
+            (N,H,W,C) uint8.
+
+        Raises:
+            EngineError: The engine failed, or images are not finite.
+            RequestError: The arguments do not fit the model, or its graph is no sampler.
+        """
         if self.manifest.graph != "sampler":
             raise RequestError(f"this file is a {self.manifest.graph} graph, which draws no images by itself")
         z, labels = checked_noise(self.manifest, noise, label)
@@ -112,7 +157,7 @@ class Backend(ABC):
         return self._check_output(self.evaluate(feed), np.dtype(np.uint8), (n, h, w, c))
 
     def _check_output(self, output: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """What an engine made, if it is what the manifest says. Raises EngineError."""
+        """Return an engine's output if it is what the manifest says. Raises EngineError."""
         kind = getattr(output, "dtype", type(output)), getattr(output, "shape", ())
         if kind != (dtype, shape):
             raise EngineError(f"the graph made {kind[0]} {kind[1]}, not the {dtype} {shape} that its manifest says")
@@ -150,7 +195,7 @@ class Interface(NamedTuple):
     outputs: dict[str, tuple[str, tuple[int, ...]]]
 
     def batch(self, feed: Mapping[str, NDArray[Any]]) -> int:
-        """How many images ``feed`` asks for."""
+        """Number of images in ``feed``."""
         first = next(iter(self.inputs))  # noise (K,N,...), or what is of N images
         return int(feed[first].shape[1 if first == "noise" else 0])
 

@@ -63,7 +63,7 @@ def profile(text: str) -> Profile:
 
 
 class EngineManifest(Record):
-    """What an engine is, what it was made of, and for which machines; unknown keys are refused."""
+    """Kind, origin and machines of an engine; unknown keys are refused."""
 
     format_version: Literal[1] = 1
     sha256: Sha256 = Field(description="of the engine")
@@ -174,7 +174,7 @@ def check_hash(content: bytes, manifest: EngineManifest, path: str | os.PathLike
 
 
 def rebuild(form: str, path: str | os.PathLike[str], batch: Profile | None = None, *gpus: str) -> str:
-    """How to make an engine again, for the end of an error's line."""
+    """Word the command that builds an engine again, for the end of an error's line."""
     words = ["cm-runtime export CKPT --format", form]
     words += ["--batch", str(batch)] if batch else []
     words += ["--gpu", ",".join(gpus)] if gpus and form == FORMATS["tensorrt_rtx"] else []

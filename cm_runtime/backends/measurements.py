@@ -30,7 +30,7 @@ DISTRIBUTIONS = {"ort": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvi
 
 @dataclass(frozen=True)
 class Question:
-    """Which of the engines ``names`` is fastest for a file, and all that the answer depends on."""
+    """The choice of the fastest among the engines ``names`` for a file, with all that it depends on."""
 
     path: Path
     manifest: Manifest

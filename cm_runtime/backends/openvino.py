@@ -174,7 +174,7 @@ def _start_core() -> tuple[Any, int]:
 
 
 def has_bf16() -> bool:
-    """Whether OpenVINO can compute in bfloat16 on this processor; whether that is faster is another question."""
+    """Return True if OpenVINO can compute in bfloat16 on this processor, which need not be faster."""
     return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 

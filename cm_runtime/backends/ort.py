@@ -108,7 +108,7 @@ class OrtBackend(Backend):
             raise _wrap(error) from error
         return finite_images(results)
 
-    # On the GPU, as on_device.Engine has it
+    # On the GPU, as cuda.engine.Engine has it
 
     @cached_property
     def on_device(self) -> OnDevice | None:
@@ -226,7 +226,7 @@ class AddressBinding:
 
 
 def _wrap(error: Exception) -> EngineError:
-    """What ONNX Runtime raised, as ours: its exceptions share no base of their own."""
+    """Wrap an exception of ONNX Runtime's run; its exceptions share no base of their own."""
     line = first_line(error)
     is_memory = "Failed to allocate memory" in line or "out of memory" in line
     return (OutOfMemoryError if is_memory else EngineError)(f"ONNX Runtime: {line}")

@@ -132,7 +132,7 @@ class TensorRtBackend(Backend):
         outputs = [self._device.fetch(name, shape, np.dtype(dtype)) for name, (dtype, shape) in run.outputs.items()]
         return finite_images([each if len(each) == count else each[:count].copy() for each in outputs])
 
-    # On the GPU, as on_device.Engine has it
+    # On the GPU, as cuda.engine.Engine has it
 
     @cached_property
     def on_device(self) -> OnDevice:
@@ -175,7 +175,7 @@ class TensorRtBackend(Backend):
         return device.capture(body)
 
     def layers(self) -> str:
-        """What the engine's layers are, as TensorRT's inspector has them in JSON."""
+        """The engine's layers, as TensorRT's inspector has them in JSON."""
         inspector = self._engine.create_engine_inspector()
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 

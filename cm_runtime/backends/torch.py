@@ -98,7 +98,7 @@ class TorchBackend(Backend):
         finally:
             self._model.train(was_training)
 
-    # On the GPU, as on_device.Engine has it
+    # On the GPU, as cuda.engine.Engine has it
 
     @cached_property
     def on_device(self) -> OnDevice | None:

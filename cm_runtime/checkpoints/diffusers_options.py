@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cm_runtime.checkpoints.validate import checked
+from cm_runtime.checkpoints.native import build_network
 from cm_runtime.errors import CheckpointError
 from cm_runtime.errors.wording import join_words, quantity
 from cm_runtime.networks.consistency import ModelConfig
@@ -125,7 +125,7 @@ def network_of(content: Mapping[str, Any]) -> UNetConfig:
     attended, resample = _levels(config, len(widths), unmapped)
     head_channels = _head_channels(config, attended, unmapped)
     unmapped.check()
-    network = checked(
+    network = build_network(
         image_size=size,
         image_channels=config["in_channels"],
         num_classes=config["num_class_embeds"] or 0,
@@ -235,7 +235,7 @@ def scheduler_of(config: ModelConfig, num_train_timesteps: int) -> dict[str, Any
 
 
 def groups_of(network: UNetConfig) -> set[int]:
-    """How many groups the network's normalisations have."""
+    """The numbers of groups of the network's normalisations."""
     with torch.device("meta"):
         return {module.num_groups for module in UNet(network).modules() if isinstance(module, GroupNorm)}
 
@@ -250,7 +250,7 @@ def _options(content: Mapping[str, Any], defaults: Mapping[str, Any], what: str)
 
 
 def _levels(config: Mapping[str, Any], count: int, unmapped: Unmapped) -> tuple[list[bool], str]:
-    """Which levels have attention, outermost first, and how all of them are resampled, in their word."""
+    """Attention by level, outermost first, and the resampling of all levels in diffusers' word."""
     attended: dict[str, list[bool]] = {}
     resamplers: set[str] = set()
     for option, kinds, default in (
@@ -281,7 +281,7 @@ def _levels(config: Mapping[str, Any], count: int, unmapped: Unmapped) -> tuple[
 
 
 def _head_channels(config: Mapping[str, Any], attended: list[bool], unmapped: Unmapped) -> int:
-    """Of every attention; where the option is null, theirs have one head of all their channels."""
+    """Channels of a head in every attention; a null option means one head of all channels."""
     if config["attention_head_dim"] is not None:
         return config["attention_head_dim"]  # type: ignore[no-any-return]
     widths = config["block_out_channels"]

@@ -30,6 +30,7 @@ from cm_runtime.files.pickles import Allowance, RefusedError, check_pickle
 from cm_runtime.files.records import explain
 from cm_runtime.manifest import Manifest, TrainingSummary
 from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
+from cm_runtime.networks.unet import UNetConfig
 
 FORMAT = "cm-runtime checkpoint 1"
 LEGACY_PICKLES = 5  # magic number, version, machine, content, names of storages; the numbers follow
@@ -72,7 +73,7 @@ class Checkpoint:
         return model.eval().requires_grad_(False)
 
     def manifest(self) -> Manifest:
-        """What an export of this checkpoint says of itself, parity still open."""
+        """Manifest of an export of this checkpoint, without parity."""
         config = self.config
         return Manifest(
             graph="denoiser",
@@ -158,7 +159,7 @@ def save_plain(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
 
 
 def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``save_plain`` wrote; raises CheckpointError."""
+    """Read a file of `save_plain`; raises CheckpointError."""
     content = load_torch(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a cm-runtime checkpoint: it holds a {type(content).__name__}")
@@ -166,7 +167,7 @@ def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_torch(path: str | os.PathLike[str]) -> Any:
-    """What anybody's ``torch.save`` wrote, tensors on the CPU; nothing is unpickled but tensors and plain containers.
+    """Read a file of ``torch.save``, tensors on the CPU; nothing is unpickled but tensors and plain containers.
 
     Files of before 2017 (a tar) are not read. Those of before 2020, three pickles and then the bytes of each tensor, go
     through the same restricted unpickler as zips do, and get memory for no more bytes than the file holds. Raises
@@ -224,6 +225,14 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {system_reason(error)}") from error
     except Exception as error:  # the package's own error derives from nothing narrower
         raise CheckpointError(f"{path} is not a safetensors file, or is damaged") from error
+
+
+def build_network(**options: Any) -> UNetConfig:
+    """Build the config of a network read off another tool's file; raises CheckpointError naming the first fault."""
+    try:
+        return UNetConfig(**options)
+    except ValidationError as error:
+        raise CheckpointError(f"no network of ours: {explain(error)}") from error
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

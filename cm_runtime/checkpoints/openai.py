@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from cm_runtime.checkpoints import published
-from cm_runtime.checkpoints.native import Checkpoint, check_tensors, shapes_of
+from cm_runtime.checkpoints.native import Checkpoint, build_network, check_tensors, shapes_of
 from cm_runtime.checkpoints.published import Published
-from cm_runtime.checkpoints.validate import checked
 from cm_runtime.choices import Form
 from cm_runtime.errors import CheckpointError
 from cm_runtime.errors.wording import quantity
@@ -118,7 +117,7 @@ def infer(shapes: Shapes, head_channels: int = HEAD_CHANNELS, image_size: int | 
             )
     if unequal := [width for width in widths if width % channels]:
         raise CheckpointError(f"its levels have {widths} channels, and {unequal[0]} is no multiple of {channels}")
-    return checked(
+    return build_network(
         image_size=size,
         image_channels=shape("input_blocks.0.0.weight", 4)[1],
         num_classes=shape("label_emb.weight", 2)[0] if "label_emb.weight" in shapes else 0,

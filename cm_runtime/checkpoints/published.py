@@ -19,7 +19,7 @@ IMAGENET, BEDROOM, CAT = "ImageNet-64", "LSUN Bedroom-256", "LSUN Cat-256"
 
 @dataclass(frozen=True)
 class Published:
-    """How one was made. N: points of its training grid; middle: the index in it of the best second step."""
+    """Method and data of one. N: points of its training grid; middle: the index in it of the best second step."""
 
     method: Literal["edm", "cd", "ct"]
     data: str
@@ -62,14 +62,14 @@ def find(path: Path) -> Published | None:
 
 
 def find_by_name(name: str) -> Published:
-    """The published model of that name; raises RequestError."""
+    """Find the published model of that name; raises RequestError."""
     if name not in MODELS:
         raise RequestError(f"there is no published model {name!r}; they are {', '.join(MODELS)}")
     return MODELS[name]
 
 
 def form(published: Published | None, precond: Form | None) -> Form:
-    """The form that a published name decides, else the one precond for; raises CheckpointError where neither does."""
+    """The form that a published name decides, else ``precond``; raises CheckpointError where neither does."""
     if published is not None:
         if precond not in (None, published.precond):
             raise CheckpointError(f"the published model of this name has the {published.precond} form, not {precond}")
@@ -83,7 +83,7 @@ def form(published: Published | None, precond: Form | None) -> Form:
 
 
 def summary(published: Published | None, source: str, N: int | None = None) -> TrainingSummary:
-    """What is published of an imported model's training. N: num_train_timesteps, where the file says it."""
+    """Summarise the published facts of an imported model's training. N: num_train_timesteps, where the file says it."""
     if N is None and published is not None:
         N = published.N
     return TrainingSummary(

@@ -51,7 +51,7 @@ def doctor(
 
 
 def _examine() -> dict[str, Any]:
-    """All that doctor says, under the names of its lines."""
+    """Everything that doctor prints, under the names of its lines."""
     import platform
 
     from cm_runtime import __version__
@@ -86,7 +86,7 @@ def _examine() -> dict[str, Any]:
 
 
 def _describe_bundled() -> dict[str, str]:
-    """How the bundled model would be drawn here."""
+    """Engine and precisions for the bundled model on this machine."""
     from cm_runtime.backends import DEFAULT_MODEL, auto, auto_device, precisions
     from cm_runtime.errors import CmRuntimeError
     from cm_runtime.manifest import read_manifest
@@ -122,7 +122,7 @@ def _version(package: str) -> str:
 
 
 def _gpu() -> str:
-    """The driver and its GPUs, as nvidia-smi tells of them."""
+    """The driver and its GPUs, by nvidia-smi."""
     from cm_runtime.bench.nvidia import nvidia_smi
     from cm_runtime.extras import NO_DRIVER, has_driver
 

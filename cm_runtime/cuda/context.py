@@ -42,7 +42,7 @@ def driver() -> Any:
 
 @contextmanager
 def on_this_thread() -> Iterator[None]:
-    """The context that `driver` has made current where it was first called, if it was, is so here too until the end."""
+    """Make the process's CUDA context current on this thread for the block; a no-op if `driver` made none."""
     if not driver.cache_info().currsize:
         yield
         return

@@ -36,7 +36,7 @@ class Device:
         return self._stream
 
     def address(self, name: str, size: int) -> int:
-        """Where ``name`` has at least ``size`` bytes, until it is asked to have more."""
+        """Address of the array ``name`` of at least ``size`` bytes; a call with a larger size moves it."""
         memory, capacity = self._arrays.get(name, (None, 0))
         if memory is None or capacity < size:
             with wrap_errors(f"taking {size / 1e6:.1f} MB of GPU memory for {name}"):
@@ -99,7 +99,7 @@ class Device:
             function(*work.arguments, grid=work.grid, block=work.block, shared=work.shared, stream=self._stream)
 
     def capture(self, body: Callable[[], Any]) -> Graph:
-        """What ``body`` puts in the stream, as a graph."""
+        """Capture all that ``body`` puts in the stream as a graph."""
         return Graph(self.stream, body)
 
     def pin(self, size: int) -> NDArray[np.uint8]:

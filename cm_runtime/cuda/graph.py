@@ -11,7 +11,7 @@ from cm_runtime.extras import require
 
 
 class Graph:
-    """What ``body`` gives ``stream``, captured without being run. Raises EngineError where it cannot be captured.
+    """All that ``body`` puts in ``stream``, captured without being run. Raises EngineError where it cannot be captured.
 
     stream: a CUDA stream's handle. Every address that body used must stay as it is while the graph lives.
     """

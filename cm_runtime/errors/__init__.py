@@ -47,7 +47,7 @@ class CmRuntimeError(Exception):
 
 
 class RequestError(CmRuntimeError, ValueError):
-    """What was asked for is impossible: steps, sigmas, labels, shapes or counts."""
+    """No model can serve the request: steps, sigmas, labels, shapes or counts."""
 
 
 class ConfigError(CmRuntimeError, ValueError):

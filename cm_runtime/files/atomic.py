@@ -37,7 +37,7 @@ def draft(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]
     """A temporary path with the ending of ``path``, in a folder of its own on the same file system.
 
     The folder goes with the block, and with it all that was not moved. Raises OutputError, which names ``path``, where
-    `written` does.
+    `write` does.
     """
     target = Path(path)
     check_writable(target, force=force)
@@ -53,7 +53,7 @@ def draft(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]
 def folder_written(
     path: str | os.PathLike[str], existing: Literal["kept", "refused", "replaced"], *, ending: str = ""
 ) -> Iterator[Path]:
-    """A temporary folder, which becomes ``path`` with all that the block puts in it; the pendant of `written`.
+    """A temporary folder, which becomes ``path`` with all that the block puts in it; the pendant of `write`.
 
     Args:
         path: The folder.
@@ -94,13 +94,13 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the file's bytes are on the disk."""
+    """Wait until the file's bytes are on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def place(temporary: Path, path: str | os.PathLike[str], *, force: bool = True) -> None:
-    """Moves ``temporary`` onto ``path`` in one step; raises FileExistsError if it exists and ``force`` is off."""
+    """Move ``temporary`` onto ``path`` in one step; raises FileExistsError if it exists and ``force`` is off."""
     if force:
         os.replace(temporary, path)
     else:
@@ -139,7 +139,7 @@ def check_writable(path: str | os.PathLike[str], *, force: bool = True) -> None:
 
 
 def cache_folder() -> Path:
-    """Where everything that can be made again is kept: $XDG_CACHE_HOME/cm-runtime, by default ~/.cache/cm-runtime.
+    """The folder of all that can be made again: $XDG_CACHE_HOME/cm-runtime, by default ~/.cache/cm-runtime.
 
     Raises RuntimeError where there is no home folder.
     """

@@ -39,7 +39,7 @@ SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
 def read(file: Path, channels: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Read the picture as (H,W,C) uint8, grey (``channels`` 1) or RGB (3), its EXIF rotation and profile applied.
 
-    size: (H, W) it is fitted to, see `fitted`. Raises DataError for what is no picture, is damaged, transparent,
+    size: (H, W) it is fitted to, see `fit`. Raises DataError for what is no picture, is damaged, transparent,
     animated, over 2^26 pixels, not of 8 bits, a JPEG of over 100 scans, or of colours that cannot be converted.
     """
     with _open(file) as unread, _open(file) as stored:

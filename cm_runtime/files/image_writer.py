@@ -63,7 +63,7 @@ def save_png(picture: NDArray[np.uint8], path: str | os.PathLike[str], text: Map
 
 
 def provenance(path: Path) -> dict[str, Any]:
-    """What a picture or npz that cm-runtime wrote says of its making: seed, noise levels, labels, model.
+    """Read the provenance in a picture or npz of cm-runtime: seed, noise levels, labels, model.
 
     Raises ArtifactError for a file that says nothing of it.
     """

@@ -1,4 +1,4 @@
-"""What people give to an editor: pictures of any size, arrays in an npz, masks and boxes."""
+"""Inputs of an editor: pictures of any size, arrays in an npz, masks and boxes."""
 
 from __future__ import annotations
 

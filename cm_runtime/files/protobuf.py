@@ -68,7 +68,7 @@ def write_entry(number: int, key: str, value: bytes) -> bytes:
 
 
 def write_head(number: int, length: int) -> bytes:
-    """What stands before the ``length`` bytes of a string or message that is field ``number``."""
+    """Write what precedes the ``length`` bytes of a string or message that is field ``number``."""
     return _number(number << 3 | _DELIMITED) + _number(length)
 
 

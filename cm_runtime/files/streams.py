@@ -1,7 +1,7 @@
 """The one way to open a file that somebody else wrote: regular, of a bounded size, and read only as far as it goes.
 
-Every reader of the package opens its files by `opened`, `read_bytes` or `read_text`, or, where a library wants a path,
-asks `regular` first. Pipes, sockets, devices and folders are refused before a byte of them is read.
+Every reader of the package opens its files by `open_file`, `read_bytes` or `read_text`, or, for a library that takes a
+path, calls `regular` first. Pipes, sockets, devices and folders are refused before a byte of them is read.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def open_file(
 
 
 def read_bytes(path: str | os.PathLike[str], error: type[CmRuntimeError], most: int) -> bytes:
-    """The content of a file of at most ``most`` bytes; `opened` says what is refused."""
+    """The content of a file of at most ``most`` bytes; `open_file` says what is refused."""
     with open_file(path, error, most) as file:
         content = file.read(most + 1)
     if len(content) > most:  # it grows, or its file system does not know its size
@@ -118,7 +118,7 @@ def _unreadable(path: str | os.PathLike[str], wrong: OSError | ValueError) -> st
 
 
 class Readable(Protocol):
-    """What all streams here share, however the standard library types them."""
+    """The common part of all streams here, however the standard library types them."""
 
     def read(self, size: int, /) -> bytes:
         """At most ``size`` bytes; none at the end."""
