@@ -14,7 +14,8 @@ from cm_runtime.errors import ArtifactError
 from cm_runtime.onnx_graph.graph import Function, Graph, Node, Port
 from cm_runtime.onnx_graph.message import MOST_NODES
 from cm_runtime.onnx_graph.operators import MOST_ELEMENTS
-from cm_runtime.onnx_graph.shapes import GROWING, RULES, Misfit, Unknown, Value, arithmetic, of_shape, of_tensor
+from cm_runtime.onnx_graph.shapes import GROWING, RULES, arithmetic
+from cm_runtime.onnx_graph.values import Call, Misfit, Unknown, Value, of_shape, of_tensor
 
 OPSETS = range(7, 27)
 IR_VERSIONS = range(3, 14)
@@ -128,7 +129,7 @@ class _Walk:
                 first = inputs[0] if inputs else None
                 same = node.kind in SAME and first is not None
                 return [first if same and first else estimate[0], *estimate[1:]] if estimate else []
-            return list(rule(node, inputs))
+            return list(rule(Call(node, inputs)))
         except Unknown as error:
             if node.kind in GROWING:
                 raise ArtifactError(

@@ -220,37 +220,17 @@ class _Reader:
     def _large(self, field: protobuf.Field) -> Tensor:
         """An initializer whose numbers are skipped."""
         lengths: dict[int, Any] = {}
-        rest, at, end = bytearray(), field.payload, field.payload + field.length
-        while at < end:
-            self.file.seek(at)
-            window = self.file.read(min(end - at, SMALL))
-            is_last = at + len(window) == end
-            i = 0
-            while i < len(window):
-                start = i
-                if not is_last and len(window) - i < 20:
-                    break  # it may be cut inside a number
-                tag, i = _varint(window, i)
-                number, wire = tag >> 3, tag & 7
-                if wire != 2:
-                    i = _varint(window, i)[1] if wire == 0 else i + {1: 8, 5: 4}.get(wire, end)
-                else:
-                    length, i = _varint(window, i)
-                    if number in _DATA and number not in lengths:
-                        lengths[number] = length
-                        start = i = i + length
-                        break
-                    if length > SMALL // 2 or number in _DATA:
-                        self._refuse("a weight in too many pieces")
-                    i += length
-                if i > len(window) and not is_last:
-                    break
-                rest += window[start:i]
-                start = i
-            if start == 0:
+        rest = bytearray()
+        for part in protobuf.fields(self.file, field.payload + field.length):
+            head = self._between(part.start, part.payload)
+            is_delimited, holds_numbers = head[0] & 7 == 2, part.number in _DATA
+            if is_delimited and holds_numbers and part.number not in lengths:
+                lengths[part.number] = part.length
+                continue
+            if is_delimited and (holds_numbers or part.length > SMALL // 2):
                 self._refuse("a weight in too many pieces")
-            at += start
-            if at > end or len(rest) > SMALL * 16:
+            rest += head + self.file.read(part.length)
+            if len(rest) > SMALL * 16:
                 raise MalformedError("a weight runs past its end")
         return self._build_tensor(lengths | self._parse(bytes(rest), _TENSOR), is_small=False)
 

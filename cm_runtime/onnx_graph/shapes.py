@@ -4,70 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cm_runtime.onnx_graph.graph import FLOAT, INT32, INT64, Node, Tensor
-from cm_runtime.onnx_graph.rules import Shape, broadcast
+from cm_runtime.onnx_graph.rules import broadcast
+from cm_runtime.onnx_graph.values import Call, Misfit, Unknown, Value, of_shape, of_tensor
 
 SMALL = 4096  # integers whose values are followed
-
-
-class Value(NamedTuple):
-    """size: elements; an estimate where shape is None. numbers: of small ones that are known."""
-
-    shape: Shape | None
-    size: int
-    numbers: NDArray[Any] | None = None
-
-
-class Unknown(Exception):
-    """The size of a node's output depends on numbers that only a run would know."""
-
-
-class Misfit(Exception):
-    """A node that no engine can run."""
-
-
-def of_shape(shape: Shape, numbers: NDArray[Any] | None = None) -> Value:
-    """A value of known shape. Raises ValueError for negative sides."""
-    if any(side < 0 for side in shape):
-        raise ValueError
-    return Value(shape, math.prod(shape), numbers)
-
-
-def of_tensor(tensor: Tensor) -> Value:
-    """A stored value."""
-    numbers = None
-    if tensor.numbers is not None:
-        numbers = np.array(tensor.numbers, np.float64 if tensor.type == FLOAT else np.int64).reshape(tensor.dims)
-    return Value(tensor.dims, math.prod(tensor.dims), numbers)
-
-
-def _shape(value: Value | None) -> Shape:
-    if value is None or value.shape is None:
-        raise Unknown
-    return value.shape
-
-
-def _ints(value: Value | None) -> list[int]:
-    return [int(number) for number in _numbers(value).reshape(-1)]
-
-
-def _numbers(value: Value | None) -> NDArray[Any]:
-    if value is None or value.numbers is None:
-        raise Unknown
-    return value.numbers
-
-
-def _attribute(node: Node, name: str, default: Any = None) -> Any:
-    return node.attributes[name].value if name in node.attributes else default
-
-
-def _at(inputs: list[Value | None], i: int) -> Value | None:
-    return inputs[i] if i < len(inputs) else None
 
 
 def arithmetic(node: Node, inputs: list[Value], most: int) -> Value:
@@ -83,13 +28,8 @@ def arithmetic(node: Node, inputs: list[Value], most: int) -> Value:
     return of_shape(shape, numbers)
 
 
-def _axis(node: Node, shape: Shape, default: int = 0) -> int:
-    axis: int = _attribute(node, "axis", default)
-    return range(len(shape))[axis]
-
-
-def _constant(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    ((name, attribute),) = node.attributes.items()
+def _constant(call: Call) -> Iterator[Value]:
+    ((name, attribute),) = call.node.attributes.items()
     if name == "value" and isinstance(attribute.value, Tensor):
         yield of_tensor(attribute.value)
     elif name in ("value_int", "value_ints"):
@@ -100,91 +40,92 @@ def _constant(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
         yield of_shape((len(attribute.value),) if is_list else ())
 
 
-def _shape_of(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape = _shape(inputs[0])[_attribute(node, "start", 0) : _attribute(node, "end", None)]
+def _shape_of(call: Call) -> Iterator[Value]:
+    shape = call.shape()[call.attribute("start", 0) : call.attribute("end", None)]
     yield of_shape((len(shape),), np.array(shape, np.int64))
 
 
-def _size(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    yield of_shape((), np.array(math.prod(_shape(inputs[0])), np.int64))
+def _size(call: Call) -> Iterator[Value]:
+    yield of_shape((), np.array(math.prod(call.shape()), np.int64))
 
 
-def _constant_of_shape(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    sides = tuple(_ints(inputs[0]))
-    fill = _attribute(node, "value")
+def _constant_of_shape(call: Call) -> Iterator[Value]:
+    sides = tuple(call.ints(0))
+    fill = call.attribute("value")
     numbers = None
     if fill is not None and fill.type == INT64 and fill.numbers and 0 <= math.prod(sides) <= SMALL:
         numbers = np.full(sides, int(fill.numbers[0]), np.int64)
     yield of_shape(sides, numbers)
 
 
-def _range(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    numbers: list[Any] = [_numbers(value).item() for value in inputs]
+def _range(call: Call) -> Iterator[Value]:
+    numbers: list[Any] = [call.numbers(i).item() for i in range(len(call.inputs))]
     start, limit, step = numbers
     count = max(0, math.ceil((limit - start) / step))
     yield of_shape((count,), np.arange(start, limit, step) if count <= SMALL else None)
 
 
-def _expand(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape = broadcast((_shape(inputs[0]), tuple(_ints(inputs[1]))))
-    numbers = inputs[0].numbers if inputs[0] else None
+def _expand(call: Call) -> Iterator[Value]:
+    shape = broadcast((call.shape(), tuple(call.ints(1))))
+    numbers = call.inputs[0].numbers if call.inputs[0] else None
     is_small = numbers is not None and math.prod(shape) <= SMALL
     yield of_shape(shape, np.broadcast_to(numbers, shape) if is_small and numbers is not None else None)
 
 
-def _tile(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    yield of_shape(tuple(side * times for side, times in zip(_shape(inputs[0]), _ints(inputs[1]), strict=True)))
+def _tile(call: Call) -> Iterator[Value]:
+    yield of_shape(tuple(side * times for side, times in zip(call.shape(), call.ints(1), strict=True)))
 
 
-def _pad(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape = _shape(inputs[0])
-    pads = list(_attribute(node, "pads", ())) or _ints(_at(inputs, 1))
-    axes = _ints(inputs[3]) if _at(inputs, 3) else range(len(shape))
+def _pad(call: Call) -> Iterator[Value]:
+    shape = call.shape()
+    pads = list(call.attribute("pads", ())) or call.ints(1)
+    axes = call.ints(3) if call.input(3) else range(len(shape))
     sides = list(shape)
     for i, axis in enumerate(axes):
         sides[axis] += pads[i] + pads[i + len(pads) // 2]
     yield of_shape(tuple(sides))
 
 
-def _resize(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape = _shape(inputs[0])
-    sizes = _at(inputs, 3)
+def _resize(call: Call) -> Iterator[Value]:
+    shape = call.shape()
+    sizes = call.input(3)
     if sizes is not None and sizes.shape != (0,):
-        sides = _ints(sizes)
-        axes = _attribute(node, "axes", range(len(shape) - len(sides), len(shape)))
+        sides = call.ints(3)
+        axes = call.attribute("axes", range(len(shape) - len(sides), len(shape)))
         yield of_shape(tuple(sides[list(axes).index(i)] if i in axes else side for i, side in enumerate(shape)))
         return
-    scales = _attribute(node, "scales")  # of Upsample, once
+    scales = call.attribute("scales")  # of Upsample, once
     if scales is None:
-        scales = _numbers(_at(inputs, 1 if len(inputs) == 2 else 2)).reshape(-1).tolist()
-    axes = list(_attribute(node, "axes", range(len(shape))))
+        scales = call.numbers(1 if len(call.inputs) == 2 else 2).reshape(-1).tolist()
+    axes = list(call.attribute("axes", range(len(shape))))
     factors = dict(zip(axes, scales, strict=True))
     yield of_shape(tuple(int(side * factors.get(i, 1)) for i, side in enumerate(shape)))
 
 
-def _one_hot(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    (depth,) = _ints(inputs[1])
-    yield Value(None, depth * math.prod(_shape(inputs[0])))
+def _one_hot(call: Call) -> Iterator[Value]:
+    (depth,) = call.ints(1)
+    yield Value(None, depth * math.prod(call.shape()))
 
 
-def _concat(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    values = [value for value in inputs if value]
+def _concat(call: Call) -> Iterator[Value]:
+    values = [value for value in call.inputs if value]
     size = sum(value.size for value in values)
-    if any(value.shape is None for value in values):
+    shapes = [value.shape for value in values if value.shape is not None]
+    if len(shapes) < len(values):
         yield Value(None, size)
         return
-    shape = _shape(values[0])
-    axis = _axis(node, shape)
+    shape = shapes[0]
+    axis = call.axis(shape)
     numbers = None
     if size <= SMALL and all(value.numbers is not None for value in values):
         numbers = np.concatenate([value.numbers for value in values if value.numbers is not None], axis)
-    yield of_shape((*shape[:axis], sum(_shape(value)[axis] for value in values), *shape[axis + 1 :]), numbers)
+    yield of_shape((*shape[:axis], sum(each[axis] for each in shapes), *shape[axis + 1 :]), numbers)
 
 
-def _gather(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    data, index = inputs[0], inputs[1]
-    shape, index_shape = _shape(data), _shape(index)
-    axis = _axis(node, shape)
+def _gather(call: Call) -> Iterator[Value]:
+    data, index = call.inputs[0], call.inputs[1]
+    shape, index_shape = call.shape(), call.shape(1)
+    axis = call.axis(shape)
     numbers = None
     shape_out = (*shape[:axis], *index_shape, *shape[axis + 1 :])
     if data and index and data.numbers is not None and index.numbers is not None and math.prod(shape_out) <= SMALL:
@@ -192,19 +133,19 @@ def _gather(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
     yield of_shape(shape_out, numbers)
 
 
-def _gather_nd(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape, index_shape = _shape(inputs[0]), _shape(inputs[1])
+def _gather_nd(call: Call) -> Iterator[Value]:
+    shape, index_shape = call.shape(), call.shape(1)
     yield Value(None, math.prod(index_shape[:-1]) * math.prod(shape[index_shape[-1] :]))
 
 
-def _gather_elements(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    yield of_shape(_shape(inputs[1]))
+def _gather_elements(call: Call) -> Iterator[Value]:
+    yield of_shape(call.shape(1))
 
 
-def _reshape(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape, value = _shape(inputs[0]), inputs[0]
-    sides = _ints(_at(inputs, 1)) if len(inputs) > 1 else list(_attribute(node, "shape"))
-    if not _attribute(node, "allowzero", 0):
+def _reshape(call: Call) -> Iterator[Value]:
+    shape = call.shape()
+    sides = call.ints(1) if len(call.inputs) > 1 else list(call.attribute("shape"))
+    if not call.attribute("allowzero", 0):
         sides = [shape[i] if side == 0 and i < len(shape) else side for i, side in enumerate(sides)]
     rest = math.prod(side for side in sides if side != -1)
     if sides.count(-1) > 1 or min(sides, default=1) < -1:
@@ -215,57 +156,45 @@ def _reshape(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
         sides[sides.index(-1)] = math.prod(shape) // rest
     if math.prod(sides) != math.prod(shape):
         raise Misfit
-    numbers = value.numbers if value else None
-    yield of_shape(tuple(sides), None if numbers is None else numbers.reshape(sides))
+    yield call.reshaped(sides)
 
 
-def _flatten(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape = _shape(inputs[0])
-    axis = range(len(shape) + 1)[_attribute(node, "axis", 1)]
+def _flatten(call: Call) -> Iterator[Value]:
+    shape = call.shape()
+    axis = range(len(shape) + 1)[call.attribute("axis", 1)]
     yield of_shape((math.prod(shape[:axis]), math.prod(shape[axis:])))
 
 
-def _axes(node: Node, inputs: list[Value | None], rank: int) -> set[int]:
-    axes = _attribute(node, "axes")
-    if axes is None:
-        axes = _ints(inputs[1]) if _at(inputs, 1) else None
-    return set(range(rank)) if axes is None else {range(rank)[axis] for axis in axes}
+def _squeeze(call: Call) -> Iterator[Value]:
+    shape = call.shape()
+    axes = call.axes(len(shape))
+    yield call.reshaped(tuple(side for i, side in enumerate(shape) if i not in axes or side != 1))
 
 
-def _squeeze(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape, value = _shape(inputs[0]), inputs[0]
-    axes = _axes(node, inputs, len(shape)) if len(inputs) > 1 or "axes" in node.attributes else set(range(len(shape)))
-    sides = tuple(side for i, side in enumerate(shape) if i not in axes or side != 1)
-    numbers = value.numbers if value else None
-    yield of_shape(sides, None if numbers is None else numbers.reshape(sides))
-
-
-def _unsqueeze(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape, value = _shape(inputs[0]), inputs[0]
-    axes = _attribute(node, "axes") or _ints(_at(inputs, 1))
+def _unsqueeze(call: Call) -> Iterator[Value]:
+    shape = call.shape()
+    axes = call.attribute("axes") or call.ints(1)
     rank = len(shape) + len(axes)
     places = {range(rank)[axis] for axis in axes}
     sides = iter(shape)
-    shape_out = tuple(1 if i in places else next(sides) for i in range(rank))
-    numbers = value.numbers if value else None
-    yield of_shape(shape_out, None if numbers is None else numbers.reshape(shape_out))
+    yield call.reshaped(tuple(1 if i in places else next(sides) for i in range(rank)))
 
 
-def _transpose(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape = _shape(inputs[0])
-    order = _attribute(node, "perm", tuple(reversed(range(len(shape)))))
+def _transpose(call: Call) -> Iterator[Value]:
+    shape = call.shape()
+    order = call.attribute("perm", tuple(reversed(range(len(shape)))))
     yield of_shape(tuple(shape[i] for i in order))
 
 
-def _slice(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape, value = _shape(inputs[0]), inputs[0]
-    if len(inputs) > 1:
-        starts, ends = _ints(inputs[1]), _ints(inputs[2])
-        axes = _ints(inputs[3]) if _at(inputs, 3) else range(len(starts))
-        steps = _ints(inputs[4]) if _at(inputs, 4) else [1] * len(starts)
+def _slice(call: Call) -> Iterator[Value]:
+    shape, value = call.shape(), call.inputs[0]
+    if len(call.inputs) > 1:
+        starts, ends = call.ints(1), call.ints(2)
+        axes = call.ints(3) if call.input(3) else range(len(starts))
+        steps = call.ints(4) if call.input(4) else [1] * len(starts)
     else:
-        starts, ends = _attribute(node, "starts"), _attribute(node, "ends")
-        axes, steps = _attribute(node, "axes", range(len(starts))), [1] * len(starts)
+        starts, ends = call.attribute("starts"), call.attribute("ends")
+        axes, steps = call.attribute("axes", range(len(starts))), [1] * len(starts)
     cut = [slice(None)] * len(shape)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         cut[axis] = slice(start, None if step < 0 and end < -shape[axis] else end, step)
@@ -273,24 +202,24 @@ def _slice(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
     yield of_shape(tuple(len(range(side)[each]) for side, each in zip(shape, cut, strict=True)), numbers)
 
 
-def _split(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape = _shape(inputs[0])
-    axis = _axis(node, shape)
-    parts = _attribute(node, "split") or (_ints(inputs[1]) if _at(inputs, 1) else None)
-    count = len(node.outputs)
+def _split(call: Call) -> Iterator[Value]:
+    shape = call.shape()
+    axis = call.axis(shape)
+    parts = call.attribute("split") or (call.ints(1) if call.input(1) else None)
+    count = len(call.node.outputs)
     for i in range(count):
         side = parts[i] if parts else min(-(-shape[axis] // count), shape[axis] - i * -(-shape[axis] // count))
         yield of_shape((*shape[:axis], max(0, side), *shape[axis + 1 :]))
 
 
-def _spatial(node: Node, inputs: list[Value | None], kernel: tuple[int, ...], channels: int) -> Value:
-    n, _, *sides = _shape(inputs[0])
+def _spatial(call: Call, kernel: tuple[int, ...], channels: int) -> Value:
+    n, _, *sides = call.shape()
     rank = len(sides)
-    strides, dilations = _attribute(node, "strides", (1,) * rank), _attribute(node, "dilations", (1,) * rank)
-    pads = _attribute(node, "pads", (0,) * 2 * rank)
-    if _attribute(node, "auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER"):
+    strides, dilations = call.attribute("strides", (1,) * rank), call.attribute("dilations", (1,) * rank)
+    pads = call.attribute("pads", (0,) * 2 * rank)
+    if call.attribute("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER"):
         return of_shape((n, channels, *(-(-side // stride) for side, stride in zip(sides, strides, strict=True))))
-    up = _attribute(node, "ceil_mode", 0)
+    up = call.attribute("ceil_mode", 0)
     out = []
     for i, side in enumerate(sides):
         room = side + pads[i] + pads[i + rank] - (dilations[i] * (kernel[i] - 1) + 1)
@@ -298,90 +227,89 @@ def _spatial(node: Node, inputs: list[Value | None], kernel: tuple[int, ...], ch
     return of_shape((n, channels, *out))
 
 
-def _conv(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    channels, _, *kernel = _shape(inputs[1])
-    yield _spatial(node, inputs, tuple(kernel), channels)
+def _conv(call: Call) -> Iterator[Value]:
+    channels, _, *kernel = call.shape(1)
+    yield _spatial(call, tuple(kernel), channels)
 
 
-def _conv_transpose(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    _, part, *kernel = _shape(inputs[1])
-    n, _, *sides = _shape(inputs[0])
+def _conv_transpose(call: Call) -> Iterator[Value]:
+    _, part, *kernel = call.shape(1)
+    n, _, *sides = call.shape()
     rank = len(sides)
-    strides, dilations = _attribute(node, "strides", (1,) * rank), _attribute(node, "dilations", (1,) * rank)
-    more, sides_out = _attribute(node, "output_padding", (0,) * rank), _attribute(node, "output_shape")
+    strides, dilations = call.attribute("strides", (1,) * rank), call.attribute("dilations", (1,) * rank)
+    more, sides_out = call.attribute("output_padding", (0,) * rank), call.attribute("output_shape")
     widest = [strides[i] * (side - 1) + dilations[i] * (kernel[i] - 1) + 1 + more[i] for i, side in enumerate(sides)]
-    pads = _attribute(node, "pads", (0,) * 2 * rank)
+    pads = call.attribute("pads", (0,) * 2 * rank)
     out = sides_out or [side - pads[i] - pads[i + rank] for i, side in enumerate(widest)]
-    yield of_shape((n, part * _attribute(node, "group", 1), *out))
+    yield of_shape((n, part * call.attribute("group", 1), *out))
 
 
-def _pool(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape_out = _spatial(node, inputs, _attribute(node, "kernel_shape"), _shape(inputs[0])[1])
-    yield from [shape_out] * len(node.outputs)
+def _pool(call: Call) -> Iterator[Value]:
+    shape_out = _spatial(call, call.attribute("kernel_shape"), call.shape()[1])
+    yield from [shape_out] * len(call.node.outputs)
 
 
-def _global_pool(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape = _shape(inputs[0])
+def _global_pool(call: Call) -> Iterator[Value]:
+    shape = call.shape()
     yield of_shape((*shape[:2], *(1 for _ in shape[2:])))
 
 
-def _matmul(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    a, b = _shape(inputs[0]), _shape(inputs[1])
+def _matmul(call: Call) -> Iterator[Value]:
+    a, b = call.shape(), call.shape(1)
     if len(a) == 1 or len(b) == 1:
         raise Unknown
     yield of_shape((*broadcast((a[:-2], b[:-2])), a[-2], b[-1]))
 
 
-def _gemm(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    a, b = _shape(inputs[0]), _shape(inputs[1])
-    yield of_shape((a[1 if _attribute(node, "transA", 0) else 0], b[0 if _attribute(node, "transB", 0) else 1]))
+def _gemm(call: Call) -> Iterator[Value]:
+    a, b = call.shape(), call.shape(1)
+    yield of_shape((a[1 if call.attribute("transA", 0) else 0], b[0 if call.attribute("transB", 0) else 1]))
 
 
-def _einsum(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
+def _einsum(call: Call) -> Iterator[Value]:
     """At most each of its letters once."""
-    text = _attribute(node, "equation").decode().replace(" ", "")
+    text = call.attribute("equation").decode().replace(" ", "")
     sides: dict[str, int] = {}
-    for term, value in zip(text.partition("->")[0].split(","), inputs, strict=True):
-        for letter, side in zip(term, _shape(value), strict=True):
-            sides[letter] = side
+    for i, term in zip(range(len(call.inputs)), text.partition("->")[0].split(","), strict=True):
+        sides |= dict(zip(term, call.shape(i), strict=True))
     yield Value(None, math.prod(sides[letter] for letter in text.partition("->")[2] or sides))
 
 
-def _reduce(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    shape = _shape(inputs[0])
-    axes = _axes(node, inputs, len(shape))
-    if node.kind in ("ArgMax", "ArgMin"):
-        axes = {_axis(node, shape)}
-    keeps_dims = _attribute(node, "keepdims", 1)
+def _reduce(call: Call) -> Iterator[Value]:
+    shape = call.shape()
+    axes = call.axes(len(shape))
+    if call.node.kind in ("ArgMax", "ArgMin"):
+        axes = {call.axis(shape)}
+    keeps_dims = call.attribute("keepdims", 1)
     sides = tuple(1 if i in axes else side for i, side in enumerate(shape) if keeps_dims or i not in axes)
-    numbers = inputs[0].numbers if inputs[0] else None
+    numbers = call.inputs[0].numbers if call.inputs[0] else None
     total = None
-    if node.kind == "ReduceProd" and numbers is not None:
+    if call.node.kind == "ReduceProd" and numbers is not None:
         total = np.asarray(np.prod(numbers, axis=tuple(axes), keepdims=bool(keeps_dims)))
     yield of_shape(sides, total)
 
 
-def _space(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    n, c, height, width = _shape(inputs[0])
-    block = _attribute(node, "blocksize")
-    if node.kind == "DepthToSpace":
+def _space(call: Call) -> Iterator[Value]:
+    n, c, height, width = call.shape()
+    block = call.attribute("blocksize")
+    if call.node.kind == "DepthToSpace":
         yield of_shape((n, c // block**2, height * block, width * block))
     else:
         yield of_shape((n, c * block**2, height // block, width // block))
 
 
-def _cast(node: Node, inputs: list[Value | None]) -> Iterator[Value]:
-    value = inputs[0]
+def _cast(call: Call) -> Iterator[Value]:
+    value = call.inputs[0]
     numbers = value.numbers if value else None
-    to = _attribute(node, "to", FLOAT)
-    if numbers is not None and node.kind == "Cast":
+    to = call.attribute("to", FLOAT)
+    if numbers is not None and call.node.kind == "Cast":
         with np.errstate(all="ignore"):
             kind = {FLOAT: np.float64, INT64: np.int64, INT32: np.int32}.get(to)
             numbers = None if kind is None else numbers.astype(kind)
-    yield of_shape(_shape(value), numbers)
+    yield of_shape(call.shape(), numbers)
 
 
-RULES: Mapping[str, Callable[[Node, list[Value | None]], Iterator[Value]]] = {
+RULES: Mapping[str, Callable[[Call], Iterator[Value]]] = {
     **dict.fromkeys(("Cast", "Identity"), _cast),
     **dict.fromkeys(("MaxPool", "AveragePool", "LpPool"), _pool),
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _global_pool),
