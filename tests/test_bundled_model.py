@@ -50,6 +50,7 @@ def test_images_of_a_class_vary_as_real_ones_do(drawn: NDArray[np.uint8]) -> Non
         assert 0.4 < variance[0] / variance[1] < 2.5
 
 
+@pytest.mark.quick("1")
 @pytest.mark.process
 @pytest.mark.parametrize("batch", [1, 7, 255])
 def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(drawn: NDArray[np.uint8], batch: int) -> None:

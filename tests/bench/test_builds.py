@@ -15,6 +15,8 @@ from cm_runtime import backends
 from cm_runtime.bench.builds import base_build, this_build
 from cm_runtime.errors import RequestError
 
+pytestmark = pytest.mark.process  # processes of git
+
 
 def git(*words: str) -> str:
     return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -27,14 +29,12 @@ def work(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.process
 def test_this_build() -> None:
     found = this_build()
     assert found.root == ROOT and found.model is None
     assert found.commit.removesuffix("+") == git("rev-parse", "HEAD")
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("name", ["HEAD", "HEAD~0"])
 def test_a_revision(work: Path, name: str) -> None:
     """The tree of that commit, links included, and nothing left in the repository."""

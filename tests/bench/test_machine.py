@@ -20,6 +20,8 @@ from cm_runtime.bench.machine import PACKAGES, differences, free_bytes, machine
 from cm_runtime.bench.nvidia import device_memory
 from cm_runtime.bench.results import Gpu, Machine
 
+pytestmark = pytest.mark.process  # processes of nvidia-smi and git
+
 XEON = """\
 processor	: {0}
 vendor_id	: GenuineIntel
@@ -209,7 +211,6 @@ def test_a_driver_without_a_field_still_tells_the_others(smi: Smi, tmp_path: Pat
     assert (gpu.name, gpu.memory_bytes, gpu.asked_mhz) == ("NVIDIA A10G", 23028 << 20, None)
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     "script",
     [
@@ -337,7 +338,6 @@ def test_shares_of_the_processors_time(write: Write, tmp_path: Path) -> None:
     assert watch.conditions.others == pytest.approx(0.15)
 
 
-@pytest.mark.process
 def test_what_children_use_is_not_taken_for_that_of_others() -> None:
     """On this machine: of one that has ended and one that still runs; to an idle stranger, both are others."""
     burn = "import time\nwhile time.process_time() < 0.5: pass\n"
@@ -437,7 +437,6 @@ def test_an_older_driver_has_another_name_for_the_reasons(
     assert ["event" in line for line in asked.read_text().splitlines()] == [True, False, False]
 
 
-@pytest.mark.process
 def test_this_machine_is_watched() -> None:
     with Watch() as watch:
         watch.look()

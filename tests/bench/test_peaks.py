@@ -14,6 +14,8 @@ from cm_runtime.bench.peaks import drift, measure_peaks
 from cm_runtime.bench.results import Estimate, Peaks
 from cm_runtime.errors import EngineError, MissingExtraError, RequestError
 
+pytestmark = pytest.mark.process  # processes that measure
+
 
 @pytest.fixture(scope="module")
 def one() -> Peaks:
@@ -30,7 +32,6 @@ def fastest(work: object, repeats: int = 5) -> float:
     return min(times)
 
 
-@pytest.mark.process
 def test_the_rates_are_those_of_the_same_work_done_here(one: Peaks) -> None:
     """Within a factor of 20: other processes share the machine, and a cache or a second thread may help here."""
     a = np.ones((512, 512), np.float32)
@@ -50,7 +51,6 @@ def test_they_come_with_an_interval_and_the_library(one: Peaks) -> None:
         assert 0 < estimate.low <= estimate.value <= estimate.high
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_product_runs_in_as_many_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this process was told. NumPy's OpenBLAS keeps its threads, so that they can be counted afterwards."""
@@ -90,7 +90,6 @@ def test_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(peaks._copies(2, 0.0)) == {8000 / 1e9}
 
 
-@pytest.mark.process
 def test_a_rate_is_the_amount_over_the_seconds_and_the_first_run_does_not_count() -> None:
     taken = iter([99.0, 2.0, 4.0, 2.0, 2.0, 2.0, 2.0])
     assert peaks._rates(lambda: next(taken), 10.0, 0.0) == [5.0, 2.5, 5.0, 5.0, 5.0, 5.0]
@@ -122,7 +121,6 @@ def test_drift_is_a_share_of_the_first(one: Peaks) -> None:
     assert drift(one, one) == 0
 
 
-@pytest.mark.process
 def test_a_gpu_takes_torch_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
@@ -133,7 +131,6 @@ def test_a_gpu_takes_torch_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         measure_peaks(1, "cuda:0")
 
 
-@pytest.mark.process
 def test_what_cannot_be_measured_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="threads must be at least 1, not 0"):
         measure_peaks(0)

@@ -66,6 +66,7 @@ def apart(model: Any, drawer: peers.Drawer, z: Any, sigmas: Sequence[float], lab
     return float(np.abs(ours - theirs).max())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize("steps", LEVELS)
 @pytest.mark.parametrize("batch", [1, 3])

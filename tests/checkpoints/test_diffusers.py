@@ -96,6 +96,7 @@ class Draws:
         return self.left.pop(0) if self.left else torch.zeros(tuple(shape))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize("timesteps", [[0], [22, 0], [33, 25, 11, 0]])
 @pytest.mark.parametrize("name", ["imagenet", "lsun", "grey"])

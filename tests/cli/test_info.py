@@ -55,7 +55,10 @@ def test_without_a_file_it_is_about_the_bundled_model(cli: Cli) -> None:
 
 
 @pytest.mark.process
-def test_a_large_file_is_not_read_to_say_what_it_is(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1 << 26, pytest.param(3 << 30, marks=pytest.mark.slow)])
+def test_a_large_file_is_not_read_to_say_what_it_is(
+    cli: Cli, boundary: exports.Files, tmp_path: Path, size: int
+) -> None:
     """Three gigabytes of nothing, most of which no disk holds, as an initializer's bytes would lie in a graph."""
 
     def varint(number: int) -> bytes:
@@ -65,7 +68,6 @@ def test_a_large_file_is_not_read_to_say_what_it_is(cli: Cli, boundary: exports.
             number >>= 7
         return bytes([*low, number])
 
-    size = 3 << 30
     manifest = onnx.load(boundary.onnx)
     manifest.ClearField("graph")
     with (tmp_path / "large.onnx").open("wb") as file:

@@ -25,6 +25,7 @@ def network_of(files: exports.Files) -> UNetConfig:
     return read_checkpoint(files.checkpoint).config.network
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart", "half_apart", "inline_apart"])
 def test_every_tensor_comes_back_as_it_was_stored(each: exports.Files, form: str) -> None:
     original = read_checkpoint(each.half_checkpoint if "half" in form else each.checkpoint)

@@ -64,6 +64,7 @@ def test_the_public_functions_draw_by_seed_and_index_from_a_sampler_file(boundar
         assert np.abs(cm.sample(sampler, count=7, **how).astype(int) - wanted).max() <= 1
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize("steps", [1, 3])
 def test_inlined_it_has_standard_ops_alone_and_no_function(each: exports.Files, steps: int) -> None:
@@ -229,6 +230,7 @@ def test_an_export_whose_images_are_not_finite_is_not_written(boundary: exports.
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_sampler_of_before_draws_the_same_bytes_and_says_once_what_it_cannot(
@@ -249,6 +251,7 @@ def test_a_sampler_of_before_draws_the_same_bytes_and_says_once_what_it_cannot(
 # The network alone
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_network_graph_is_F(each: exports.Files, precision: str) -> None:
@@ -267,6 +270,7 @@ def test_the_network_graph_is_F(each: exports.Files, precision: str) -> None:
     assert np.abs(F - wanted.numpy()).max() < (1e-5 if precision == "fp32" else 2e-2)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_with_its_coefficients_around_it_the_network_graph_is_f(each: exports.Files, precision: str) -> None:
@@ -317,6 +321,7 @@ def test_half_precision_keeps_40_dB_at_every_noise_level(each: exports.Files, pr
     assert path.stat().st_size < 0.7 * each.exported(graph=graph).stat().st_size
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize("precision", exports.HALVES)
 def test_the_islands_are_float32(each: exports.Files, precision: str) -> None:

@@ -18,7 +18,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "SECONDS", 0.0)
 
 
-@pytest.mark.quick("denoiser")
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("graph", ["denoiser", "sampler"])
 def test_both_draw_and_take_turns(boundary: exports.Files, tmp_path: Path, graph: Any) -> None:

@@ -149,6 +149,7 @@ def test_openvino_runs_the_inlined_file(each: exports.Files, form: str) -> None:
         assert largest_difference(compiled(given)["denoised"], expected(each, given)) < TOLERANCE
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("form", ["onnx", "inline", "half", "apart"])
 def test_tensorrt_parses_the_file(each: exports.Files, form: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
@@ -275,6 +276,7 @@ def test_the_float16_file_computes_in_float32_to_the_last_bit(each: exports.File
     assert np.array_equal(full, half)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize(("inside", "apart"), [("onnx", "apart"), ("half", "half_apart"), ("inline", "inline_apart")])
 def test_weights_beside_the_file_are_those_inside_it(each: exports.Files, inside: str, apart: str) -> None:

@@ -15,6 +15,8 @@ from cm_runtime.errors import RequestError
 from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import Arrays, Images, NormBlock
 
+pytestmark = pytest.mark.process  # processes which compiles the kernels for the host
+
 AT = Arrays(*[16] * len(Arrays._fields))  # nowhere
 Array = np.ndarray[Any, Any]
 TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -63,7 +65,6 @@ def run(shape: tuple[int, ...], type: Any, given: dict[str, Array], has_scale: b
     return y
 
 
-@pytest.mark.process
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("has_scale", [True, False])
@@ -75,7 +76,6 @@ def test_in_float32_it_is_its_formula_to_one_in_a_hundred_thousand(shape: Any, h
     assert (np.abs(found - wanted) <= 1e-5 * np.maximum(np.abs(wanted), 1)).all()
 
 
-@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("type", ["fp16", "bf16"])
@@ -103,7 +103,6 @@ def test_a_mean_far_from_0_costs_nothing(type: Any) -> None:
     assert np.abs(found - wanted).max() <= 3e-5 * np.abs(wanted).max() + rounding * np.abs(wanted).max()
 
 
-@pytest.mark.process
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] < 255], ids=str)
 @pytest.mark.parametrize("type", TYPES)

@@ -14,6 +14,8 @@ from cm_runtime import noise
 from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import LEVEL, REQUEST, Arrays, Images
 
+pytestmark = pytest.mark.process  # processes which compiles the kernels for the host
+
 ONES = 0xFFFFFFFF
 
 

@@ -15,6 +15,8 @@ from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import Arrays, Images
 from cm_runtime.precond import precond
 
+pytestmark = pytest.mark.process  # processes which compiles the kernels for the host
+
 AT = Arrays(*[16] * len(Arrays._fields))  # nowhere
 TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 ULP = 2.0**-23

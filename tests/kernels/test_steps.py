@@ -18,6 +18,8 @@ from cm_runtime.precond import precond
 from cm_runtime.projections import Edit, Luma, Mask, PatchMean, Projection
 from cm_runtime.sampling import HostSteps, to_uint8
 
+pytestmark = pytest.mark.process  # processes which compiles the kernels for the host
+
 AT = Arrays(*[16] * len(Arrays._fields))  # nowhere
 Array = np.ndarray[Any, Any]
 TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -287,7 +289,6 @@ def test_the_steps_of_a_denoiser_are_those_of_the_host(kind: str, clip: bool) ->
     assert (made != to_uint8(x0)).mean() < 1e-3
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("images", [each for each in IMAGES if each[:4] in ((3, 3, 7, 5), (2, 3, 16, 16))], ids=str)
 def test_what_is_not_finite_is_flagged(images: Images, value: float) -> None:

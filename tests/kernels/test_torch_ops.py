@@ -20,6 +20,8 @@ from cm_runtime.errors import EngineError, MissingExtraError, OutOfMemoryError, 
 from cm_runtime.kernels.launches import Launch
 from cm_runtime.precond import precond
 
+pytestmark = pytest.mark.process  # processes which compiles the kernels for the host
+
 ops = torch.ops.cm
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -79,6 +81,7 @@ def check(found: Tensor, wanted: Tensor, allowed: Tensor | float) -> None:
 # On the CPU they are what the kernels are
 
 
+@pytest.mark.covering(2)
 @by_kernels
 @every_layout
 @every_type
@@ -146,7 +149,7 @@ NORMS = [
 ]
 
 
-@pytest.mark.process
+@pytest.mark.covering(2)
 @by_kernels
 @every_type
 @pytest.mark.parametrize("shape", NORMS, ids=str)
@@ -216,7 +219,6 @@ def cases(type: torch.dtype, layout: Any, shape: Any = (3, 4, 4, 6)) -> dict[str
     }
 
 
-@pytest.mark.process
 @pytest.mark.covering(1)
 @every_layout
 @every_type
@@ -270,7 +272,6 @@ def test_the_gradients_are_those_of_the_formula(type: torch.dtype, layout: Any, 
         ops.step(x, F, None, 1.0, 1.0, 1.0, 1.0, True, 0, 0, 1)[0].sum().backward()
 
 
-@pytest.mark.process
 @every_layout
 def test_a_function_of_them_compiles_whole(layout: Any) -> None:
     def sample(x: Tensor, F: Tensor, sigma: Tensor, gamma: Tensor, beta: Tensor, seed: int) -> tuple[Tensor, ...]:

@@ -228,10 +228,16 @@ def test_the_lock_empties_no_file_that_it_is_a_link_to(tmp_path: Path, tiny_conf
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 30), marks=pytest.mark.slow)], ids=str)
 def test_random_damage_ends_in_one_line_or_in_a_run(
-    tmp_path: Path, tiny_config: Config, toy_images: ImageSet, finished: Finished, monkeypatch: pytest.MonkeyPatch
+    seeds: range,
+    tmp_path: Path,
+    tiny_config: Config,
+    toy_images: ImageSet,
+    finished: Finished,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for seed in range(30):
+    for seed in seeds:
         rng, run = np.random.default_rng(seed), tmp_path / str(seed)
         finished(run)
         path = run / ("state.pt", "log.jsonl", "run.json")[seed % 3]

@@ -48,6 +48,7 @@ def gradients_of(stepper: Stepper) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in stepper.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize("method", ["edm", "cd", "ct", "ict", "ect"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 6, 7, 100])

@@ -318,6 +318,7 @@ def test_the_configuration_that_a_run_writes_starts_the_same_run(config: Path, t
 PATHS = ["plain.npz", "sp ace.npz", "it's.npz", 'a "quoted".npz', 'it\'s "both".npz', "back\\slash.npz", "päth.npz"]
 
 
+@pytest.mark.quick("it's.npz", 'a "quoted".npz')
 @pytest.mark.process
 @pytest.mark.parametrize("name", PATHS)
 def test_data_may_lie_at_any_path(config: Path, tmp_path: Path, name: str) -> None:

@@ -328,6 +328,7 @@ def test_the_loss_on_real_images_falls(tmp_path: Path, tiny_config: Config) -> N
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_gaussian_data_teach_the_exact_denoiser_and_then_ects_fixed_point(
     tmp_path: Path, tiny_config: Config, ect_fixed_point: Callable[[Tensor, float, int], Tensor]
@@ -795,6 +796,7 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, spoil: Callable[[Tensor
     monkeypatch.setattr(stepper, "loss_of", spoilt)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.process
 @pytest.mark.parametrize(
     "spoil",
