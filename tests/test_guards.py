@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
@@ -146,6 +147,26 @@ def _needs_torch(module: str) -> bool:
 def test_files_import_only_from_their_left() -> None:
     """No import in the package breaks the order, or brings torch where none is needed."""
     assert violations(PACKAGE) == []
+
+
+def arrows(package: Path) -> set[tuple[str, str]]:
+    """Imports between rooms, a room being a module of the root or a folder of it."""
+    files = modules(package)
+    pairs = set()
+    for module, file in files.items():
+        parent = [package.name, *module.split(".")][: None if file.name == "__init__.py" else -1]
+        for each in imports(ast.parse(file.read_text()), parent):
+            root, _, rest = each.name.partition(".")
+            if module not in FACE and root == package.name and rest.split(".")[0] in PLACES:
+                pairs.add((module.split(".")[0], rest.split(".")[0]))
+    return {(room, other) for room, other in pairs if room != other}
+
+
+def test_the_root_is_the_paper_and_rooms_are_few() -> None:
+    """43 rooms, 34 modules in the root and 244 arrows before there were rooms. A new one wants a reason."""
+    assert sum(1 for _ in PACKAGE.glob("*.py")) <= 13
+    assert len({name.split(".")[0] for name in modules(PACKAGE)} - FACE) <= 25
+    assert len(arrows(PACKAGE)) <= 150
 
 
 @pytest.fixture
@@ -439,6 +460,99 @@ def test_counts_agree_with_their_nouns() -> None:
     assert told == []
     source = 'f"{n} steps, {MOST} images, {rate:.1f} images/s, {len(x)} labels"'
     assert [text for _, text in counts(ast.parse(source))] == ["n steps", "len(x) labels"]
+
+
+# Bare participles and adverbs name nothing: `Job.from_request` for made, `load_job` for kept.
+NO_NAMES = {
+    *(
+        "ahead",
+        "apart",
+        "asked",
+        "chosen",
+        "collected",
+        "counted",
+        "done",
+        "drawn",
+        "expected",
+        "found",
+        "given",
+        "held",
+    ),
+    *("kept", "known", "left", "made", "missed", "named", "observed", "opened", "own", "recovered", "said", "seen"),
+    *("served", "shown", "stored", "taken", "told", "wanted", "written"),
+}
+NO_VARIABLES = {"asked", "chosen", "found", "given", "made", "said", "told", "wanted"}
+
+
+def product_files() -> Iterator[Path]:
+    yield from modules(PACKAGE).values()
+    yield from (ROOT / "benchmarks").glob("*.py")
+
+
+def test_nothing_is_named_by_a_bare_participle() -> None:
+    """Modules, functions, classes and parameters by none; variables by the commonest hardly ever."""
+    names, variables = [], []
+    for file in product_files():
+        names += [file.stem] * (file.stem in NO_NAMES)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names += [f"{file}: {node.name}"] * (node.name.strip("_").lower() in NO_NAMES)
+            elif isinstance(node, ast.arg):
+                variables += [f"{file}: {node.arg}"] * (node.arg in NO_VARIABLES)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                variables += [f"{file}: {node.id}"] * (node.id in NO_VARIABLES)
+    assert names == []
+    assert len(variables) < 10, variables
+
+
+def test_docstrings_open_with_a_verb_or_a_noun() -> None:
+    """Of a question word the reader learns nothing."""
+    opening = re.compile(r'"""(What|Of|Whether|Which|Where|How) ')
+    lines = [line for file in product_files() for line in file.read_text().splitlines() if opening.search(line)]
+    assert len(lines) < 20, lines
+
+
+def public() -> dict[str, Any]:
+    """Functions and values that users import, by name."""
+    from cm_runtime import editing, noise, request, schedule
+    from cm_runtime.backends.base import EngineOptions
+
+    functions = [
+        cm.load,
+        cm.load_checkpoint,
+        cm.sample,
+        cm.stream,
+        *(getattr(cm.export, name) for name in cm.export.__all__),
+    ]
+    functions += [
+        getattr(editing, name) for name in ("inpaint", "colorize", "superres", "stroke", "denoise", "interpolate")
+    ]
+    functions += [noise.words, noise.normal, noise.normals, noise.random_labels, request.sampling_request]
+    values = [request.Draw, EngineOptions, schedule.NoiseRange]
+    return {each.__qualname__: each for each in [*functions, *values]}
+
+
+@pytest.mark.parametrize("name", public())
+def test_public_docstrings_are_whole(name: str) -> None:
+    """Arguments, results, errors and an example; ruff holds their form to Google's convention."""
+    each = public()[name]
+    text = each.__doc__
+    sections = ["Args:", "Example:"] if isinstance(each, type) else ["Args:", "Raises:", "Example:"]
+    if not isinstance(each, type) and inspect.signature(each, eval_str=False).return_annotation not in (None, "None"):
+        sections.append("Returns:")
+    assert [section for section in sections if f"\n    {section}" not in text and f"\n{section}" not in text] == []
+
+
+def test_draw_options_are_fields_of_draw() -> None:
+    """The keywords of public functions, whose types checkers see, are those of the value that they make."""
+    from dataclasses import fields
+
+    from cm_runtime.editing import EditOptions
+    from cm_runtime.request import Draw, DrawOptions
+
+    names = {field.name for field in fields(Draw)}
+    assert {*DrawOptions.__annotations__} == names - {"count", "steps", "seed"}
+    assert {*EditOptions.__annotations__} == names - {"count"} | {"answers"}
 
 
 FACE_WITHOUT_TORCH = """

@@ -28,14 +28,17 @@ NETWORK_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class EngineOptions:
     """Engine and hardware of a model.
 
-    Attributes:
+    Args:
         backend: the engine; auto takes the fastest installed one for an ``.onnx``, and eager torch for a checkpoint.
         device: auto (a GPU where the engine can use one, else the CPU), cpu or cuda:N.
         precision: of the computation, for engines that can choose; auto is the file's own.
         threads: of the engine; 0 is one per core.
 
     Raises:
-        RequestError: There is no such backend or precision, or threads are out of range.
+        RequestError: there is no such backend or precision, or threads are out of range.
+
+    Example:
+        >>> EngineOptions("openvino", precision="bf16", threads=2)
     """
 
     backend: BackendName = "auto"

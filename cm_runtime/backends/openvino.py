@@ -123,12 +123,12 @@ class OpenVinoBackend(Backend):
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """One run of the graph on checked inputs; see `Backend`."""
         try:
-            given = dict(feed)
+            values = dict(feed)
             with self._lock:
                 if self._prefix is not None:
-                    made = self._prefix({each.any_name: given[each.any_name] for each in self._prefix.inputs})
-                    given |= {name: made[i] for i, name in enumerate(self._cut_names)}
-                answer = self._request.infer({name: given[name] for name in self._names}, share_inputs=True)
+                    embedding = self._prefix({each.any_name: values[each.any_name] for each in self._prefix.inputs})
+                    values |= {name: embedding[i] for i, name in enumerate(self._cut_names)}
+                answer = self._request.infer({name: values[name] for name in self._names}, share_inputs=True)
                 results = [np.array(answer[name]) for name in self.outputs]
         except Exception as error:
             raise EngineError(f"OpenVINO: {openvino_reason(error)}") from error
@@ -239,11 +239,11 @@ def split(graph: Any, images: str) -> tuple[Any, Any, list[str]]:
                         cuts[key] = ops.parameter(source.get_partial_shape(), source.get_element_type())
                         cuts[key].output(0).set_names({f"apart{len(cuts) - 1}"})
                     node.input(i).replace_source_output(cuts[key].output(0))
-    given = [each for each in graph.get_parameters() if images in each.output(0).get_names()]
+    inputs = [each for each in graph.get_parameters() if images in each.output(0).get_names()]
     others = [each for each in graph.get_parameters() if images not in each.output(0).get_names()]
     results = [ops.result(source) for source in taken.values()]
     before = ov.Model(results, others, "before") if results else None
-    rest = ov.Model(graph.get_results(), [*given, *cuts.values()], "rest")
+    rest = ov.Model(graph.get_results(), [*inputs, *cuts.values()], "rest")
     return before, rest, [f"apart{i}" for i in range(len(cuts))]
 
 

@@ -71,7 +71,7 @@ class Agreement(Record):
         return f"images differ by {self.max_abs:.2g} ({levels}) from those of {self.against}"
 
 
-class Served(Record):
+class ServerResult(Record):
     """The outcome of a server scenario."""
 
     rate: float = Field(description="requests a second that arrived")
@@ -114,7 +114,7 @@ class Contender(Record):
     block_ms: Many[Milliseconds] = Field(
         (), max_length=MOST_BLOCKS, description="median of each block, in the order of the rounds"
     )
-    served: Served | None = None
+    served: ServerResult | None = None
 
 
 class ModelFacts(Record):

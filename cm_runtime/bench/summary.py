@@ -9,7 +9,7 @@ import numpy as np
 
 from cm_runtime.bench import stats
 from cm_runtime.bench.contenders import Side
-from cm_runtime.bench.results import Contender, Estimate, Peaks, Served
+from cm_runtime.bench.results import Contender, Estimate, Peaks, ServerResult
 from cm_runtime.bench.scenario import Scenario
 from cm_runtime.bench.worker import Block
 
@@ -37,7 +37,7 @@ def contender(side: Side, subject: Side, scenario: Scenario, gflop: float | None
         high = latency.p99.high if latency.p99 else None
         met = high is not None and high <= scenario.bound_ms
         mean_batch = float(np.mean(side.batches))
-        common["served"] = Served(rate=scenario.rate, bound_ms=scenario.bound_ms, met=met, mean_batch=mean_batch)
+        common["served"] = ServerResult(rate=scenario.rate, bound_ms=scenario.bound_ms, met=met, mean_batch=mean_batch)
     else:
         common["images_per_s"] = _rate(side, scenario, latency.p50)
         if side.network_ns is not None:

@@ -23,14 +23,26 @@ def load_checkpoint(
     image_size: int | None = None,
     model_name: str | None = None,
 ) -> Checkpoint:
-    """The checkpoint in ``path``: our ``.pt``, a flat state dict of OpenAI's, or a folder of diffusers'.
+    """Load a checkpoint: of `cm-runtime train`, a flat state dict of OpenAI's, or a folder of diffusers'.
 
-    What an OpenAI file does not say may be options. precond: the preconditioning form, where no published name decides
-    it; head_channels: of an attention head, 64 in all published networks; image_size: in pixels, by default what makes
-    the innermost feature map 8x8, as in all published networks; model_name: the published model that this is, as
-    cd_imagenet64_l2, by default the one whose name the file has (a folder: after diffusers-).
-    Raises CheckpointError naming what does not fit, RequestError for an option that the file has no use for, and
-    MissingExtraError without torch.
+    Args:
+        path: of a ``.pt``, ``.pth``, ``.bin`` or ``.safetensors`` file, or of a folder.
+        precond: the preconditioning form, where neither the file nor a published name decides it.
+        head_channels: of an attention head in an OpenAI file; by default 64, as in all published networks.
+        image_size: of an OpenAI file's images, in pixels; by default what makes the innermost feature map 8x8.
+        model_name: the published model that this is, as cd_imagenet64_l2; by default the one that the file is named
+            after (a folder: after diffusers-).
+
+    Returns:
+        The checkpoint, for `export` and for training.
+
+    Raises:
+        CheckpointError: the file is damaged, or is no such model; the message names what does not fit.
+        MissingExtraError: torch is not installed.
+        RequestError: the file has no use for an option.
+
+    Example:
+        >>> checkpoint = cm.load_checkpoint("cd_imagenet64_l2.pt")
     """
     require("torch", "cm_runtime.load_checkpoint")
     from cm_runtime.checkpoints import diffusers, openai, published

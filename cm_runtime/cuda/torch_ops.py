@@ -182,11 +182,11 @@ def finish(x: Tensor, F: Tensor, c_skip: float, c_out: float) -> Tensor:
 
 def _finish_cuda(x: Tensor, F: Tensor, c_skip: float, c_out: float) -> Tensor:
     images = _pair(x, F)
-    made, flag, level = _bytes(x), x.new_empty(1, dtype=torch.int32), _table(x, torch.float32, c_skip, c_out, 0, 0)
-    addresses = {"level": level, "x": x, "F": F, "bytes": made, "not_finite": flag}
+    pixels, flag, level = _bytes(x), x.new_empty(1, dtype=torch.int32), _table(x, torch.float32, c_skip, c_out, 0, 0)
+    addresses = {"level": level, "x": x, "F": F, "bytes": pixels, "not_finite": flag}
     at = Arrays(**{name: tensor.data_ptr() for name, tensor in addresses.items()})
     launch(launches.finish(images, at), x.device)
-    return made
+    return pixels
 
 
 def _finish_fake(x: Tensor, F: Tensor, *_: float) -> Tensor:
@@ -249,8 +249,8 @@ for _op, _cuda, _fake in (
 
 def _batch(name: str, images: Tensor) -> Images:
     if images.dim() != 4 or images.numel() == 0 or images.dtype not in TYPES:
-        wanted = "images (N, C, H, W) in float32, float16 or bfloat16"
-        raise RequestError(f"{name} must be {wanted}, not {_describe(images.shape, images.dtype, images.device)}")
+        description = _describe(images.shape, images.dtype, images.device)
+        raise RequestError(f"{name} must be images (N, C, H, W) in float32, float16 or bfloat16, not {description}")
     n, c, h, w = images.shape
     if images.is_contiguous():
         return Images(n, c, h, w, TYPES[images.dtype], "nchw")
@@ -305,8 +305,8 @@ def _check_plain(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.d
 
 def _check(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device:
-        found = _describe(tensor.shape, tensor.dtype, tensor.device)
-        raise RequestError(f"{name} must be {_describe(shape, dtype, device)}, not {found}")
+        description = _describe(tensor.shape, tensor.dtype, tensor.device)
+        raise RequestError(f"{name} must be {_describe(shape, dtype, device)}, not {description}")
 
 
 def _describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
@@ -341,10 +341,10 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _table(beside: Tensor, dtype: torch.dtype, *numbers: float) -> Tensor:
     """Numbers in memory of the GPU, by fills: a copy from the host would wait, and no graph could capture it."""
-    made = beside.new_empty(len(numbers), dtype=dtype)
-    for place, number in zip(made, numbers, strict=True):
+    table = beside.new_empty(len(numbers), dtype=dtype)
+    for place, number in zip(table, numbers, strict=True):
         place.fill_(number)
-    return made
+    return table
 
 
 def _address(name: str, tensor: Tensor | None) -> int:

@@ -106,7 +106,7 @@ def result(*scenarios: r.ScenarioResult, **changes: Any) -> r.Result:
 
 def server(**changes: Any) -> r.ScenarioResult:
     """At 20 requests a second, bound not kept, p99 unbounded."""
-    served = r.Served(rate=19.7, bound_ms=30.0, met=False, mean_batch=1.43)
+    served = r.ServerResult(rate=19.7, bound_ms=30.0, met=False, mean_batch=1.43)
     return scenario(2, 64, side(latency=latency(21.5), served=served, load_s=0.08), kind="server", **changes)
 
 

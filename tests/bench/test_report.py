@@ -141,7 +141,7 @@ def test_what_was_not_compared_says_why() -> None:
 
 
 def _kept() -> results.Contender:
-    served = results.Served(rate=20, bound_ms=300, met=True, mean_batch=2)
+    served = results.ServerResult(rate=20, bound_ms=300, met=True, mean_batch=2)
     return example_results.side(latency=example_results.latency(21.5), served=served)
 
 
