@@ -46,7 +46,7 @@ from cm_runtime.errors import CmRuntimeError
 from cm_runtime.files.atomic import check_writable, write
 from cm_runtime.schedule import NoiseRange
 from cm_runtime.training.config import CdPhase, CtPhase, EctPhase, EdmPhase, IctPhase, Phase, load_config
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.loop import train
 
 EPS = NoiseRange.sigma_min

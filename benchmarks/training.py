@@ -40,7 +40,7 @@ from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
 from cm_runtime.networks.unet import UNetConfig
 from cm_runtime.training.batches import Stream
 from cm_runtime.training.config import CdPhase, CtPhase, TrainConfig, parse_config
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.distributed import Workers
 from cm_runtime.training.noise import NOISE
 from cm_runtime.training.noise_pairs import pairs_of

@@ -469,7 +469,7 @@ def test_a_model_trained_for_it_colours_and_enlarges_as_its_data(tmp_path: Path)
     from cm_runtime.backends.torch import TorchBackend
     from cm_runtime.checkpoints.native import read_checkpoint
     from cm_runtime.training.config import load_config
-    from cm_runtime.training.data import ImageSet
+    from cm_runtime.training.data.image_set import ImageSet
     from cm_runtime.training.loop import train
 
     settings = ["phase.0.steps=133", "phase.0.P_mean=-0.8", "phase.0.P_std=1.4", "phase.0.batch=32"]

@@ -512,6 +512,32 @@ def test_docstrings_open_with_a_verb_or_a_noun() -> None:
     assert len(lines) < 20, lines
 
 
+def definitions(tree: ast.AST) -> set[str]:
+    """Names that a module makes itself: functions, classes, and whatever it assigns to."""
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return names | {
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+
+
+def test_names_come_from_the_modules_that_define_them() -> None:
+    """No module hands on what it has from another; the face alone does."""
+    files = modules(PACKAGE)
+    trees = {module: ast.parse(file.read_text()) for module, file in files.items()}
+    homes = {module: definitions(tree) | {"__version__"} for module, tree in trees.items()}
+    borrowed = [
+        f"{module}: {alias.name} from {node.module}"
+        for module, tree in trees.items()
+        for node in ast.walk(tree)
+        if module not in FACE and isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cm_runtime")
+        for alias in node.names
+        if (home := (node.module or "").removeprefix("cm_runtime").removeprefix(".")) in homes
+        and f"{home}.{alias.name}".lstrip(".") not in files
+        and alias.name not in homes[home]
+    ]
+    assert borrowed == []
+
+
 def public() -> dict[str, Any]:
     """Functions and values that users import, by name."""
     from cm_runtime import editing, noise, request, schedule

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from cm_runtime.training.config import TrainConfig
-    from cm_runtime.training.data import ImageSet
+    from cm_runtime.training.data.image_set import ImageSet
     from cm_runtime.training.loop import Report
 
 

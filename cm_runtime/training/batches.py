@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.losses import Batch
 from cm_runtime.training.noise import FLIP, Draws
 

@@ -26,7 +26,7 @@ from cm_runtime.schedule import NoiseRange
 from cm_runtime.training import preview, provenance, second_points
 from cm_runtime.training.batches import Stream
 from cm_runtime.training.config import Phase, TrainConfig
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.distributed import Workers, join_workers
 from cm_runtime.training.ema import mu_of
 from cm_runtime.training.run_folder import RunFolder

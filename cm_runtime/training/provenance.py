@@ -15,7 +15,7 @@ import torch
 from cm_runtime import __version__
 from cm_runtime.errors.wording import quantity
 from cm_runtime.subprocesses import commit, processor
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.distributed import Workers
 
 

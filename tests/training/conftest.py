@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ import torch
 
 from cm_runtime import noise
 from cm_runtime.training.batches import Stream
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 
 CPU = torch.device("cpu")
 

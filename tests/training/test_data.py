@@ -25,10 +25,10 @@ import pytest
 from PIL import Image
 
 from cm_runtime.errors import DataError, MissingExtraError, RequestError
-from cm_runtime.training.data import DATA_SETS, ImageSet, cifar, open_data
+from cm_runtime.training.data import DATA_SETS, cifar, open_data
 from cm_runtime.training.data.catalogue import RemoteFile
 from cm_runtime.training.data.download import fetch
-from cm_runtime.training.data.image_set import Pixels
+from cm_runtime.training.data.image_set import ImageSet, Pixels
 
 EXCERPT = Path(__file__).parents[1] / "data" / "fashion-mnist"
 ROOT = Path(__file__).parents[2]

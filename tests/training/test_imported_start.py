@@ -17,7 +17,7 @@ from cm_runtime.errors import CheckpointError, CmRuntimeError, TrainingError
 from cm_runtime.networks.unet import UNet, UNetConfig
 from cm_runtime.training import loop
 from cm_runtime.training.config import TrainConfig, parse_config
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.loop import train
 from cm_runtime.training.stepper import Stepper
 

@@ -15,7 +15,7 @@ from cm_runtime.errors import CheckpointError
 from cm_runtime.networks.consistency import build
 from cm_runtime.training import distances, lpips
 from cm_runtime.training.config import PRESETS, TrainConfig, load_config, parse_config, preset_names
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.loop import model_config_of, train
 
 # (image shape, classes of the data, parameters): the last two counts are of the published checkpoints

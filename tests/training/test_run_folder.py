@@ -24,7 +24,7 @@ from cm_runtime.networks.consistency import ModelConfig, build
 from cm_runtime.networks.unet import UNetConfig
 from cm_runtime.training import loop, provenance
 from cm_runtime.training.config import TrainConfig, load_config
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.distributed import Workers
 from cm_runtime.training.run_folder import RunFolder
 from cm_runtime.training.state import STATE_KEYS

@@ -14,7 +14,7 @@ from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
 from cm_runtime.networks.unet import UNetConfig
 from cm_runtime.training.batches import Stream
 from cm_runtime.training.config import EdmPhase, Phase, TrainConfig, parse_config
-from cm_runtime.training.data import ImageSet
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.distributed import Workers
 from cm_runtime.training.losses import loss_of
 from cm_runtime.training.second_points import gaussian

@@ -33,7 +33,8 @@ from cm_runtime.errors import CheckpointError, CmRuntimeError, EngineError, Inte
 from cm_runtime.files import atomic
 from cm_runtime.training import loop, provenance, second_points, stepper
 from cm_runtime.training.config import TrainConfig, parse_config
-from cm_runtime.training.data import ImageSet, open_data
+from cm_runtime.training.data import open_data
+from cm_runtime.training.data.image_set import ImageSet
 from cm_runtime.training.loop import Observer, Report, model_config_of, train
 from cm_runtime.training.losses import Batch, Loss
 from cm_runtime.training.run_folder import RunFolder
