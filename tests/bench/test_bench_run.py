@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import onnx
 import pytest
 from exports import ROOT, Files, command, environment
 
-from cm_runtime import backends
+from cm_runtime import backends, export
 from cm_runtime.bench import compare, results, rounds
 from cm_runtime.bench.contenders import Side
 from cm_runtime.bench.report.environment import troubles as environment_of
@@ -30,6 +31,7 @@ from cm_runtime.bench.results import Result, Settings
 from cm_runtime.bench.run import run
 from cm_runtime.bench.scenario import Scenario, title
 from cm_runtime.bench.worker import Facts
+from cm_runtime.checkpoints.native import read_checkpoint
 from cm_runtime.errors import OutputError, RequestError
 
 SLOW = """
@@ -250,7 +252,12 @@ def test_torch_as_the_engine(tmp_path: Path, files: Files) -> None:
 
 @pytest.mark.process
 def test_a_tiny_model_that_fails_parity_is_not_timed(tmp_path: Path, files: Files) -> None:
-    graph = onnx.load(files.onnx)
+    """An export that records its network, without which there is no reference, and another sigma_data."""
+    checkpoint = read_checkpoint(files.checkpoint)
+    network = checkpoint.config.network.model_dump(mode="json")
+    training = checkpoint.training.model_copy(update={"config": {"network": network}})
+    export.onnx(replace(checkpoint, training=training), tmp_path / "right.onnx")
+    graph = onnx.load(tmp_path / "right.onnx")
     (node,) = (each for each in graph.graph.node if each.op_type == "SkipScale")
     (attribute,) = (each for each in node.attribute if each.name == "sigma_data")
     attribute.f = 0.7
