@@ -70,13 +70,13 @@ class Models:
 
     def model(self, scenario: Scenario, threads: int, build: Build, is_base: bool = False) -> Model:
         """The scenario's model, exported by ``build`` where it is a checkpoint that ONNX Runtime is to run."""
-        key = scenario.model, scenario.backend == "torch", is_base
+        key = scenario.model, scenario.is_for_torch, is_base
         if key not in self._models:
             source = build.model if is_base and build.model else _source(scenario.model, threads)
             if not streams.exists(source):
                 raise ArtifactError(f"{source}: no such model")
             name = str(source) if is_base and build.model else scenario.model
-            self._models[key] = self._ready(name, source, scenario.backend == "torch", threads, build)
+            self._models[key] = self._ready(name, source, scenario.is_for_torch, threads, build)
         return self._models[key]
 
     def _ready(self, name: str, source: Path, is_for_torch: bool, threads: int, build: Build) -> Model:

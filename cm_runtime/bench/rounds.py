@@ -86,9 +86,6 @@ def _start(side: Side, work: Path, stack: ExitStack) -> None:
     """Start, load and draw once; three times where that is quick, for the sake of the cold start's spread."""
     images = work / "first.npy"
     try:
-        if side.spec.backend == "auto":  # measures on first use, and remembers
-            with Process(side.spec.threads, side.root) as process:
-                process.ask("load", spec=vars(side.spec))
         starts: list[float] = []
         while not starts or (side.role == "subject" and len(starts) < 3 and starts[0] < QUICK_START):
             if side.process:

@@ -100,7 +100,7 @@ def _place(scenario: Scenario) -> tuple[int, str]:
     threads = scenario.threads or cores()
     if scenario.device != "auto":
         return threads, scenario.device
-    is_gpu = NVIDIA_DRIVER.exists() if scenario.backend == "torch" else has_cuda()
+    is_gpu = NVIDIA_DRIVER.exists() if scenario.is_for_torch else has_cuda()
     return threads, "cuda:0" if is_gpu else "cpu"
 
 
@@ -147,7 +147,7 @@ def _sides(scenario: Scenario, session: Session, model: Model, sigmas: Sequence[
     build, base = session.build, session.base
     spec = Spec(
         path=str(model.path.absolute()),
-        backend="ort" if model.is_exported else "torch",
+        backend="ort" if scenario.backend == "auto" else scenario.backend,
         device=device,
         threads=threads,
         batch=scenario.batch,

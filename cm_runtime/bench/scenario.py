@@ -86,6 +86,11 @@ class Scenario(Record):
         return self
 
     @property
+    def is_for_torch(self) -> bool:
+        """True if a checkpoint is to be run as it is, not exported."""
+        return self.backend in ("torch", "torch.compile")
+
+    @property
     def name(self) -> str:
         """The key that two runs are matched by: "default single-stream 2x8" is 2 steps, batch 8; see `title`."""
         words = [Path(self.model).name, self.kind, f"{self.steps}x{self.batch}"]

@@ -80,7 +80,7 @@ def bench(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_what_a_run_holds(tmp_path: Path) -> None:
     """Single-stream and offline: every number is there, and follows from the samples beside it."""
     told: list[tuple[float, str]] = []
-    scenarios = [Scenario(steps=1, batch=3), one(kind="offline", batch=7)]
+    scenarios = [Scenario(steps=1, batch=3), one(kind="offline", batch=7, backend="openvino")]
     found = measured(tmp_path, *scenarios, tell=lambda done, doing: told.append((done, doing)), command="x")
     assert found == results.read(tmp_path / "bench.json")
     jsonschema.validate(json.loads((tmp_path / "bench.json").read_text()), json.loads(results.SCHEMA.read_text()))
@@ -89,6 +89,7 @@ def test_what_a_run_holds(tmp_path: Path) -> None:
     raw = (tmp_path / found.samples.file).read_bytes()
     assert (len(raw), hashlib.sha256(raw).hexdigest()) == (found.samples.bytes, found.samples.sha256)
     lines = [json.loads(line) for line in raw.splitlines()]
+    assert [each.engine and each.engine.split()[0] for each in found.scenarios] == ["onnxruntime", "openvino"]
     for scenario, asked in zip(found.scenarios, scenarios, strict=True):
         (subject,) = scenario.contenders
         assert scenario.name == asked.name and scenario.status == subject.status == "measured"

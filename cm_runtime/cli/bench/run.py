@@ -42,7 +42,7 @@ def run(
     steps: Annotated[str | None, typer.Option(metavar="1,2,4", help="Step counts.", show_default="2")] = None,
     batch: Annotated[str | None, typer.Option(metavar="1,64", help="Images a request.", show_default="1")] = None,
     backend: Annotated[
-        str | None, typer.Option(metavar="ort,openvino,torch", help="Engines.", show_default="auto")
+        str | None, typer.Option(metavar="ort,openvino,torch", help="Engines.", show_default="ort")
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where to run.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads of an engine.", show_default="one per core")] = None,
