@@ -182,7 +182,7 @@ def test_a_bomb_is_refused_by_every_engine(name: str, tmp_path: Path) -> None:
 def test_a_graph_of_others_is_kept_from_openvino(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No part of OpenVINO reads it, whoever asks; auto takes ONNX Runtime and measures nothing."""
     path = saved(STRANGE[name], tmp_path / "m.onnx")
-    monkeypatch.setattr("cm_runtime.backends.openvino.read", None)
+    monkeypatch.setattr("cm_runtime.backends.openvino.read_model", None)
     with pytest.raises(ArtifactError, match="OpenVINO runs only graphs as cm-runtime export writes them"):
         cm.load(path, "openvino")
     try:

@@ -56,7 +56,7 @@ def test_a_model_behind_links_draws_what_it_draws_without(
 ) -> None:
     request = {"x": np.full((2, 3, 8, 8), 0.5, np.float32), "sigma": 2.0, "label": 1}
     expected = OrtBackend(boundary.apart, options=EngineOptions(device="cpu", threads=1)).denoise(**request)  # type: ignore[arg-type]
-    made = ENGINES[engine](linked(form), threads=1).denoise(**request)  # type: ignore[arg-type]
+    made = ENGINES[engine](linked(form), options=EngineOptions(device="cpu", threads=1)).denoise(**request)  # type: ignore[arg-type]
     assert np.array_equal(made, expected) if engine == "ort" else np.abs(made - expected).max() < 1e-5
 
 
@@ -114,7 +114,7 @@ def test_auto_takes_the_engine_that_can(
     def refuse(model: Path | bytes) -> None:
         raise RuntimeError("in-memory weights are not supported")
 
-    monkeypatch.setattr(openvino, "read", refuse)
+    monkeypatch.setattr(openvino, "read_model", refuse)
     path = linked("both")
     assert cm.load(path).name == "ort"
     (line,) = (record.getMessage() for record in caplog.records)

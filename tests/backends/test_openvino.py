@@ -105,7 +105,7 @@ def test_it_computes_with_the_threads_it_is_given(boundary: exports.Files) -> No
             engine = OpenVinoBackend(
                 boundary.onnx, options=EngineOptions(device="cpu", threads=threads, precision=precision)
             )  # type: ignore[arg-type]
-            for compiled in filter(None, (engine._request.get_compiled_model(), engine._before)):
+            for compiled in filter(None, (engine._request.get_compiled_model(), engine._prefix)):
                 assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
     for threads in (-1, 1 << 40):
         with pytest.raises(RequestError, match="threads"):
@@ -170,7 +170,7 @@ def test_bfloat16_keeps_40_dB_at_every_noise_level(each: exports.Files, form: st
 def test_without_the_split_bfloat16_loses_the_noise_level(boundary: exports.Files) -> None:
     """What the split is for: 1095, which c_noise is at sigma 80, lies between two numbers of bfloat16."""
     core = module.core()
-    whole = core.compile_model(module.read(boundary.onnx), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    whole = core.compile_model(module.read_model(boundary.onnx), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     engine = OpenVinoBackend(boundary.onnx, options=EngineOptions(device="cpu", precision="bf16"))
     x, sigma, label = inputs(engine.manifest, 7)
     wanted = reference(boundary).denoise(x, sigma, label)
@@ -182,7 +182,7 @@ def test_without_the_split_bfloat16_loses_the_noise_level(boundary: exports.File
 def test_the_split_is_where_the_images_come_in(each: exports.Files) -> None:
     """Both parts together compute the whole, and the second knows neither sigma nor label."""
     core = module.core()
-    before, rest, names = split(module.read(each.onnx), "x")
+    before, rest, names = split(module.read_model(each.onnx), "x")
     assert {p.get_any_name() for p in before.inputs} <= {"sigma", "label"}
     assert {p.get_any_name() for p in rest.inputs} == {"x", *names}
     assert {"Log", "Sin", "Cos"} <= {node.get_type_name() for node in before.get_ops()}
@@ -198,7 +198,7 @@ def test_the_split_is_where_the_images_come_in(each: exports.Files) -> None:
 
 def test_the_rest_is_of_the_images_alone(each: exports.Files) -> None:
     """What it is given goes into nodes that the images go into too: nothing else could have been computed before."""
-    before, rest, names = split(module.read(each.onnx), "x")
+    before, rest, names = split(module.read_model(each.onnx), "x")
     assert [port.get_any_name() for port in rest.inputs] == ["x", *names]
     assert len(set(names)) == len(before.outputs)
     late, given = set(), set()
@@ -232,7 +232,7 @@ def test_nodes_of_one_name_are_split_apart(boundary: exports.Files, tmp_path: Pa
 def test_a_sampler_without_classes_has_nothing_to_split_off(edm: exports.Files) -> None:
     path = edm.exported(graph="sampler", steps=2)
     engine = OpenVinoBackend(path, options=EngineOptions(device="cpu", precision="bf16"))
-    assert engine._apart == []
+    assert engine._cut_names == []
     z = noise.normals(0, np.arange(3, dtype=np.uint64), 2, engine.manifest.image_shape)
     full = OpenVinoBackend(path).draw(z)
     assert full.std() > 10
@@ -387,6 +387,7 @@ FLIP = """
 import random, sys
 import numpy as np
 from cm_runtime.manifest import read_manifest
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.errors import CmRuntimeError
 
@@ -402,7 +403,7 @@ for seed in range(seeds):
         damaged[0] ^= 255  # no ONNX at all, which other readers of OpenVINO would print of
     open(target, "wb").write(damaged)
     try:
-        engine = OpenVinoBackend(target, manifest if seed % 2 else None, threads=1)
+        engine = OpenVinoBackend(target, manifest if seed % 2 else None, EngineOptions(device="cpu", threads=1))
         engine.denoise(np.zeros((1, 3, 8, 8), np.float32), 1.0, 0)
         ran += 1
     except CmRuntimeError as error:

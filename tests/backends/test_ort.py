@@ -270,7 +270,7 @@ def test_memory_is_kept_for_a_few_batch_sizes_and_graphs_are_numbered_apart(
 
     monkeypatch.setattr(ort_module, "MemoryBinding", Recorded)
     for n in (1, 2, 1, 3, 4, 1, 5, 2, 1):
-        backend._binding({"x": np.zeros((n, 3, 8, 8), np.float32)})
+        backend._bind_memory({"x": np.zeros((n, 3, 8, 8), np.float32)})
     assert made == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (2, 6)]  # 2 was the longest unused when 5 came
 
 

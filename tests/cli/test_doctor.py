@@ -119,7 +119,7 @@ def test_an_engine_that_cannot_start_is_a_line(cli: Cli, monkeypatch: pytest.Mon
         raise RuntimeError("Resource temporarily unavailable")
 
     monkeypatch.setattr(openvino, "package", lambda: SimpleNamespace(Core=fail))
-    monkeypatch.setattr(openvino, "_started", openvino._started.__wrapped__)  # whose cache is not to be touched
+    monkeypatch.setattr(openvino, "_start_core", openvino._start_core.__wrapped__)  # whose cache is not to be touched
     outcome = cli("doctor")
     assert (outcome.code, outcome.err) == (0, "")
     assert "OpenVINO cannot start: Resource temporarily unavailable" in lines(outcome.out)["auto"]
