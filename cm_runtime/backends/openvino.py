@@ -192,8 +192,8 @@ def _check_ports(graph: Any, manifest: Manifest, where: Path) -> None:
     Of a label beyond such a table OpenVINO makes zeros, and no error.
     """
     takes, makes = (set().union(*(port.names for port in ports)) for ports in (graph.inputs, graph.outputs))
-    known = INPUTS[manifest.graph] | ({"label"} if manifest.num_classes else set())
-    if not takes <= known or OUTPUTS[manifest.graph][0] not in makes:
+    names = INPUTS[manifest.graph] | ({"label"} if manifest.num_classes else set())
+    if not takes <= names or OUTPUTS[manifest.graph][0] not in makes:
         raise ArtifactError(f"{where}: its graph's inputs and outputs are not those of its manifest")
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "Gather":
@@ -218,7 +218,7 @@ def split(graph: Any, images: str) -> tuple[Any, Any, list[str]]:
     ops = importlib.import_module("openvino.opset13")
     late: set[str] = set()  # names of nodes that depend on the images
     fixed: set[str] = set()  # and on no input at all
-    taken: dict[tuple[str, int], Any] = {}
+    cut_sources: dict[tuple[str, int], Any] = {}
     cuts: dict[tuple[str, int], Any] = {}
     for node in graph.get_ordered_ops():
         name, sources = node.get_name(), [node.input_value(i) for i in range(node.get_input_size())]
@@ -234,14 +234,14 @@ def split(graph: Any, images: str) -> tuple[Any, Any, list[str]]:
                 parent = source.get_node().get_name()
                 if parent not in late | fixed:
                     key = parent, source.get_index()
-                    taken.setdefault(key, source)
+                    cut_sources.setdefault(key, source)
                     if key not in cuts:
                         cuts[key] = ops.parameter(source.get_partial_shape(), source.get_element_type())
                         cuts[key].output(0).set_names({f"apart{len(cuts) - 1}"})
                     node.input(i).replace_source_output(cuts[key].output(0))
     inputs = [each for each in graph.get_parameters() if images in each.output(0).get_names()]
     others = [each for each in graph.get_parameters() if images not in each.output(0).get_names()]
-    results = [ops.result(source) for source in taken.values()]
+    results = [ops.result(source) for source in cut_sources.values()]
     before = ov.Model(results, others, "before") if results else None
     rest = ov.Model(graph.get_results(), [*inputs, *cuts.values()], "rest")
     return before, rest, [f"apart{i}" for i in range(len(cuts))]
