@@ -73,7 +73,7 @@ def test_all_engines_draw_the_same_images(boundary: exports.Files) -> None:
 def test_all_engines_edit_alike(boundary: exports.Files) -> None:
     y = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     models = [cm.load(boundary.onnx, backend=name) for name in ("ort", "openvino")] + [cm.load(boundary.checkpoint)]
-    how: Any = {"label": [1, 4], "answers": 2, "steps": 3, "output": "float32"}
+    how: Any = {"labels": [1, 4], "answers": 2, "steps": 3, "output": "float32"}
     for edit in (
         lambda model: editing.inpaint(model, y, np.eye(8), **how),
         lambda model: editing.colorize(model, y, **how),
