@@ -137,9 +137,9 @@ def plant(copy: Copy, fault: Fault, without: Sequence[str], *, full: bool = Fals
     return Outcome(fault.name, verdict, error or (failed[0] if failed else ""), round(time.monotonic() - begin, 1))
 
 
-def sound(copy: Copy, paths: Sequence[str]) -> list[str]:
-    """The tests of ``paths`` that fail in a copy without a fault, and so can kill none."""
-    failed, error = copy.failures(paths, (), LONG_LIMIT, *WORKERS)
+def unsound(copy: Copy, tests: Sequence[str]) -> list[str]:
+    """Those of ``tests`` that fail in a copy without a fault, and so can kill none."""
+    failed, error = copy.failures(tests, (), LONG_LIMIT, *WORKERS)
     if error:
         raise SystemExit(f"the tests do not run in a copy without a fault: {error}")
     for test in failed:
@@ -148,34 +148,44 @@ def sound(copy: Copy, paths: Sequence[str]) -> list[str]:
 
 
 def run(tree: Path, faults: Sequence[Fault], *, full: bool = False) -> tuple[list[Outcome], list[str]]:
-    """Plant all ``faults``, a few at a time; the outcomes in their order, and the tests that were left out."""
+    """Plant all ``faults``, a few at a time; the outcomes in their order, and the tests that were left out.
+
+    The tests that killed then run without a fault; where one fails, its faults are planted again without it.
+    """
+    outcomes: dict[str, Outcome] = {}
+    without: list[str] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         copies: queue.Queue[Copy] = queue.Queue()
         for i in range(COPIES):
             copies.put(Copy(tree, Path(folder, str(i))))
-        first = copies.get()
-        without = sound(first, first.files([name for fault in faults for name in fault.tests]))
-        copies.put(first)
 
-        def one(fault: Fault) -> Outcome:
+        def one(fault: Fault) -> None:
             copy = copies.get()
             try:
-                outcome = plant(copy, fault, without)
+                outcomes[fault.name] = plant(copy, fault, without)
             finally:
                 copies.put(copy)
-            print(outcome, flush=True)
-            return outcome
+            print(outcomes[fault.name], flush=True)
 
-        with ThreadPoolExecutor(COPIES) as pool:
-            outcomes = list(pool.map(one, faults))
-        if full and any(outcome.verdict == "survived" for outcome in outcomes):
+        left = list(faults)
+        while left:
+            with ThreadPoolExecutor(COPIES) as pool:
+                list(pool.map(one, left))
+            killers = {outcomes[fault.name].test for fault in left if outcomes[fault.name].verdict == "killed"}
+            copy = copies.get()
+            wrong = unsound(copy, sorted(test for test in killers if "::" in test)) if killers else []
+            copies.put(copy)
+            without += wrong
+            left = [fault for fault in left if outcomes[fault.name].test in wrong]
+        survivors = [fault for fault in faults if outcomes[fault.name].verdict == "survived"]
+        if full and survivors:
             print("survivors, with all quick tests:", flush=True)
-            without = sound(first, ["tests"])
-            for i, fault in enumerate(faults):
-                if outcomes[i].verdict == "survived":
-                    outcomes[i] = plant(first, fault, without, full=True)
-                    print(outcomes[i], flush=True)
-    return outcomes, without
+            copy = copies.get()
+            without += unsound(copy, ["tests"])
+            for fault in survivors:
+                outcomes[fault.name] = plant(copy, fault, without, full=True)
+                print(outcomes[fault.name], flush=True)
+    return [outcomes[fault.name] for fault in faults], without
 
 
 def main() -> int:
