@@ -63,7 +63,8 @@ class Copy:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(tree / name, target, follow_symlinks=False)
         self.sources = sources(self.tree)
-        self.tests = sorted(path.relative_to(self.tree).as_posix() for path in self.tree.glob("tests/**/test_*.py"))
+        tests = [path.relative_to(self.tree).as_posix() for path in self.tree.glob("tests/**/test_*.py")]
+        self.tests = sorted(tests, key=lambda path: (path.count("/"), path))  # those of kernels, built first, are slow
         product = self._python(["-c", "import cm_runtime; print(cm_runtime.__file__)"], 60)[1].strip()
         if not Path(product).is_relative_to(self.tree):
             raise SystemExit(f"the tests would run {product}, which is not the copy in {self.tree}")
@@ -170,7 +171,11 @@ def run(tree: Path, faults: Sequence[Fault], *, full: bool = False) -> tuple[lis
         left = list(faults)
         while left:
             with ThreadPoolExecutor(COPIES) as pool:
-                list(pool.map(one, left))
+                try:
+                    list(pool.map(one, left))
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
             killers = {outcomes[fault.name].test for fault in left if outcomes[fault.name].verdict == "killed"}
             copy = copies.get()
             wrong = unsound(copy, sorted(test for test in killers if "::" in test)) if killers else []
