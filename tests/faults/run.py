@@ -39,7 +39,7 @@ WORKERS = ("-n", "2", "--dist", "worksteal")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one fault. verdict: killed, survived, or invalid where its files cannot be imported with it."""
+    """The end of one fault. verdict: killed, survived, or invalid: the tests did not start with it, or did not end."""
 
     name: str
     verdict: str
@@ -89,7 +89,7 @@ class Copy:
         lines = [line.split(" ", 1)[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
         failed = [line.split(" - ")[0] for line in lines]
         if status is None:
-            return [*failed, f"the limit of {limit:.0f} s"], ""
+            return failed, "" if failed else f"no failure within {limit:.0f} s"
         if any("::" not in test for test in failed) or (status != 0 and not failed):
             return [], " ".join(["pytest ended with", str(status), *output.splitlines()[-3:]])
         return failed, ""
@@ -178,7 +178,7 @@ def run(tree: Path, faults: Sequence[Fault], *, full: bool = False) -> tuple[lis
                     raise
             killers = {outcomes[fault.name].test for fault in left if outcomes[fault.name].verdict == "killed"}
             copy = copies.get()
-            wrong = unsound(copy, sorted(test for test in killers if "::" in test)) if killers else []
+            wrong = unsound(copy, sorted(killers)) if killers else []
             copies.put(copy)
             without += wrong
             left = [fault for fault in left if outcomes[fault.name].test in wrong]
