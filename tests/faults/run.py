@@ -121,7 +121,7 @@ class Copy:
         return process.returncode, output
 
 
-def plant(copy: Copy, fault: Fault, without: Sequence[str], *, full: bool = False) -> Outcome:
+def plant(copy: Copy, fault: Fault, without: Sequence[str], *, limit: float = LIMIT, full: bool = False) -> Outcome:
     """Run a fault's own test files with it, or all tests."""
     begin = time.monotonic()
     path = place(fault, copy.sources)
@@ -131,7 +131,7 @@ def plant(copy: Copy, fault: Fault, without: Sequence[str], *, full: bool = Fals
         if full:
             failed, error = copy.failures(["tests"], without, LONG_LIMIT, "-x", *WORKERS)
         else:
-            failed, error = copy.failures(copy.files(fault.tests), without, LIMIT, "-x")
+            failed, error = copy.failures(copy.files(fault.tests), without, limit, "-x")
     finally:
         copy.write(path, content)
     verdict = "invalid" if error else "killed" if failed else "survived"
@@ -148,7 +148,9 @@ def unsound(copy: Copy, tests: Sequence[str]) -> list[str]:
     return failed
 
 
-def run(tree: Path, faults: Sequence[Fault], *, full: bool = False) -> tuple[list[Outcome], list[str]]:
+def run(
+    tree: Path, faults: Sequence[Fault], *, limit: float = LIMIT, full: bool = False
+) -> tuple[list[Outcome], list[str]]:
     """Plant all ``faults``, a few at a time; the outcomes in their order, and the tests that were left out.
 
     The tests that killed then run without a fault; where one fails, its faults are planted again without it.
@@ -163,7 +165,7 @@ def run(tree: Path, faults: Sequence[Fault], *, full: bool = False) -> tuple[lis
         def one(fault: Fault) -> None:
             copy = copies.get()
             try:
-                outcomes[fault.name] = plant(copy, fault, without)
+                outcomes[fault.name] = plant(copy, fault, without, limit=limit)
             finally:
                 copies.put(copy)
             print(outcomes[fault.name], flush=True)
@@ -198,6 +200,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", type=Path, default=HERE.parents[2], help="the checkout; default: this one")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults alone")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT,
+        metavar="SECONDS",
+        help="for a fault's own test files; default: %(default)g",
+    )
     parser.add_argument("--full", action="store_true", help="survivors meet all quick tests")
     parser.add_argument("-o", "--output", type=Path, help="store the outcomes as JSON")
     words = parser.parse_args()
@@ -209,7 +218,7 @@ def main() -> int:
         return 2
     if words.only:
         faults = [fault for fault in faults if fault.name in words.only]
-    outcomes, without = run(tree, faults, full=words.full)
+    outcomes, without = run(tree, faults, limit=words.limit, full=words.full)
     killed = sum(outcome.verdict == "killed" for outcome in outcomes)
     seconds = round(time.monotonic() - begin)
     print(f"{killed} of {len(faults)} faults killed, {killed / len(faults):.1%}, in {seconds} s")
