@@ -96,7 +96,7 @@ class Precond:
 
 
 def c_skip(sigma: Any, sigma_data: Any, sigma_boundary: Any) -> Any:
-    """sigma_data^2 / ((sigma - sigma_boundary)^2 + sigma_data^2) (arXiv 2303.01469, appendix C), exactly 1 there.
+    """sigma_data^2 / ((sigma - sigma_boundary)^2 + sigma_data^2), exactly 1 at the boundary (arXiv 2303.01469, app. C).
 
     Constants are numbers, or values of a graph where an exporter writes the formula.
     """
