@@ -51,27 +51,27 @@ def description(trtp: Any) -> Callable[..., Any]:
 def implementation(trtp: Any) -> Callable[..., Any]:
     """The plugin's launch: the kernel's name, its PTX, the grid, and its integer arguments."""
 
-    def launch(
+    def implement(
         x: Any, F: Any, sigma: Any, sigma_data: Any, sigma_boundary: Any, outputs: Any, tactic: Any
     ) -> tuple[Any, ...]:
         images, *pixels = x.shape_expr
         count = pixels[0] * pixels[1] * pixels[2]
-        grid = trtp.KernelLaunchParams()
-        grid.grid_x = trtp.cdiv(count, THREADS * PER_THREAD)
-        grid.grid_y = images
-        grid.block_x = THREADS
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x = trtp.cdiv(count, THREADS * PER_THREAD)
+        launch.grid_y = images
+        launch.block_x = THREADS
         extras = trtp.SymIntExprs(4)
         for i, value in enumerate((count, sigma.shape_expr[0], bits(sigma_data), bits(sigma_boundary))):
             extras[i] = trtp.SymInt32(value)
-        return KERNELS[F.dtype.name], kernels.ptx("skip_scale"), grid, extras
+        return KERNELS[F.dtype.name], kernels.ptx("skip_scale"), launch, extras
 
-    launch.__annotations__ = {
+    implement.__annotations__ = {
         **_inputs(trtp),
         "outputs": tuple[trtp.TensorDesc],
         "tactic": int,
         "return": tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs],
     }
-    return launch
+    return implement
 
 
 def _inputs(trtp: Any) -> dict[str, Any]:
