@@ -176,7 +176,8 @@ class TrainConfig(Record):
     network: NetworkShape | None = Field(None, description="None: that of init")
     phase: tuple[Annotated[Phase, Field(discriminator="method")], ...] = Field(min_length=1, max_length=100)
     init: str | None = Field(
-        None, description="a checkpoint to start from, ours, OpenAI's or a diffusers folder; None: fresh weights"
+        None,
+        description="a checkpoint to start from, cm-runtime's, OpenAI's or a diffusers folder; None: fresh weights",
     )
     init_precond: Form | None = Field(None, description="the form of an init that does not say its own")
     init_head_channels: int | None = Field(

@@ -41,6 +41,6 @@ def ict_probabilities(grid: Sequence[float] | NDArray[np.float64], P_mean: float
 
     p_i ~ erf((ln s_{i+1} - P_mean)/(sqrt2 P_std)) - erf((ln s_i - P_mean)/(sqrt2 P_std)) (arXiv 2310.14189, eq. 10).
     """
-    scaled = (np.log(np.asarray(grid, np.float64)) - P_mean) / (math.sqrt(2) * P_std)
-    p: NDArray[np.float64] = np.diff([math.erf(s) for s in scaled])
+    z = (np.log(np.asarray(grid, np.float64)) - P_mean) / (math.sqrt(2) * P_std)
+    p: NDArray[np.float64] = np.diff([math.erf(s) for s in z])
     return p / float(p.sum())
