@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +20,13 @@ TINY_NETWORK = {"channels": 32, "channel_mult": [1, 2], "res_blocks": 1, "head_c
 
 
 @pytest.fixture(scope="session", autouse=True)
-def real_commit() -> Iterator[Callable[[], str | None]]:
+def real_commit() -> Iterator[Callable[[Path], str]]:
     """Runs here do not ask git where they come from, which takes as long as a tiny run; the function that does."""
     from cm_runtime.training import provenance
 
     with pytest.MonkeyPatch.context() as patch:
-        real = provenance._commit
-        patch.setattr(provenance, "_commit", lambda: None)
+        real = provenance.commit
+        patch.setattr(provenance, "commit", lambda root: "")
         yield real
 
 

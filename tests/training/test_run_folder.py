@@ -582,9 +582,9 @@ def test_a_state_that_is_no_checkpoint_is_told_with_the_cure(
 
 
 @pytest.mark.process
-def test_the_commit_is_that_of_the_checkout(real_commit: Callable[[], str | None]) -> None:
+def test_the_commit_is_that_of_the_checkout(real_commit: Callable[[Path], str]) -> None:
     root = Path(provenance.__file__).parents[2]
     if not (root / ".git").exists():
         pytest.skip("no checkout")
     head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert head and real_commit() in (head, f"{head}+")
+    assert head and real_commit(root) in (head, f"{head}+")
