@@ -269,7 +269,7 @@ def test_the_shipped_extractor_is_small_and_knows_garments() -> None:
 def test_a_classifier_can_be_made_into_an_extractor_again(script: ModuleType, tmp_path: Path) -> None:
     """What the script exports equals torch on real images, for awkward batches, and says what it takes."""
     torch.manual_seed(0)
-    classifier = script.rounded(script.Classifier())
+    classifier = script.round_weights(script.Classifier())
     script.export(classifier, tmp_path / "e.onnx")
     images = open_data(EXCERPT).images[:7]
     features, logits = torch_outputs(classifier, images)
