@@ -23,7 +23,7 @@ from cm_runtime.backends.base import EngineOptions
 from cm_runtime.cli import image_sources, main
 from cm_runtime.cli.options import DrawFlags
 from cm_runtime.errors import ArtifactError, EngineError
-from cm_runtime.files.atomic import claim
+from cm_runtime.files.locks import claim
 
 Cli = Callable[..., Any]
 LONG = "x" * 100_000
