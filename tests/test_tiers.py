@@ -58,6 +58,8 @@ def test_cases_that_are_not_quick_are_slow(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(CASES)
     pytester.inline_run("-m", "not slow", "-p", "no:xdist").assertoutcome(passed=4 + 1)
     pytester.inline_run("-m", "slow", "-p", "no:xdist").assertoutcome(passed=4 + 2)
+    pytester.makepyfile(CASES.replace('quick("y")', 'quick("yes")'))
+    assert pytester.inline_run("-p", "no:xdist").ret == pytest.ExitCode.USAGE_ERROR
 
 
 HOOK = """

@@ -51,7 +51,11 @@ def _quick_names(items: list[pytest.Function]) -> set[str]:
     """Names of those cases of one test function that the quick tiers run."""
     quick = items[0].get_closest_marker("quick")
     if quick is not None:
-        return {f"{item.originalname}[{case}]" for item in items for case in quick.args}
+        names = {f"{items[0].originalname}[{case}]" for case in quick.args}
+        missing = names - {item.name for item in items}
+        if missing and not any("::" in word for word in items[0].config.args):  # single cases may be asked for
+            raise pytest.UsageError(f"{items[0].nodeid}: no case is called {', '.join(sorted(missing))}")
+        return names
     covered = items[0].get_closest_marker("covering")
     assert covered is not None
     numbers: dict[str, dict[str, int]] = defaultdict(dict)  # of each parameter's values, in their order
