@@ -59,7 +59,7 @@ def test_a_sampler_draws_what_the_loop_draws_with_a_denoiser(each: exports.Files
 def test_the_public_functions_draw_by_seed_and_index_from_a_sampler_file(boundary: exports.Files) -> None:
     sampler = cm.load(boundary.exported(graph="sampler", steps=2), backend="ort")
     denoiser = cm.load(boundary.onnx, backend="ort")
-    for how in ({"seed": 5, "start": 9}, {"labels": [4, 1]}, {"batch": 3}):
+    for how in ({"seed": 5, "start": 9}, {"labels": [4, 1]}, {"micro_batch": 3}):
         wanted = cm.sample(denoiser, count=7, steps=2, **how)
         assert np.abs(cm.sample(sampler, count=7, **how).astype(int) - wanted).max() <= 1
 
