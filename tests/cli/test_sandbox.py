@@ -24,11 +24,13 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.process
 def test_the_child_has_bounds_and_its_own_output(script: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sandbox.run(["ulimit -v; ulimit -c; echo $CUDA_VISIBLE_DEVICES; exit 3"], 1.5, 10) == 3
     assert capfd.readouterr().out.split() == [str(int(1.5 * 2**20)), "0", "-1"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "seconds", "line"),
     [
@@ -69,11 +71,13 @@ def test_it_ends_with_its_parent(script: Path, tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.process
 def test_what_the_child_has_said_is_not_said_again(script: Path) -> None:
     assert type(sandbox.run(["exit 130"], None, 10)) is sandbox.Spoken
     assert type(sandbox.run(["kill -INT $$"], None, 10)) is int
 
 
+@pytest.mark.process
 def test_ctrl_c_reaches_it(script: Path) -> None:
     """And all that it started."""
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))

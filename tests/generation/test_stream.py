@@ -231,6 +231,7 @@ def test_workers_share_the_images(
     assert labels == [i % exports.CLASSES for i in index]
 
 
+@pytest.mark.process
 def test_a_loaded_model_does_not_go_to_workers(engine: OrtBackend) -> None:
     loader = DataLoader(cm.stream(engine, 4).dataset(), num_workers=1, timeout=60)
     with pytest.raises(RequestError, match="a loaded model cannot go to worker processes: give stream its path") as one:
