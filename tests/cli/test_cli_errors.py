@@ -226,7 +226,6 @@ WRONG_REQUESTS: dict[str, tuple[Words, str]] = {
     "seed too large": (["--seed", 2**64], "seed must be from 0 to 2^64-1"),
     "negative start": (["--start", -1], "from 0 to 2^64-1"),
     "start overflows": (["--start", 2**64 - 255], "from 0 to 2^64-1"),
-    "unknown backend": (["--backend", "magic"], "tensorrt, tensorrt-rtx, not 'magic'"),
     "backend of checkpoints": (["--backend", "torch"], "checkpoints"),
     "unknown device": (["--device", "gpu"], "auto, cpu or cuda:N, not gpu"),
     "a picture too large": (["--count", 10**9], "write more with -o NAME.npz"),
@@ -261,9 +260,7 @@ WRONG_SHARDS: dict[str, tuple[Words, str]] = {
     "force of a picture": (["--force"], "--force is for a folder of shards"),
     "runner of a picture": (["--runner", "local"], "--runner is for a folder of shards"),
     "address of a picture": (["--ray-address", "auto"], "--ray-address is for a folder of shards"),
-    "unknown shards": (["--shards", "zip"], "--shards takes npz, png, wds or parquet, not 'zip'"),
     "no images in a shard": (["-o", "out/", "--shard-size", 0], "--shard-size must be at least 1, not 0"),
-    "unknown runner": (["-o", "out/", "--runner", "slurm"], "--runner takes local or ray, not 'slurm'"),
     "an address without ray": (["-o", "out/", "--ray-address", "a:1"], "--ray-address is for --runner ray"),
     "a batch": (["-o", "out/", "--batch", 3], "give --count and --micro-batch, not --batch"),
     "floats in pictures": (["-o", "out/", "--shards", "wds", "--float"], "--float is for --shards npz, not wds"),
@@ -276,6 +273,23 @@ WRONG_SHARDS: dict[str, tuple[Words, str]] = {
     "a folder in a file": (["-o", "model.onnx/out/"], "cannot be written"),
     "a folder nobody may make": (["-o", "/proc/out/"], "/proc/out"),
 }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "choices"),
+    [
+        ("--backend", "magic", "'tensorrt', 'tensorrt-rtx'"),
+        ("--precision", "fp8", "'auto', 'fp32', 'bf16', 'fp16'"),
+        ("--shards", "zip", "'npz', 'png', 'wds', 'parquet'"),
+        ("--runner", "slurm", "'local', 'ray'"),
+    ],
+)
+def test_what_is_no_choice_is_a_usage_error(cli: Cli, place: Path, option: str, value: str, choices: str) -> None:
+    before = contents(place)
+    outcome = cli("sample", "model.onnx", option, value)
+    text = " ".join(outcome.err.replace("\u2502", " ").split())
+    assert outcome.code == 2 and choices in text and f"'{value}'" in text
+    assert contents(place) == before
 
 
 @pytest.mark.parametrize("name", WRONG_SHARDS)

@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,14 +134,14 @@ def test_training_says_its_plan_its_phases_its_steps_and_its_saves(
 ) -> None:
     phase = SimpleNamespace(method="ect", steps=100)
     config: Any = SimpleNamespace(phase=[phase, phase])
-    with _Progress("training on 3 images", config, quiet=False) as shown:
-        shown.milestone("begin", 0, 20)
+    with closing(_Progress("training on 3 images", config, quiet=False)) as display:
+        display.begin(0, 20)
         for step in range(21, 81):
             clock.now += 1
             report: Any = SimpleNamespace(method="ect", step=step, steps=100, loss=0.614, images_per_second=12.4)
-            shown.step(report)
+            display.step(report)
             if step in (55, 75, 80):
-                shown.milestone("saved", 0, step)
+                display.save(0, step)
     assert lines(capsys) == [
         "training on 3 images",
         "phase 1 of 2: ect, 100 steps from step 20",
