@@ -58,8 +58,8 @@ def place(fault: Fault, content: Mapping[str, str]) -> str:
     return places[0]
 
 
-def errors(faults: Sequence[Fault], content: Mapping[str, str], tests: Sequence[str]) -> list[str]:
-    """Reasons why faults cannot be planted or tested, all of them; tests: the names of the test files there are."""
+def errors(faults: Sequence[Fault], content: Mapping[str, str], tests: Sequence[Path]) -> list[str]:
+    """Reasons why faults cannot be planted or tested, all of them; tests: the test files."""
     reasons = [
         f"{fault.name}: two faults have this name"
         for i, fault in enumerate(faults)
@@ -70,7 +70,11 @@ def errors(faults: Sequence[Fault], content: Mapping[str, str], tests: Sequence[
             place(fault, content)
         except LookupError as error:
             reasons.append(str(error))
-        reasons += [f"{fault.name}: there is no test file {name}" for name in fault.tests if name not in tests]
+        reasons += [
+            f"{fault.name}: there is no test file {name}"
+            for name in fault.tests
+            if not any(path.match(name) for path in tests)
+        ]
         if "\n" in fault.find + fault.replace or fault.find == fault.replace:
             reasons.append(f"{fault.name}: it does not change one line")
     return reasons

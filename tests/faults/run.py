@@ -71,7 +71,7 @@ class Copy:
 
     def files(self, names: Sequence[str]) -> list[str]:
         """The paths of test files, by their names and in their order."""
-        return [path for name in dict.fromkeys(names) for path in self.tests if Path(path).name == name]
+        return [path for name in dict.fromkeys(names) for path in self.tests if Path(path).match(name)]
 
     def write(self, path: str, content: str) -> None:
         """Write a source file, and forget its bytecode: two versions may have one size and one time."""
@@ -211,7 +211,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, help="store the outcomes as JSON")
     words = parser.parse_args()
     begin, tree, faults = time.monotonic(), words.tree.resolve(), load()
-    reasons = errors(faults, sources(tree), [path.name for path in tree.glob("tests/**/test_*.py")])
+    reasons = errors(faults, sources(tree), list(tree.glob("tests/**/test_*.py")))
     reasons += [f"there is no fault {name!r}" for name in words.only or () if name not in {f.name for f in faults}]
     if reasons:
         print("\n".join(reasons), file=sys.stderr)
