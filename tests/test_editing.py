@@ -276,6 +276,14 @@ def test_an_estimate_is_an_images_own(make_manifest: Make, rng: np.random.Genera
         np.testing.assert_array_equal(made[2 * n : 2 * n + 2], np.repeat(own, 2, axis=0))
 
 
+def test_an_image_without_noise_is_denoised_from_just_above_sigma_min(grey: Gaussian) -> None:
+    """Its estimate is 0, and sigma_min itself would be refused."""
+    clean = np.full((2, 6, 4, 1), 0.25, np.float32)
+    denoised = editing.denoise(grey, clean, output="float32")
+    wanted = grey.exact(clean.transpose(0, 3, 1, 2).astype(np.float64), 1.001 * EPS)
+    assert np.abs(denoised.transpose(0, 3, 1, 2) - wanted).max() < 1e-6
+
+
 # Interpolation
 
 

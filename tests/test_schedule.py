@@ -45,6 +45,12 @@ def test_grid_holds_the_published_level_and_its_exact_ends():
     assert (np.diff(sigmas) < 0).all()
 
 
+@pytest.mark.parametrize("sigma_max", [3.0, 10.0, 1000.0])
+def test_grid_begins_and_ends_exactly_where_the_seventh_root_rounds(sigma_max):
+    sigmas = NoiseRange(sigma_max=sigma_max).karras(7)
+    assert (sigmas[0], sigmas[-1]) == (sigma_max, 0.002)
+
+
 @pytest.mark.parametrize("N", [1, 0, -3])
 def test_grid_refuses_fewer_than_two_points(N):
     with pytest.raises(RequestError, match=f"at least 2 points, not {N}"):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from cm_runtime.checkpoints import native
 from cm_runtime.checkpoints.native import FORMAT, Checkpoint, load_plain, read_checkpoint, save_checkpoint, save_plain
 from cm_runtime.errors import CheckpointError, OutputError, RequestError
 from cm_runtime.files.atomic import sha256
@@ -218,6 +219,15 @@ def test_a_plain_pickle_is_refused_and_not_run(tmp_path, content, legacy):
         torch.save(hostile, path, _use_new_zipfile_serialization=False)
     else:
         path.write_bytes(pickle.dumps(hostile))
+    assert "could run code, which cm-runtime never does" in refusal(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "torch before 1.6"])
+def test_torch_runs_no_code_either_that_the_check_of_pickles_misses(tmp_path, content, monkeypatch, legacy):
+    canary, path = tmp_path / "canary", tmp_path / "x.pt"
+    torch.save({**content, "format": Bomb(canary)}, path, _use_new_zipfile_serialization=not legacy)
+    monkeypatch.setattr(native, "check_pickle", lambda *_: None)
     assert "could run code, which cm-runtime never does" in refusal(path)
     assert not canary.exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from cm_runtime.export import graphs, weights_file
 from cm_runtime.export import parity as parity_module
 from cm_runtime.export.builder import Graph
 from cm_runtime.export.parity_inputs import scaled
-from cm_runtime.manifest import Manifest, read_manifest
+from cm_runtime.manifest import Manifest, TrainingSummary, read_manifest
+from cm_runtime.networks.consistency import ModelConfig, build
 
 LEVELS = {1: (80.0,), 2: (80.0, 1.382368), 4: (80.0, 17.5, 2.5, 0.17)}
 ENGINES = {"ort": OrtBackend, "openvino": OpenVinoBackend}
@@ -126,6 +128,19 @@ def test_many_classes_keep_their_embedding_and_few_become_a_table(boundary: expo
     many = graphs.sampler(model, levels).network()
     assert "F.label_emb.weight" in many.weights
     assert not [name for name in many.weights if "time_embed" in name]
+
+
+@pytest.mark.process
+def test_a_sampler_without_classes_scales_and_shifts_as_its_network(
+    make_config: Callable[..., ModelConfig], randomised: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = make_config()
+    assert config.network.scale_shift and not config.network.num_classes
+    weights = randomised(build(config)).state_dict()
+    source = Checkpoint(config, "0.999", {"0.999": weights}, TrainingSummary(method="ect", data="none"))
+    parity = export.onnx(source, tmp_path / "m.onnx", graph="sampler", sigmas=LEVELS[2]).manifest.parity
+    assert parity is not None
+    assert parity.psnr[0] > 60  # a grey level here and there
 
 
 @pytest.mark.process

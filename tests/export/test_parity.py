@@ -70,6 +70,15 @@ def test_an_error_of_known_size_is_recorded_as_that_size(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("i", [0, 3, 7])
+def test_the_largest_error_of_all_batches_is_recorded(boundary: exports.Files, i: int) -> None:
+    manifest = read_manifest(boundary.onnx)
+    answers = parity.answers(boundary.model(), manifest)
+    answers[i] = answers[i] + np.float32(5e-5)
+    assert parity.measure(boundary.onnx, manifest, answers).max_abs == pytest.approx(5e-5, rel=0.1)
+
+
+@pytest.mark.process
 def test_an_error_above_the_tolerance_is_refused_by_its_size_and_nothing_is_written(
     boundary: exports.Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -312,6 +312,7 @@ WEIGHTS = {
     "subnormal in float16": (np.array([SMALLEST, 3 * SMALLEST], np.float32), True),
     "one value not exact": (np.array([1, 0.1], np.float32), False),
     "one bit too many": (np.array([1 + 2.0**-11], np.float32), False),
+    "almost exact": (np.array([1 + 2.0**-20, 1], np.float32), False),
     "overflow": (np.array([65520, 1], np.float32), False),
     "underflow": (np.array([SMALLEST / 2, 1], np.float32), False),
     "scalar": (np.array(0.5, np.float32), False),

@@ -104,6 +104,35 @@ def test_without_force_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
     assert target.read_bytes() == b"theirs" and os.listdir(tmp_path) == ["out.bin"]
 
 
+@pytest.mark.parametrize(("force", "move"), [(True, "replace"), (False, "link")])
+def test_a_files_bytes_are_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, force, move):
+    fsync, place, events = os.fsync, getattr(os, move), []
+
+    def record_sync(descriptor):
+        events.append(("sync", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def record_move(source, target):
+        events.append((move, os.stat(source).st_ino, os.stat(source).st_size))
+        place(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, move, record_move)
+    with write(tmp_path / "out.bin", force=force) as temporary:
+        temporary.write_bytes(b"all of it")
+    inode = (tmp_path / "out.bin").stat().st_ino
+    assert events == [("sync", inode, 9), (move, inode, 9)]
+
+
+def test_a_folders_files_are_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    states = []
+    monkeypatch.setattr(os, "sync", lambda: states.append(kills.contents(tmp_path)))
+    _write_folder(tmp_path / "m", "new")
+    (before,) = states
+    assert {"a", "b"} <= {path.rpartition("/")[2] for path in before}
+    assert not [path for path in before if path.startswith("m/")]
+
+
 def _write(target, letter, barrier):
     barrier.wait()
     for _ in range(15):

@@ -56,6 +56,16 @@ def test_what_unpacks_to_very_much_is_refused_by_its_header(tmp_path: Path, monk
         header(archive, archive.getinfo("a.npy"), tmp_path / "x.npz")
 
 
+@pytest.mark.parametrize(("more", "there"), [(b"\0", 5), (b"", 4)])
+def test_an_array_of_another_length_than_its_header_says_is_refused(tmp_path: Path, more: bytes, there: int) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(4 if more else 5, np.uint8))
+    content = (tmp_path / "a.npy").read_bytes()
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("a.npy", content + more if more else content[:-1])
+    with open_npz(tmp_path / "x.npz") as archive, pytest.raises(DataError, match=f"but {there} are there"):
+        header(archive, archive.getinfo("a.npy"), tmp_path / "x.npz")
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_header_of_python_2_is_read_in_silence(tmp_path: Path) -> None:
     head = b"{'descr': '|u1', 'fortran_order': False, 'shape': (4L,), }\n"

@@ -131,3 +131,22 @@ def test_a_workspace_that_a_sweep_takes_at_its_birth_is_begun_again(
     with workspace(tmp_path) as folder:
         assert folder == seen[1] and folder.is_dir() and len(seen) == 2
     assert litter(tmp_path) == []
+
+
+def test_a_workspace_that_a_sweep_takes_before_it_is_locked_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between open and lock, a process that sweeps has the lock, and removes the folder with the file."""
+    open_file, paths = os.open, []
+
+    def open_then_sweep(path: Path, *arguments: int, **options: int | None) -> int:
+        descriptor = open_file(path, *arguments, **options)
+        paths.append(path)
+        if len(paths) == 1:
+            sweep(tmp_path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_then_sweep)
+    with workspace(tmp_path) as folder:
+        assert folder.is_dir() and folder != paths[0].parent and litter(tmp_path) == [folder.name]
+    assert litter(tmp_path) == []
