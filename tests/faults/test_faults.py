@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,9 @@ def test_a_line_that_is_gone_or_there_twice_is_an_error() -> None:
     for find, within in (("x = 1", ""), ("x = 1", "^x"), ("z = 1", "")):
         with pytest.raises(LookupError, match=r"occurs [023] times"):
             catalogue.place(catalogue.Fault("a", find, "x = 2", (), within), content)
+
+
+def test_faults_meet_the_tests_of_make_test() -> None:
+    """A fault that only the slow tests notice counts as a survivor."""
+    (marks,) = re.findall(r"^MARKS \?= (.*)$", (TREE / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f'TIERS = "{marks}"' in Path(__file__).with_name("run.py").read_text(encoding="utf-8")
