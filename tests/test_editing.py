@@ -280,8 +280,8 @@ def test_an_image_without_noise_is_denoised_from_just_above_sigma_min(grey: Gaus
     """Its estimate is 0, and sigma_min itself would be refused."""
     clean = np.full((2, 6, 4, 1), 0.25, np.float32)
     denoised = editing.denoise(grey, clean, output="float32")
-    wanted = grey.exact(clean.transpose(0, 3, 1, 2).astype(np.float64), 1.001 * EPS)
-    assert np.abs(denoised.transpose(0, 3, 1, 2) - wanted).max() < 1e-6
+    answer = grey.exact(clean.transpose(0, 3, 1, 2).astype(np.float64), 1.001 * EPS)
+    assert np.abs(denoised.transpose(0, 3, 1, 2) - answer).max() < 1e-6
 
 
 # Interpolation

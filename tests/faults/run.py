@@ -170,20 +170,20 @@ def run(
                 copies.put(copy)
             print(outcomes[fault.name], flush=True)
 
-        left = list(faults)
-        while left:
+        remaining = list(faults)
+        while remaining:
             with ThreadPoolExecutor(COPIES) as pool:
                 try:
-                    list(pool.map(one, left))
+                    list(pool.map(one, remaining))
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-            killers = {outcomes[fault.name].test for fault in left if outcomes[fault.name].verdict == "killed"}
+            killers = {outcomes[fault.name].test for fault in remaining if outcomes[fault.name].verdict == "killed"}
             copy = copies.get()
             wrong = unsound(copy, sorted(killers)) if killers else []
             copies.put(copy)
             without += wrong
-            left = [fault for fault in left if outcomes[fault.name].test in wrong]
+            remaining = [fault for fault in remaining if outcomes[fault.name].test in wrong]
         survivors = [fault for fault in faults if outcomes[fault.name].verdict == "survived"]
         if full and survivors:
             print("survivors, with all quick tests:", flush=True)
