@@ -24,7 +24,7 @@ from cm_runtime.backends.base import (
 )
 from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
 from cm_runtime.choices import GraphKind
-from cm_runtime.cuda import context
+from cm_runtime.cuda.context import gpu
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Evaluate
 from cm_runtime.cuda.graph import Graph
@@ -76,8 +76,8 @@ class TensorRtBackend(Backend):
         if not has_driver() and not has(package):
             raise EngineError(f"{where} runs on an NVIDIA GPU: {NO_DRIVER}")
         trt = module(package)
-        gpu = context.gpu()
-        target = package, trt.__version__, gpu.capability
+        device = gpu()
+        target = package, trt.__version__, device.capability
         if isinstance(engine, bytes):
             engine_file.check_target(self.file, where, *target)
             engine_file.check_hash(engine, self.file, where)
@@ -87,7 +87,7 @@ class TensorRtBackend(Backend):
         self.manifest = self.file.model
         self.device = "cuda:0"
         self.precision = self.manifest.precision
-        self.version = f"{package} {trt.__version__} on {gpu.name}"
+        self.version = f"{package} {trt.__version__} on {device.name}"
         self._trt = trt
         self._logger = listener(trt)
         self._device = Device()

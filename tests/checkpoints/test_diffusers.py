@@ -475,7 +475,7 @@ def test_the_weights_are_unmapped_before_an_engine_loads_its_own(
 
         return watched
 
-    for name in ("expected", "measure"):
+    for name in ("answers", "measure"):
         monkeypatch.setattr(parity, name, watching(getattr(parity, name)))
     kept = cm.load_checkpoint(imagenet)
     weights = {name: tensor.clone() for name, tensor in kept.ema["imported"].items()}
