@@ -16,7 +16,7 @@
 //
 //     nvcc -O3 -std=c++17 -fmad=false -arch=sm_90 first_noise.cu -o first_noise && ./first_noise    # or 3 for version 3
 //
-// Measured: not yet, no GPU has been lent.
+// Measured: not yet; no GPU has run it.
 //
 //     version | ms | GB/s | of copy
 //     --------|----|------|--------

@@ -13,7 +13,7 @@
 //
 //     nvcc -O3 -std=c++17 -fmad=false -arch=sm_90 step.cu -o step && ./step        # or 3 for version 3
 //
-// Measured: not yet, no GPU has been lent.
+// Measured: not yet; no GPU has run it.
 //
 //     version | ms | GB/s | of copy
 //     --------|----|------|--------
