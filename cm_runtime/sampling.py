@@ -18,8 +18,6 @@ from cm_runtime.manifest import Manifest
 from cm_runtime.projections import Edit
 from cm_runtime.request import Draw, Request, sampling_request
 
-pass
-
 Array = NDArray[np.float32]
 NOT_FINITE = "the model's output is not finite; its weights or its precision cannot serve"
 

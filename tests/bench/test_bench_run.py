@@ -187,7 +187,7 @@ def test_a_model_file_as_base(tmp_path: Path, files: Files) -> None:
     assert base.model_sha256 != found.scenarios[0].contenders[0].model_sha256
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_a_base_that_draws_other_images_is_not_timed(tmp_path: Path, files: Files) -> None:
     found = measured(tmp_path, one(model=str(files.onnx)), against=str(backends.DEFAULT_MODEL))
     base = found.scenarios[0].contender("base")

@@ -83,7 +83,7 @@ def test_all_is_seen(browser: Any, folder: Path, name: str, width: int, height: 
     context.close()
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_a_plot_is_drawn_not_blank(browser: Any, folder: Path) -> None:
     """The pixels of each figure: ink of more than one colour on its white card, in the dark scheme too."""
     import io

@@ -126,7 +126,7 @@ def test_a_disagreement_stops_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "disagree" in capsys.readouterr().out
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_profile_shares_are_of_one(capsys: pytest.CaptureFixture[str]) -> None:
     ours, plain = pair("ct")
     for step in (ours.step, plain.step):

@@ -44,7 +44,7 @@ def test_it_names_versions_cores_engine_and_model(cli: Cli) -> None:
     assert said["model"] == "the bundled model draws 1x28x28 images"
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_what_auto_measured_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert "whichever is faster; measured on first use" in lines(cli("doctor").out)["auto"]

@@ -162,7 +162,7 @@ def test_workers_that_keep_dying_end_the_run(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.quick("no folder")
 @pytest.mark.parametrize(
     ("model", "folder", "changed", "line"),

@@ -345,7 +345,7 @@ def test_the_excerpt_of_real_images_trains_from_the_preset(tmp_path: Path) -> No
     assert [line["images"] for line in log_of(tmp_path / "out")] == [8, 16]
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_a_terminal_sees_a_progress_bar(config: Path, tmp_path: Path) -> None:
     controller, terminal = os.openpty()
     drawn = bytearray()
