@@ -5,7 +5,7 @@
 //              x = x0 + sqrt(sigma_k^2 - sigma_min^2) z_k            x_in = c_in x
 //     finish:  x0 = project(clamp(c_skip x + c_out F)), as uint8 or float32 NHWC
 //
-// arXiv 2303.01469, algorithms 1 and 4. cm_runtime/steps.py is the same in NumPy. Images x are float32 in the layout of the
+// arXiv 2303.01469, algorithms 1 and 4. `sampling.HostSteps` is the same in NumPy. Images x are float32 in the layout of the
 // network, NCHW or NHWC; F and x_in have its type; what an edit knows and noise that is given are float32 NCHW.
 //
 // A thread owns W neighbouring pixels: as many as 16 bytes of the network's type hold, or one where the image is no
