@@ -31,6 +31,8 @@ FULL = (
     *("speed-ups", "outside-network", "gflops", "server"),
 )
 
+pytestmark = pytest.mark.process  # matplotlib asks fc-list for fonts where it has no list of them yet
+
 
 class Page(html.parser.HTMLParser):
     """A page as its tables' rows, its pictures, its text outside styles, and every tag and attribute."""

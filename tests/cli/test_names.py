@@ -82,6 +82,7 @@ def folder(boundary: exports.Files, tmp_path_factory: pytest.TempPathFactory) ->
     return place
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_name_that_cannot_be_is_one_line(
     cli: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch, command: str

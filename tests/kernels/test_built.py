@@ -33,6 +33,7 @@ def test_the_binary_is_the_one_that_is_described() -> None:
     assert described["sources_sha256"].keys() == on_disk
 
 
+@pytest.mark.process
 def test_every_kernel_is_there_for_every_gpu_and_spills_nothing() -> None:
     described = kernels.build_report()["kernels"]
     assert described.keys() == host_gpu.names()
