@@ -234,6 +234,7 @@ def interpolate(
         raise RequestError("interpolation goes from image first to image last; leave start out")
     if m.num_classes and draw.labels is None:
         raise no_label(m.num_classes)
+    _labels(draw.labels, 1, m)  # one, or the frames would change class on their way
     draws = sampling_request(m, replace(draw, count=1, micro_batch=1)).steps
     ends = noise.normals(seed, [first, last], draws, m.image_shape)
     z = np.stack([slerp(a, b, np.linspace(0, 1, frames)) for a, b in ends])

@@ -147,6 +147,22 @@ class Outcome:
     err: str
 
 
+@pytest.fixture(scope="session")
+def boundary(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Exported files of three channels and classes; see tests/exports.py, which needs torch."""
+    import exports
+
+    return exports.Files("boundary", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def edm(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Exported files of one channel, without classes."""
+    import exports
+
+    return exports.Files("edm", tmp_path_factory)
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Runs the command line in this process, in an empty folder; anything but SystemExit is the test's failure.

@@ -426,6 +426,8 @@ WRONG: dict[str, tuple[Callable[[Gaussian, Array], Any], str]] = {
         "takes the sigma where it",
     ),
     "one index": (lambda m, y: editing.interpolate(m, 3, 3, labels=0), "nothing between image 3 and itself"),
+    "classes between": (lambda m, y: editing.interpolate(m, 3, 4, labels=[0, 1]), "give one label"),
+    "all between": (lambda m, y: editing.interpolate(m, 3, 4, labels="all"), "labels are whole numbers"),
     "one frame": (lambda m, y: editing.interpolate(m, 3, 4, 1, labels=0), "frames must be from 2"),
     "no label between": (lambda m, y: editing.interpolate(m, 3, 4), "give the images' own, from 0 to 3, as label"),
 }

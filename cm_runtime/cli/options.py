@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,8 +149,6 @@ class DrawFlags:
 
         size: images that auto shares out evenly. Raises RequestError.
         """
-        from dataclasses import replace
-
         micro_batch = parsing.micro_batch(self.micro_batch, size, engine.micro_batch)
         return replace(draw, sigmas=self.levels(engine.manifest), micro_batch=micro_batch)
 

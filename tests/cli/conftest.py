@@ -10,11 +10,6 @@ import exports
 
 
 @pytest.fixture(scope="session")
-def boundary(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
-    return exports.Files("boundary", tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
 def grey(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
     """One channel, no classes."""
     return exports.Files("edm", tmp_path_factory)

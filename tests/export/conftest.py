@@ -9,16 +9,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import exports
 
 
-@pytest.fixture(scope="session")
-def boundary(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
-    return exports.Files("boundary", tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def edm(tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
-    return exports.Files("edm", tmp_path_factory)
-
-
 @pytest.fixture(scope="session", params=exports.KINDS)
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> exports.Files:
     return exports.Files(request.param, tmp_path_factory)
