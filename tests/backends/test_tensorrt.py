@@ -143,7 +143,7 @@ def test_a_batch_above_the_profile_names_it(backend: TensorRtBackend, gpu: stand
 def test_images_are_drawn_as_on_any_engine(backend: TensorRtBackend, boundary: exports.Files) -> None:
     """cm.sample by its own micro-batches, the last of which is below the profile's least."""
     made = cm.sample(backend, count=17, steps=2, seed=3)
-    expected = cm.sample(cm.load(boundary.onnx), count=17, steps=2, seed=3)
+    expected = cm.sample(cm.load(boundary.onnx, "ort"), count=17, steps=2, seed=3)
     assert np.abs(made.astype(int) - expected).max() <= 1
 
 
