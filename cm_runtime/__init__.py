@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from cm_runtime.checkpoints.load import load_checkpoint as load_checkpoint
     from cm_runtime.generation.stream import sample as sample
     from cm_runtime.generation.stream import stream as stream
+    from cm_runtime.request import Draw as Draw
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Draw": "cm_runtime.request",
     "load": "cm_runtime.backends",
     "load_checkpoint": "cm_runtime.checkpoints.load",
     "sample": "cm_runtime.generation.stream",
@@ -35,7 +37,7 @@ _HOME = {
 }
 _MODULES = ("editing", "errors", "export", "noise")
 
-__all__ = ["editing", "errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
+__all__ = ["Draw", "editing", "errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ engine. Images are (N,H,W,C), uint8, or float32 in [-1, 1].
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
@@ -18,8 +19,19 @@ from cm_runtime.errors import RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import Manifest
 from cm_runtime.projections import LUMA, Array, Edit, Luma, Mask, PatchMean, Projection
-from cm_runtime.request import Draw, DrawOptions, Labels, edit_request, explicit_signature, no_label, sampling_request
+from cm_runtime.request import (
+    Draw,
+    DrawOptions,
+    Labels,
+    check_labels,
+    edit_request,
+    explicit_signature,
+    no_label,
+    sampling_request,
+    whole_number,
+)
 from cm_runtime.sampling import Denoiser, Drawer
+from cm_runtime.schedule import as_numbers
 
 MOST_FRAMES = 10_000
 STEPS = 8  # where something is known of every x0: each step fits the rest to it better
@@ -48,7 +60,7 @@ class _Plan:
     @classmethod
     def of(cls, options: EditOptions) -> _Plan:
         draw = {name: value for name, value in options.items() if name != "answers"}
-        return cls(Draw(**draw), options.get("answers", 1))  # type: ignore[arg-type]
+        return cls(Draw(**draw), whole_number("answers", options.get("answers", 1)))  # type: ignore[arg-type]
 
 
 @explicit_signature(EditOptions, answers=1)
@@ -60,7 +72,7 @@ def inpaint(model: Denoiser, images: ArrayLike, hole: ArrayLike, **options: Unpa
         images: (M,H,W,C) uint8, or float32 in [-1, 1].
         hole: (H,W) or (M,H,W), true or 1 where pixels are to be made.
         **options: labels (one for all images, or one each), start, seed, steps (default 8), sigmas, answers (to each
-            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+            image), micro_batch, output and clip, as `EditOptions` and `cm.Draw` explain them.
 
     Returns:
         (M * answers, H, W, C) uint8, or float32 with output="float32".
@@ -84,7 +96,7 @@ def colorize(model: Denoiser, grey: ArrayLike, **options: Unpack[EditOptions]) -
         model: of images with 3 channels.
         grey: (M,H,W,1), or (M,H,W,3), of which the luminance is taken; uint8, or float32 in [-1, 1].
         **options: labels (one for all images, or one each), start, seed, steps (default 8), sigmas, answers (to each
-            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+            image), micro_batch, output and clip, as `EditOptions` and `cm.Draw` explain them.
 
     Returns:
         (M * answers, H, W, C) uint8, or float32 with output="float32".
@@ -110,7 +122,7 @@ def superres(model: Denoiser, small: ArrayLike, factor: int, **options: Unpack[E
         small: (M, H / factor, W / factor, C) uint8, or float32 in [-1, 1].
         factor: pixels a side that are made of one.
         **options: labels (one for all images, or one each), start, seed, steps (default 8), sigmas, answers (to each
-            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+            image), micro_batch, output and clip, as `EditOptions` and `cm.Draw` explain them.
 
     Returns:
         (M * answers, H, W, C) uint8, or float32 with output="float32".
@@ -136,7 +148,7 @@ def stroke(model: Denoiser, paintings: ArrayLike, sigma: float, **options: Unpac
         paintings: (M,H,W,C) uint8, or float32 in [-1, 1].
         sigma: noise put over them; the more, the less is kept. Steps go down from there on the Karras grid.
         **options: labels (one for all images, or one each), start, seed, steps (default 2), answers (to each
-            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+            image), micro_batch, output and clip, as `EditOptions` and `cm.Draw` explain them.
 
     Returns:
         (M * answers, H, W, C) uint8, or float32 with output="float32".
@@ -162,7 +174,7 @@ def denoise(
         noisy: (M,H,W,C), float32 if the noise is not to be clipped.
         sigma: of the noise, where black is -1 and white 1; None estimates it for each image.
         **options: labels (one for all images, or one each), start, seed, steps (default 1), answers (to each
-            image), micro_batch, output and clip, as `EditOptions` and `request.Draw` explain them.
+            image), micro_batch, output and clip, as `EditOptions` and `cm.Draw` explain them.
 
     Returns:
         (M * answers, H, W, C) uint8, or float32 with output="float32".
@@ -213,7 +225,7 @@ def interpolate(
         frames: how many images, both ends included.
         steps: network evaluations of an image, default 2.
         seed: of both images.
-        **options: labels (one), sigmas, micro_batch, output and clip, as `request.Draw` explains them.
+        **options: labels (one), sigmas, micro_batch, output and clip, as `cm.Draw` explains them.
 
     Returns:
         (frames, H, W, C) uint8, or float32 with output="float32".
@@ -226,7 +238,7 @@ def interpolate(
         >>> editing.interpolate(model, 3, 8, frames=24, labels=7)
     """
     draw, m = Draw(steps=steps, seed=seed, **options), model.manifest
-    if not 2 <= frames <= MOST_FRAMES:
+    if not 2 <= whole_number("frames", frames) <= MOST_FRAMES:
         raise RequestError(f"frames must be from 2 to {MOST_FRAMES}, not {frames}")
     if first == last:
         raise RequestError(f"there is nothing between image {first} and itself")
@@ -234,9 +246,10 @@ def interpolate(
         raise RequestError("interpolation goes from image first to image last; leave start out")
     if m.num_classes and draw.labels is None:
         raise no_label(m.num_classes)
-    _labels(draw.labels, 1, m)  # one, or the frames would change class on their way
-    draws = sampling_request(m, replace(draw, count=1, micro_batch=1)).steps
-    ends = noise.normals(seed, [first, last], draws, m.image_shape)
+    request = sampling_request(m, replace(draw, count=frames))
+    if m.num_classes and not (isinstance(request.labels, tuple) and len(request.labels) == 1):
+        raise RequestError(f"interpolation is under one label, from 0 to {m.num_classes - 1}, not {draw.labels!r}")
+    ends = noise.normals(request.seed, [first, last], request.steps, m.image_shape)
     z = np.stack([slerp(a, b, np.linspace(0, 1, frames)) for a, b in ends])
     return sampling.draw_images(model, draw, z)
 
@@ -284,7 +297,7 @@ def patch_means(images: Array, factor: int) -> Array:
 def small_size(manifest: Manifest, factor: int) -> tuple[int, int]:
     """The height and width of what super-resolution enlarges to the model's. Raises RequestError."""
     _, height, width = manifest.image_shape
-    if factor < 2 or height % factor or width % factor:
+    if whole_number("factor", factor) < 2 or height % factor or width % factor:
         raise RequestError(f"a factor of {factor} does not divide the model's images of {width}x{height}")
     return height // factor, width // factor
 
@@ -348,7 +361,7 @@ def _answers(model: Denoiser, shape: tuple[int, ...], project: Projection, plan:
     if draw.sigmas is None:
         sigmas = m.noise_range.levels(STEPS if draw.steps is None else draw.steps, m.sigmas)
     elif draw.steps is None:
-        sigmas = tuple(draw.sigmas)
+        sigmas = as_numbers(draw.sigmas)
     else:
         raise RequestError("give steps or sigmas, not both")
     return _run(model, Edit(project(np.zeros(shape, np.float32)), project), sigmas, plan)
@@ -376,13 +389,11 @@ def _labels(labels: Labels, count: int, manifest: Manifest) -> NDArray[np.int64]
     """One label for each of ``count`` images, or None. Raises RequestError."""
     if labels is None:
         return None
-    try:
-        numbers = np.atleast_1d(np.asarray(labels))
-    except ValueError as error:  # ragged
-        raise RequestError(f"labels are whole numbers, not {labels!r}") from error
-    if numbers.dtype.kind not in "iu" or numbers.max(initial=0) > np.iinfo(np.int64).max:
-        raise RequestError(f"labels are whole numbers, not {labels!r}")
-    numbers = numbers.astype(np.int64)
-    if numbers.shape not in ((1,), (count,)):
-        raise RequestError(f"give one label, or one for each of {quantity(count, 'image')}, not {numbers.size}")
-    return np.broadcast_to(numbers, count)
+    is_list = isinstance(labels, Sequence | np.ndarray | int | np.integer) and not isinstance(labels, str | bool)
+    classes = check_labels(labels, manifest.num_classes) if is_list or not manifest.num_classes else None
+    if not isinstance(classes, tuple) or len(classes) not in (1, count):
+        most = manifest.num_classes - 1
+        raise RequestError(
+            f"give one label from 0 to {most}, or one for each of {quantity(count, 'image')}, not {labels!r}"
+        )
+    return np.broadcast_to(np.array(classes, np.int64), count)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from functools import wraps
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 INDICES = 1 << 64  # images that a seed has
 MICRO_BATCH_LIMIT = 1 << 16
 MOST_COUNTED = 1 << 20  # images that a mapping of classes to counts asks for
+RENAMED = {"batch": "micro_batch", "label": "labels", "index": "start"}  # options by names that they once had
 
 
 class DrawOptions(TypedDict, total=False):
@@ -122,7 +124,7 @@ def sampling_request(manifest: Manifest, draw: Draw, most: int = MICRO_BATCH_LIM
     """
     if manifest.is_teacher:
         raise RequestError("this model is an EDM teacher, which a few steps cannot sample; make it consistent first")
-    steps = None if draw.steps is None else _whole("steps", draw.steps)
+    steps = None if draw.steps is None else whole_number("steps", draw.steps)
     if manifest.graph == "sampler":
         levels = _fixed_levels(manifest, draw, steps)
     elif draw.sigmas is not None:
@@ -188,7 +190,7 @@ def edit_request(manifest: Manifest, draw: Draw, edit: Edit, most: int = MICRO_B
         raise RequestError(f"there must be at least 1 answer to each image, not {answers}")
     if m.num_classes and edit.label is None:
         raise no_label(m.num_classes)
-    _checked_labels(edit.label, m.num_classes)
+    check_labels(edit.label, m.num_classes)
     if edit.label is not None and edit.label.shape != (inputs,):
         raise RequestError(f"{quantity(inputs, 'image')} to edit need one label each, not {edit.label.size}")
     first = float(sigmas[0]) if len(sigmas) else m.sigma_max
@@ -198,11 +200,15 @@ def edit_request(manifest: Manifest, draw: Draw, edit: Edit, most: int = MICRO_B
 
 
 def _request(manifest: Manifest, draw: Draw, levels: tuple[float, ...], most: int) -> Request:
-    count, seed, start = _whole("count", draw.total(256)), _whole("seed", draw.seed), _whole("start", draw.start)
+    count, seed, start = (
+        whole_number("count", draw.total(256)),
+        whole_number("seed", draw.seed),
+        whole_number("start", draw.start),
+    )
     if count < 1:
         raise RequestError(f"count must be at least 1, not {count}")
     size = even_micro_batch(count, most) if draw.micro_batch is None else draw.micro_batch
-    micro_batch = min(_whole("micro_batch", size), count)
+    micro_batch = min(whole_number("micro_batch", size), count)
     if not 1 <= micro_batch <= MICRO_BATCH_LIMIT:
         raise RequestError(f"micro-batch must be from 1 to {MICRO_BATCH_LIMIT}, not {micro_batch}")
     if not 0 <= seed < 1 << 64:
@@ -211,7 +217,7 @@ def _request(manifest: Manifest, draw: Draw, levels: tuple[float, ...], most: in
         raise RequestError(f"image indices must be from 0 to 2^64-1; {quantity(count, 'image')} from {start} are not")
     if draw.output not in get_args(Output):
         raise RequestError(f"output must be uint8 or float32, not {draw.output!r}")
-    labels = _checked_labels(draw.labels, manifest.num_classes)
+    labels = check_labels(draw.labels, manifest.num_classes)
     if isinstance(draw.labels, Mapping):
         total = replace(draw, count=None).total(0)
         if total != count:
@@ -230,18 +236,30 @@ def no_label(num_classes: int) -> RequestError:
 
 
 def explicit_signature(options: Any = DrawOptions, **defaults: Any) -> Callable[[F], F]:
-    """Show ``**options: Unpack[...]`` as keywords with the defaults of `Draw`, or others, in help and in editors."""
+    """Show ``**options: Unpack[...]`` as keywords with the defaults of `Draw`, or others, in help and in editors.
+
+    The function takes no other keywords: TypeError names the function, and the new name of a renamed option.
+    """
     values = {field.name: field.default for field in fields(Draw)} | defaults
     more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=values[name])
-        for name in options.__annotations__
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=values[name], annotation=kind)
+        for name, kind in get_type_hints(options).items()
     ]
 
     def show(function: F) -> F:
         signature = inspect.signature(function)
         plain = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-        function.__signature__ = signature.replace(parameters=[*plain, *more])  # type: ignore[attr-defined]
-        return function
+        names = {each.name for each in (*plain, *more)}
+
+        @wraps(function)
+        def call(*values: Any, **keywords: Any) -> Any:
+            for name in keywords.keys() - names:
+                hint = f"; it is {RENAMED[name]}" if name in RENAMED else ""
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{hint}")
+            return function(*values, **keywords)
+
+        call.__signature__ = signature.replace(parameters=[*plain, *more])  # type: ignore[attr-defined]
+        return cast(F, call)
 
     return show
 
@@ -270,14 +288,15 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _whole(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any) -> int:
     """``value`` as an int. Raises RequestError for what is no whole number, booleans too."""
     if not _is_whole(value):
         raise RequestError(f"{name} must be a whole number, not {value!r}")
     return int(value)
 
 
-def _checked_labels(labels: Labels, num_classes: int) -> CheckedLabels:
+def check_labels(labels: Labels, num_classes: int) -> CheckedLabels:
+    """Labels as a request has them, of a mapping its classes. Raises RequestError."""
     if not num_classes:
         if labels is not None:
             raise RequestError("this model has no classes; leave the labels out")

@@ -67,7 +67,7 @@ class NoiseRange:
 
         Raises RequestError naming the first that does not fit.
         """
-        levels = _numbers(sigmas)
+        levels = as_numbers(sigmas)
         if not levels:
             raise RequestError("sigmas is empty; give at least one noise level, the first one sigma_max")
         if not same_levels(levels[:1], [self.sigma_max]):
@@ -146,12 +146,14 @@ def level_text(sigmas: Sequence[float]) -> str:
 
 def same_levels(one: Sequence[float], other: Sequence[float]) -> bool:
     """True if two lists of noise levels are equal as `level_text` prints them. Raises RequestError."""
-    return level_text(_numbers(one)) == level_text(_numbers(other))
+    return level_text(as_numbers(one)) == level_text(as_numbers(other))
 
 
-def _numbers(sigmas: Sequence[float]) -> tuple[float, ...]:
+def as_numbers(sigmas: Sequence[float]) -> tuple[float, ...]:
     """Noise levels as floats. Raises RequestError for what is no list of numbers."""
     try:
+        if isinstance(sigmas, str | bytes | Mapping):
+            raise TypeError("no list")
         return tuple(float(sigma) for sigma in sigmas)
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"sigmas must be numbers, not {sigmas!r}") from error

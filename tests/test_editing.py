@@ -410,7 +410,7 @@ WRONG: dict[str, tuple[Callable[[Gaussian, Array], Any], str]] = {
     "label": (lambda m, y: editing.inpaint(m, y, HOLE, labels=4), "labels must be from 0 to 3, not 4"),
     "labels": (
         lambda m, y: editing.inpaint(m, y, HOLE, labels=[0, 1]),
-        "one label, or one for each of 3 images, not 2",
+        r"one for each of 3 images, not \[0, 1\]",
     ),
     "steps and sigmas": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, steps=2, sigmas=(80,)), "not both"),
     "no steps": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, steps=0), "steps must be from 1"),
@@ -426,8 +426,27 @@ WRONG: dict[str, tuple[Callable[[Gaussian, Array], Any], str]] = {
         "takes the sigma where it",
     ),
     "one index": (lambda m, y: editing.interpolate(m, 3, 3, labels=0), "nothing between image 3 and itself"),
-    "classes between": (lambda m, y: editing.interpolate(m, 3, 4, labels=[0, 1]), "give one label"),
-    "all between": (lambda m, y: editing.interpolate(m, 3, 4, labels="all"), "labels are whole numbers"),
+    "no number": (
+        lambda m, y: editing.stroke(m, y, 2.0, labels=True),
+        "one label from 0 to 3, or one for each of 3 images, not True",
+    ),
+    "huge label": (lambda m, y: editing.stroke(m, y, 2.0, labels=2**70), f"from 0 to 3, not {2**70}"),
+    "labels by name": (
+        lambda m, y: editing.stroke(m, y, 2.0, labels="random"),
+        "one for each of 3 images, not 'random'",
+    ),
+    "counted labels": (lambda m, y: editing.stroke(m, y, 2.0, labels={1: 3}), "one for each of 3 images, not {1: 3}"),
+    "answers' type": (lambda m, y: editing.stroke(m, y, 2.0, labels=0, answers=None), "answers must be a whole"),
+    "factor's type": (lambda m, y: editing.superres(m, y, 2.0, labels=0), "factor must be a whole number"),
+    "frames' type": (lambda m, y: editing.interpolate(m, 3, 4, 2.0, labels=0), "frames must be a whole number"),
+    "sigmas' type": (lambda m, y: editing.inpaint(m, y, HOLE, labels=0, sigmas=b"P"), "sigmas must be numbers"),
+    "classes between": (
+        lambda m, y: editing.interpolate(m, 3, 4, labels=[0, 1]),
+        r"under one label, from 0 to 3, not \[0, 1\]",
+    ),
+    "all between": (lambda m, y: editing.interpolate(m, 3, 4, labels="all"), "under one label, from 0 to 3, not 'all'"),
+    "huge label between": (lambda m, y: editing.interpolate(m, 3, 4, labels=2**70), f"from 0 to 3, not {2**70}"),
+    "start between": (lambda m, y: editing.interpolate(m, 3, 4, labels=0, start=1), "leave start out"),
     "one frame": (lambda m, y: editing.interpolate(m, 3, 4, 1, labels=0), "frames must be from 2"),
     "no label between": (lambda m, y: editing.interpolate(m, 3, 4), "give the images' own, from 0 to 3, as label"),
 }
@@ -439,6 +458,20 @@ def test_a_wrong_request_is_refused_in_one_line(colour: Gaussian, images: Array,
     with pytest.raises(RequestError, match=message) as refused:
         body(colour, images)
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 7}, r"^inpaint\(\) got an unexpected keyword argument 'count'$"),
+        ({"label": 0}, r"^inpaint\(\) got an unexpected keyword argument 'label'; it is labels$"),
+    ],
+)
+def test_an_option_that_is_none_names_the_function(
+    colour: Gaussian, images: Array, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        editing.inpaint(colour, images, HOLE, **options)
 
 
 def test_colours_are_of_models_with_three_channels(grey: Gaussian) -> None:

@@ -46,7 +46,7 @@ BASE = {"numpy", "PIL", "pydantic", "rich", "typer"}
 WITH_TORCH = BASE | {"torch", "onnx"}
 COMMAND_LINE = {"typer"}
 
-PUBLIC = ["editing", "errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
+PUBLIC = ["Draw", "editing", "errors", "export", "load", "load_checkpoint", "noise", "sample", "stream"]
 
 
 # The import order

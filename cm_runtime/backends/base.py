@@ -16,6 +16,7 @@ from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import OUTPUTS, Manifest
 from cm_runtime.precond import precond
+from cm_runtime.request import whole_number
 from cm_runtime.sampling import Array, not_finite
 
 LOG = logging.getLogger("cm_runtime")
@@ -51,7 +52,9 @@ class EngineOptions:
             raise RequestError(f"backend must be one of {', '.join(get_args(BackendName))}, not {self.backend!r}")
         if self.precision not in get_args(ComputePrecision):
             raise RequestError(f"precision must be auto, fp32, bf16 or fp16, not {self.precision!r}")
-        if not 0 <= self.threads <= MAX_THREADS:
+        if not isinstance(self.device, str):
+            raise RequestError(f"device must be auto, cpu or cuda:N, not {self.device!r}")
+        if not 0 <= whole_number("threads", self.threads) <= MAX_THREADS:
             raise RequestError(f"threads must be from 1 to {MAX_THREADS}, or 0 for one per core, not {self.threads}")
 
 

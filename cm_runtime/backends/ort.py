@@ -285,7 +285,7 @@ def _provider(ort: Any, device: str, stream: int) -> Any:
     if device == "cpu":
         return "CPUExecutionProvider"
     kind, _, number = device.partition(":")
-    if kind != "cuda" or device.endswith(":") or not (number or "0").isdigit():
+    if kind != "cuda" or device.endswith(":") or not (number or "0").isdecimal():
         raise EngineError(f"device must be auto, cpu or cuda:N, not {device}")
     if not has_driver():
         raise EngineError(f"ONNX Runtime cannot run on {device}: {NO_DRIVER}")

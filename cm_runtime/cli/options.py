@@ -180,10 +180,11 @@ def with_flags(**changes: Any) -> Callable[[Callable[..., None]], Callable[..., 
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         groups: dict[str, tuple[Any, list[str]]] = {}
-        parameters = []
+        own: list[inspect.Parameter] = []
+        shared: list[inspect.Parameter] = []  # a command's help begins with its own options
         for each in inspect.signature(command, eval_str=True).parameters.values():
             if not is_dataclass(each.annotation):
-                parameters.append(each)
+                own.append(each)
                 continue
             group: Any = each.annotation
             options = dict(inspect.signature(group, eval_str=True).parameters)
@@ -192,7 +193,7 @@ def with_flags(**changes: Any) -> Callable[[Callable[..., None]], Callable[..., 
                     options.pop(name, None)
                 elif name in options:
                     options[name] = options[name].replace(annotation=change)
-            parameters += options.values()
+            shared += options.values()
             groups[each.name] = each.annotation, list(options)
 
         @functools.wraps(command)
@@ -203,7 +204,7 @@ def with_flags(**changes: Any) -> Callable[[Callable[..., None]], Callable[..., 
             }
             command(**values)
 
-        by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        by_name = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
         call.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # typer reads both
         call.__annotations__ = {each.name: each.annotation for each in by_name}
         return call

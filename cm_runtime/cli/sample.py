@@ -70,7 +70,7 @@ def sample(
         return
     atomic.check_output(name)
     text = flags.micro_batch or "auto"
-    most = min(size, int(text)) if text.isdigit() else size
+    most = min(size, int(text)) if text.isdecimal() else size
     model_engine = backends.open_model(path, engine.options(), most)
     request = sampling_request(model_engine.manifest, flags.complete(model_engine, draw, size))
     _write(model_engine, request, size, name)

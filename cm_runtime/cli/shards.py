@@ -46,7 +46,7 @@ class ShardFlags:
         has_no_ending = path.suffix not in FILES and (self.shards is not None or os.path.isdir(path))
         if not (has_no_ending or (output or "").endswith("/")):
             for name, value in vars(self).items():
-                if value not in (None, False):
+                if value is not None and value is not False:
                     option = f"--{name.replace('_', '-')}"
                     raise RequestError(f"{option} is for a folder of shards, which {path} is not: give -o NAME/")
             return None

@@ -152,7 +152,7 @@ def sha256(path: str | os.PathLike[str], error: type[CmRuntimeError] = FileError
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_files(files: Mapping[str, Path]) -> str:
-    """One SHA-256 over several files, by their names and hashes, in the mapping's order."""
-    lines = "".join(f"{name} {sha256(path)}\n" for name, path in files.items())
+def sha256_of_files(files: Mapping[str, Path], line: str = "{name} {sha256}\n") -> str:
+    """One SHA-256 over several files, by a line of name and hash for each, in the mapping's order."""
+    lines = "".join(line.format(name=name, sha256=sha256(path)) for name, path in files.items())
     return hashlib.sha256(lines.encode()).hexdigest()

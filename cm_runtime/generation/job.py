@@ -135,7 +135,7 @@ def identity(model: Path) -> str:
     if not model.is_dir():
         return atomic.sha256(model)
     files = sorted(path for path in model.rglob("*") if path.is_file())
-    return atomic.sha256_of_files({str(path.relative_to(model)): path for path in files})
+    return atomic.sha256_of_files({str(path.relative_to(model)): path for path in files}, "{sha256}  {name}\n")
 
 
 def size(job: Job, number: int) -> int:

@@ -118,7 +118,7 @@ def _driver(task: Task) -> Iterator[Iterator[Answer]]:
 def _check_answers(address: str) -> None:
     """Raise EngineError in seconds where nothing listens; Ray itself would try for a quarter of an hour."""
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit() or int(port) >= 1 << 16:
+    if not host or "/" in host or not port.isdecimal() or int(port) >= 1 << 16:
         raise RequestError(f"--ray-address takes the HOST:PORT of a cluster, or auto, not {address!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()

@@ -20,7 +20,16 @@ from cm_runtime.errors import RequestError
 from cm_runtime.extras import require
 from cm_runtime.generation.prefetch import prefetch
 from cm_runtime.manifest import Manifest, read_manifest
-from cm_runtime.request import INDICES, Draw, DrawOptions, Request, explicit_signature, sampling_request, split
+from cm_runtime.request import (
+    INDICES,
+    Draw,
+    DrawOptions,
+    Request,
+    explicit_signature,
+    sampling_request,
+    split,
+    whole_number,
+)
 from cm_runtime.sampling import Array, Batch, Denoiser, Drawer
 from cm_runtime.subprocesses import cores
 
@@ -71,7 +80,9 @@ class Stream:
         """Check all the images of the stream as one request, in batches of one size. Raises RequestError."""
         draw = self.draw
         size = micro_batch if draw.micro_batch is None else draw.micro_batch
-        return sampling_request(manifest, replace(draw, count=draw.total(INDICES - draw.start), micro_batch=size))
+        return sampling_request(
+            manifest, replace(draw, count=draw.total(INDICES - whole_number("start", draw.start)), micro_batch=size)
+        )
 
     def _prefetch(self, parts: Iterator[Batch]) -> Iterator[Batch]:
         with closing(prefetch(parts, self.prefetch)) as batches:
@@ -95,8 +106,8 @@ def sample(
         count: default 256, or the sum of what ``labels`` counts.
         steps: network evaluations of an image, default 2.
         seed: image i of a seed is always the same.
-        noise: (K,N,C,H,W) standard normals of the caller's in place of seed, start and count.
-        **options: start, labels, micro_batch, sigmas, output and clip, as `request.Draw` explains them.
+        noise: (K,N,C,H,W) standard normals of the caller's in place of seed and count; labels still go by start.
+        **options: start, labels, micro_batch, sigmas, output and clip, as `cm.Draw` explains them.
 
     Returns:
         (count,H,W,C) uint8, or float32 before quantisation with output="float32".
@@ -142,7 +153,7 @@ def stream(
         seed: image i of a seed is always the same.
         steps: network evaluations of an image, default 2.
         prefetch: batches that a thread draws ahead.
-        **options: start, labels, micro_batch (the images of a batch), sigmas, output and clip, as `request.Draw`
+        **options: start, labels, micro_batch (the images of a batch), sigmas, output and clip, as `cm.Draw`
             explains them.
 
     Returns:
@@ -156,7 +167,7 @@ def stream(
     """
     draw = Draw(count=count, steps=steps, seed=seed, **options)
     source = _model(model)
-    if prefetch < 1:
+    if whole_number("prefetch", prefetch) < 1:
         raise RequestError(f"prefetch must be at least 1, not {prefetch}")
     images = Stream(source, draw, prefetch)
     if not isinstance(source, Path):

@@ -257,6 +257,7 @@ WRONG_SHARDS: dict[str, tuple[Words, str]] = {
         ["--shard-size", 3],
         "--shard-size is for a folder of shards, which samples.png is not",
     ),
+    "no images in a shard of a picture": (["--shard-size", 0], "--shard-size is for a folder of shards"),
     "force of a picture": (["--force"], "--force is for a folder of shards"),
     "runner of a picture": (["--runner", "local"], "--runner is for a folder of shards"),
     "address of a picture": (["--ray-address", "auto"], "--ray-address is for a folder of shards"),

@@ -80,6 +80,8 @@ def test_answers_are_those_of_python(cli: Cli, place: Path, edit: str) -> None:
     }[edit]()
     np.testing.assert_allclose(made["arr_0"], wanted, atol=1e-5)
     np.testing.assert_array_equal(made["arr_1"], [4, 4, 0, 0, 2, 2])
+    steps = {"stroke": 2, "denoise": 1}.get(edit, 8)  # written down, so that the same command is known later
+    assert json.loads(str(made["cm_runtime"]))["steps"] == steps
     outcome = cli(*words(edit, "given.npz", "--start", 9, "--answers", 2, "-o", "y.npz"))
     rounded = np.rint((np.clip(made["arr_0"], -1, 1) + 1) * 127.5)
     np.testing.assert_array_equal(np.load(place / "y.npz")["arr_0"], rounded)
@@ -227,7 +229,7 @@ REFUSED: dict[str, tuple[list[object], str]] = {
     "a label's name": (["stroke", "model.onnx", "a.png", "--labels", "coat"], "--labels takes whole numbers"),
     "two labels": (
         ["stroke", "model.onnx", "a.png", "--labels", "1,2"],
-        "give one label, or one for each of 1 image,",
+        "one for each of 1 image, not [1, 2]",
     ),
     "no hole": (["inpaint", "model.onnx", "a.png", "--labels", 0], "give --mask FILE or --box"),
     "two holes": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -445,3 +446,6 @@ def test_a_model_is_known_by_its_content(tmp_path: Path) -> None:
         (folder / name).write_text(text)
         seen |= {jobs.identity(folder), jobs.identity(folder / name)}
     assert len(seen) == 5
+    sums = "".join(f"{hashlib.sha256(text).hexdigest()}  {name}\n" for name, text in (("a", b"1"), ("b", b"2")))
+    (tmp_path / "a1" / "b").write_bytes(b"2")
+    assert jobs.identity(tmp_path / "a1") == hashlib.sha256(sums.encode()).hexdigest()  # `sha256sum * | sha256sum`

@@ -28,7 +28,7 @@ def denoise(
     """
     from cm_runtime import editing
 
-    session = Session(paths, flags, engine)
+    session = Session(paths, flags, engine, steps=1)
     images = session.read()
     answers = editing.denoise(session.engine, images.images, sigma, **session.options(images))
     session.write("denoise", images, [images.images], answers, sigma=sigma)

@@ -50,13 +50,14 @@ def interpolate(
     from cm_runtime import backends, editing
     from cm_runtime.errors.wording import quantity
     from cm_runtime.files import atomic, image_writer
+    from cm_runtime.request import Draw, sampling_request
 
     check_output(output, floats, ".gif", ".webp")
     if not is_folder(output):
         atomic.check_output(Path(output))
     model_engine = backends.open_model(model or backends.DEFAULT_MODEL, engine.options())
     label = None if flags.labels is None else parsing.whole_number("--labels", flags.labels)
-    seed = flags.seed or 0
+    seed, sigmas = flags.seed or 0, flags.levels(model_engine.manifest)
     images = editing.interpolate(
         model_engine,
         first,
@@ -65,7 +66,7 @@ def interpolate(
         steps=flags.steps,
         seed=seed,
         labels=label,
-        sigmas=flags.levels(model_engine.manifest),
+        sigmas=sigmas,
         micro_batch=parsing.micro_batch(flags.micro_batch, frames, model_engine.micro_batch),
         output="float32" if floats else "uint8",
     )
@@ -76,7 +77,7 @@ def interpolate(
         "frames": frames,
         "labels": label,
         "seed": seed,
-        "steps": flags.steps,
+        "steps": sampling_request(model_engine.manifest, Draw(steps=flags.steps, sigmas=sigmas, labels=label)).steps,
         "sigmas": flags.sigmas,
         "model_sha256": model_engine.manifest.source_sha256,
     }

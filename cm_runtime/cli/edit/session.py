@@ -55,12 +55,14 @@ class EditFlags:
 class Session:
     """An edit in the making: the opened model, the files to edit, and where answers go."""
 
-    def __init__(self, paths: list[Path], flags: EditFlags, engine: EngineFlags) -> None:
+    def __init__(self, paths: list[Path], flags: EditFlags, engine: EngineFlags, steps: int = 8) -> None:
+        """steps: without --steps and --sigmas."""
         from cm_runtime import backends
         from cm_runtime.files import atomic
 
         is_model = paths[0].suffix.lower() in MODELS
         self.paths, self.flags = paths[1:] if is_model else paths, flags
+        self.steps = steps if flags.steps is None and flags.sigmas is None else flags.steps
         check_output(flags.output, flags.floats)
         for path in self.paths:
             if path.suffix.lower() in MODELS and path.suffix:
@@ -88,7 +90,7 @@ class Session:
         count = len(images.images) * flags.answers
         return {
             "labels": self.labels(images),
-            "steps": flags.steps,
+            "steps": self.steps,
             "sigmas": None if flags.sigmas is None else parsing.numbers("--sigmas", flags.sigmas),
             "seed": flags.seed,
             "start": flags.start,
@@ -116,7 +118,8 @@ class Session:
             "edit": edit,
             "images": images.names,
             "labels": classes,
-            **{name: getattr(flags, name) for name in ("seed", "start", "answers", "steps", "sigmas")},
+            "steps": self.steps,
+            **{name: getattr(flags, name) for name in ("seed", "start", "answers", "sigmas")},
             "model_sha256": self.engine.manifest.source_sha256,
             **more,
         }

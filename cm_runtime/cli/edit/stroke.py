@@ -27,7 +27,7 @@ def stroke(
     """
     from cm_runtime import editing
 
-    session = Session(paths, flags, engine)
+    session = Session(paths, flags, engine, steps=2)
     images = session.read()
     answers = editing.stroke(session.engine, images.images, sigma, **session.options(images))
     session.write("stroke", images, [images.images], answers, sigma=sigma)
