@@ -66,7 +66,15 @@ ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'cm_step_x' for 'sm_90'
 ptxas info    : Function properties for cm_step_x
     8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 255 registers, used 0 barriers, 8 bytes cumulative stack size
+ptxas info    : Used 255 registers, used 0 barriers, 8 bytes cumulative stack size, 96 bytes smem, 400 bytes cmem[0]
+"""
+PTX = """\
+.visible .entry cm_step_x(
+	.param .u64 cm_step_x_param_0,
+	.param .f32 cm_step_x_param_1,
+	.param .align 8 .b8 cm_step_x_param_2[48],
+	.param .u16 cm_step_x_param_3
+)
 """
 
 
@@ -78,12 +86,16 @@ def test_a_spill_is_an_error(tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.48\n")
     nvcc.chmod(0o755)
-    words = [sys.executable, str(FOLDER / "resources.py"), str(nvcc), str(tmp_path / "build.log"), str(tmp_path)]
+    (tmp_path / "k.ptx").write_text(PTX)
+    files = [nvcc, tmp_path / "build.log", tmp_path / "k.ptx", tmp_path]
+    words = [sys.executable, str(FOLDER / "resources.py"), *map(str, files)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "registers are spilled in cm_step_x on sm_90\n")
     (tmp_path / "build.log").write_text(LOG.replace("4 bytes spill", "0 bytes spill"))
     assert subprocess.run(words, capture_output=True, text=True).returncode == 0
-    assert '"sm_90": {"registers": 255, "stack": 8, "spills": 0}' in (tmp_path / "kernels.json").read_text()
+    report = (tmp_path / "kernels.json").read_text()
+    assert '"sm_90": {"registers": 255, "shared": 96, "stack": 8, "spills": 0}' in report
+    assert '"cm_step_x": [8, 4, 48, 2]' in report
 
 
 # The PTX for TensorRT
