@@ -48,6 +48,7 @@ from cm_runtime.bench.networks import standing_checkpoint  # noqa: E402
 from cm_runtime.bench.turns import quartiles, ratio, take_turns, timer, until  # noqa: E402
 from cm_runtime.checkpoints.load import load_checkpoint  # noqa: E402
 from cm_runtime.cuda import context  # noqa: E402
+from cm_runtime.cuda.context import Owned  # noqa: E402
 from cm_runtime.cuda.device import Device  # noqa: E402
 from cm_runtime.errors import CmRuntimeError  # noqa: E402
 from cm_runtime.files import atomic  # noqa: E402
@@ -230,17 +231,19 @@ class Clock:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._cuda = context.driver()
+        self._driver = device.context.driver
 
     def milliseconds(self, body: Callable[[], None], repeats: int = 10) -> float:
         """Milliseconds of one of ``repeats`` in a row."""
-        begin, end = self._cuda.Event(), self._cuda.Event()
-        begin.record(self._device.queue)
-        for _ in range(repeats):
-            body()
-        end.record(self._device.queue)
-        end.synchronize()
-        return float(end.time_since(begin)) / repeats
+        driver, stream = self._driver, self._device.stream
+        with self._device.use("measuring"):
+            begin, end = (Owned(self._device.context, driver.create_event(), driver.destroy_event) for _ in range(2))
+            driver.record(begin.handle, stream)
+            for _ in range(repeats):
+                body()
+            driver.record(end.handle, stream)
+            driver.synchronize_event(end.handle)
+            return driver.milliseconds(begin.handle, end.handle) / repeats
 
     def turns(self, work: dict[str, tuple[int, Callable[[], None]]]) -> dict[str, Any]:
         """Medians over rounds; shares are of the copy in the same round."""
@@ -395,12 +398,12 @@ class OwnDrawer:
         """The share of a batch's GPU time outside the network's evaluations, by the GPU's events."""
         sampler = self._model.on_device
         request = sampling_request(self._model.manifest, Draw(count=batch, steps=steps, micro_batch=batch))
-        capture = sampler.prepare(request, batch).batch
+        capture = sampler.prepare(self._model, request, batch).batch
         clock = Clock(sampler.device)
         shares = []
         for _ in range(ROUNDS):
             network = clock.milliseconds(capture.evaluate, steps) * steps
-            shares.append(1 - network / clock.milliseconds(capture.put, 1))
+            shares.append(1 - network / clock.milliseconds(partial(capture.put, self._model), 1))
         return round(statistics.median(shares), 4)
 
 
@@ -474,7 +477,7 @@ def run(part: str, report: Report, folder: Path, on_gpu: bool, networks: Sequenc
 
 def _gpu(report: Report) -> dict[str, Any] | None:
     try:
-        gpu, driver = context.gpu(), context.driver().get_driver_version()
+        gpu, driver = context.gpu(), context.driver().version()
         return {"name": gpu.name, "capability": gpu.capability, "driver": driver}
     except CmRuntimeError as error:
         report.skip("gpu", f"{error}; kernels run in their host build, engines on the CPU")

@@ -17,6 +17,7 @@ from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend, listener, module
 from cm_runtime.cuda import context
+from cm_runtime.cuda.driver import Gpu
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
 from cm_runtime.export import engine_parity, tensorrt_plugin
 from cm_runtime.files import atomic, locks
@@ -168,7 +169,7 @@ def _parse_errors(parser: Any) -> str:
     return "; ".join(lines) or "it gave no reason"
 
 
-def _gpu_here() -> tuple[context.Gpu | None, str]:
+def _gpu_here() -> tuple[Gpu | None, str]:
     """This machine's GPU, or None and why there is none that can be used."""
     try:
         return context.gpu(), ""
@@ -181,7 +182,7 @@ def _member(capability: str) -> str:
     return f"SM{capability.replace('.', '')}"
 
 
-def _capabilities(trt: Any, package: Package, gpus: Sequence[str], here: context.Gpu | None, why_not: str) -> list[str]:
+def _capabilities(trt: Any, package: Package, gpus: Sequence[str], here: Gpu | None, why_not: str) -> list[str]:
     """The compute capabilities to build for. Raises RequestError for those that ``package`` has no code for."""
     if package == "tensorrt":
         if here is None:

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from cm_runtime import kernels
-from cm_runtime.cuda import context
 from cm_runtime.cuda.device import Device
 from cm_runtime.kernels.launches import Launch
 
@@ -66,7 +65,7 @@ def launch(work: Launch) -> None:
     """Runs a launch to its end. Raises ValueError where a GPU would refuse it."""
     if ON_GPU:
         gpu().launch(work)
-        gpu().queue.synchronize()
+        gpu().finish()
         return
     values = [np.array(argument) for argument in work.arguments]  # of no dimensions, in memory of their own
     pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
@@ -80,11 +79,7 @@ def empty(shape: tuple[int, ...], dtype: Any, fill: float = np.nan) -> Any:
     """An array whose address is a multiple of 16, full of ``fill``."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
-    if ON_GPU:
-        mapped = context.driver().host_alloc_flags.DEVICEMAP  # one address for both, on 64 bits
-        memory = context.driver().pagelocked_empty(size + 64, np.uint8, mem_flags=mapped)
-    else:
-        memory = np.empty(size + 64, np.uint8)
+    memory = gpu().pin(size + 64) if ON_GPU else np.empty(size + 64, np.uint8)  # one address for both, on 64 bits
     begin = -memory.ctypes.data % 64
     made = memory[begin : begin + size].view(dtype).reshape(shape)
     made[...] = 0 if dtype.kind in "iu" or dtype.names else fill

@@ -1,4 +1,4 @@
-"""A GPU made of host memory, for code that no GPU runs here: pycuda, and what of TensorRT needs a driver.
+"""A GPU made of host memory, in Python, for what the stand-in of tests/driver cannot run: TensorRT, and ONNX Runtime.
 
 Copies and runs are queued and happen when the stream is synchronised, as on a GPU, and each is checked: that an address
 is in memory that is held, with room for what is copied; that every tensor has a shape in the profile and an address.
@@ -9,13 +9,13 @@ and fit each other is proved so; that a real GPU and a real TensorRT do what the
 from __future__ import annotations
 
 import ctypes
-import sys
+import itertools
 import threading
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import host_gpu
@@ -24,9 +24,9 @@ import onnxruntime
 import pytest
 
 from cm_runtime.backends.engine_file import EngineManifest
-from cm_runtime.cuda import context
+from cm_runtime.cuda import context, driver
+from cm_runtime.cuda.driver import DriverError
 from cm_runtime.errors import EngineError
-from cm_runtime.extras import EXTRAS
 from cm_runtime.kernels.launches import Launch
 
 VERSION = "1.7.1.116"
@@ -40,26 +40,16 @@ NUMPY = {
 }
 
 
-class CudaError(Exception):
-    """`pycuda.driver.Error`."""
-
-
-class CudaMemoryError(CudaError):
-    """`pycuda.driver.MemoryError`."""
-
-
 class Stream:
     """Work that is done when somebody waits for it, and no sooner: what has not been waited for has not happened."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
+    def __init__(self, gpu: Gpu, number: int) -> None:
+        self.gpu, self.number = gpu, number
         self.queue: deque[Callable[[], None]] = deque()
         self.captured: list[Callable[[], None]] | None = None
-        self.handle = 7 + len(gpu.streams)
-        gpu.streams[self.handle] = self
 
     def add(self, step: Callable[[], None]) -> None:
-        self.gpu.context.check()
+        self.gpu.check_context()
         (self.queue if self.captured is None else self.captured).append(step)
 
     def synchronize(self) -> None:
@@ -67,211 +57,189 @@ class Stream:
         while self.queue:
             self.queue.popleft()()
 
-    def wait_for_event(self, event: Event) -> None:
-        stream, count = event.at
-        self.add(lambda: stream.reach(count))
-
     def reach(self, event: int) -> None:
         """Runs the work in front of an event, if it has not been done."""
         while event not in self.gpu.passed:
             self.queue.popleft()()
 
 
-class Event:
-    """`pycuda.driver.Event`: a place in a stream's queue."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
-        self.at: tuple[Stream, int]
-
-    def record(self, stream: Stream) -> None:
-        self.gpu.events += 1
-        number = self.gpu.events
-        self.at = stream, number
-        stream.add(lambda: self.gpu.passed.add(number))
-
-    def synchronize(self) -> None:
-        stream, number = self.at
-        stream.reach(number)
-
-
-class Primary:
-    """`pycuda.autoprimaryctx.context`: of the thread that made it, and of those that push it until they pop it."""
-
-    def __init__(self) -> None:
-        self.threads = Counter([threading.get_ident()])
-
-    def push(self) -> None:
-        self.threads[threading.get_ident()] += 1
-
-    def pop(self) -> None:
-        self.check()
-        self.threads[threading.get_ident()] -= 1
-
-    def check(self) -> None:
-        """Raises CudaError where it is not this thread's."""
-        if not self.threads[threading.get_ident()]:
-            raise CudaError("invalid device context")
-
-
 class Gpu:
-    """The memory and the streams of one stand-in; ``log`` has what was done, in order. Kernels are host_gpu's."""
+    """`cuda.driver.Driver` of one GPU; ``log`` has what was done, in order. Kernels are host_gpu's."""
 
-    def __init__(self, capability: tuple[int, int] = (8, 9), room: int = 1 << 40) -> None:
+    name = "stand-in"
+
+    def __init__(self, capability: str = "8.9", room: int = 1 << 40) -> None:
         self.capability = capability
         self.room = room
-        self.context = Primary()
+        self.contexts: dict[int, list[int]] = defaultdict(list)  # of each thread
         self.held: dict[int, Any] = {}
-        self.streams: dict[int, Stream] = {}
-        self.events = 0
+        self.pinned: dict[int, Any] = {}
+        self.streams: dict[int, Stream] = {0: Stream(self, 0)}
+        self.events: dict[int, tuple[Stream, int]] = {}
         self.passed: set[int] = set()
+        self.numbers = itertools.count(7)
         self.log: list[str] = []
         self.fail_at = ""
         self.driver_version = 13000
 
     def check(self, address: int, size: int) -> None:
-        """Raises CudaError unless all of it is in one allocation."""
+        """Raises DriverError unless all of it is in one allocation."""
         if not any(start <= address and address + size <= start + len(held) for start, held in self.held.items()):
-            raise CudaError("an illegal memory access was encountered")
+            raise DriverError("CUDA_ERROR_ILLEGAL_ADDRESS", "a copy")
+
+    def check_context(self) -> None:
+        """Raises DriverError where none is this thread's."""
+        if not self.contexts[threading.get_ident()]:
+            raise DriverError("CUDA_ERROR_INVALID_CONTEXT", "a call")
 
     @property
     def is_idle(self) -> bool:
         return not any(stream.queue for stream in self.streams.values())
 
-    def synchronize(self) -> None:
-        for stream in list(self.streams.values()):
-            stream.synchronize()
+    def version(self) -> int:
+        return self.driver_version
 
-    def modules(self) -> dict[str, ModuleType]:
-        """`pycuda`, `pycuda.autoprimaryctx` and `pycuda.driver`, and `cuda.bindings.runtime`."""
-        gpu = self
+    def count(self) -> int:
+        return 1
 
-        class Allocation:
-            def __init__(self, size: int) -> None:
-                gpu.context.check()
-                if sum(map(len, gpu.held.values())) + size > gpu.room:
-                    raise CudaMemoryError("cuMemAlloc failed: out of memory")
-                self.memory = ctypes.create_string_buffer(size + ALIGNED)
-                self.start = -(-ctypes.addressof(self.memory) // ALIGNED) * ALIGNED
-                gpu.held[self.start] = (ctypes.c_char * size).from_address(self.start)
-                gpu.log.append(f"take {size}")
+    def describe(self, index: int) -> driver.Gpu:
+        return driver.Gpu("Stand-in 4090", self.capability)
 
-            def __int__(self) -> int:
-                return self.start
+    def retain(self, index: int) -> int:
+        return 1
 
-            def __del__(self) -> None:
-                if hasattr(self, "start"):
-                    gpu.held.pop(self.start, None)
-                    assert gpu.is_idle, "memory is freed while work is queued"
+    def release(self, index: int, context: int) -> None:
+        self.log.append("release")
 
-        def to_device(address: int, array: Any, stream: Any) -> None:
-            assert isinstance(stream, Stream) and array.flags.c_contiguous
-            gpu.check(address, array.nbytes)
-            stream.add(lambda: ctypes.memmove(address, array.ctypes.data, array.nbytes) and None)
+    def push(self, context: int) -> None:
+        self.contexts[threading.get_ident()].append(context)
 
-        def to_host(array: Any, address: int, stream: Any) -> None:
-            assert isinstance(stream, Stream) and array.flags.c_contiguous
-            if gpu.fail_at == "fetch":
-                raise CudaError("unspecified launch failure\nin a kernel")
-            gpu.check(address, array.nbytes)
-            stream.add(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes) and None)
+    def pop(self, state: None) -> None:
+        self.contexts[threading.get_ident()].pop()
 
-        def on_device(to: int, address: int, size: int, stream: Any) -> None:
-            gpu.check(to, size)
-            gpu.check(address, size)
-            stream.add(lambda: ctypes.memmove(to, address, size) and None)
+    def attribute(self, index: int, number: int) -> int:
+        return 0
 
-        def clear(address: int, value: int, count: int, stream: Any) -> None:
-            gpu.check(address, 4 * count)
-            stream.add(lambda: ctypes.memset(address, value, 4 * count) and None)
+    def allocate(self, size: int) -> int:
+        self.check_context()
+        if self.fail_at == "take" or sum(map(len, self.held.values())) + size > self.room:
+            raise DriverError(driver.OUT_OF_MEMORY, "cuMemAlloc")
+        memory = ctypes.create_string_buffer(size + ALIGNED)
+        start = -(-ctypes.addressof(memory) // ALIGNED) * ALIGNED
+        self.held[start] = (ctypes.c_char * size).from_buffer(memory, start - ctypes.addressof(memory))
+        self.log.append(f"take {size}")
+        return start
 
-        def take(size: int) -> Allocation:
-            if gpu.fail_at == "take":
-                raise CudaMemoryError("out of memory")
-            return Allocation(size)
+    def free(self, address: int) -> None:
+        self.check_context()
+        assert self.is_idle, "memory is freed while work is queued"
+        del self.held[address]
 
-        def load(content: bytes) -> Any:
-            if gpu.fail_at == "load":
-                raise CudaError("cuModuleLoadDataEx failed: device kernel image is invalid")
-            return SimpleNamespace(get_function=function)
+    def pin(self, size: int) -> int:
+        self.check_context()
+        memory = np.empty(size, np.uint8)
+        self.pinned[memory.ctypes.data] = memory
+        return int(memory.ctypes.data)
 
-        def function(name: str) -> Any:
-            def call(*arguments: Any, grid: Any, block: Any, shared: int, stream: Any) -> None:
-                assert all(isinstance(each, np.number) for each in arguments), "pycuda takes NumPy's numbers alone"
-                assert shared <= 48 << 10 or call.most == shared
-                work = Launch(name, grid, block, shared, arguments)
-                stream.add(lambda: host_gpu.launch(work))
-                gpu.log.append(name)
+    def unpin(self, address: int) -> None:
+        del self.pinned[address]
 
-            def set_attribute(attribute: str, value: int) -> None:
-                assert attribute == "dynamic shared"
-                call.most = value  # type: ignore[attr-defined]
+    def copy_in(self, address: int, array: Any, stream: int) -> None:
+        assert array.flags.c_contiguous
+        self.check(address, array.nbytes)
+        self.streams[stream].add(lambda: ctypes.memmove(address, array.ctypes.data, array.nbytes) and None)
 
-            call.set_attribute, call.most = set_attribute, 0  # type: ignore[attr-defined]
-            return call
+    def copy_out(self, array: Any, address: int, stream: int) -> None:
+        assert array.flags.c_contiguous
+        if self.fail_at == "fetch":
+            raise DriverError("CUDA_ERROR_LAUNCH_FAILED", "cuMemcpyDtoHAsync")
+        self.check(address, array.nbytes)
+        self.streams[stream].add(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes) and None)
 
-        device = SimpleNamespace(name=lambda: "Stand-in 4090", compute_capability=lambda: gpu.capability)
-        package, first, driver = (ModuleType(f"pycuda{name}") for name in ("", ".autoprimaryctx", ".driver"))
-        driver.__dict__.update(
-            Context=SimpleNamespace(get_device=lambda: device, synchronize=gpu.synchronize),
-            Error=CudaError,
-            MemoryError=CudaMemoryError,
-            Stream=lambda: Stream(gpu),
-            Event=lambda: Event(gpu),
-            mem_alloc=take,
-            memcpy_htod_async=to_device,
-            memcpy_dtoh_async=to_host,
-            memcpy_dtod_async=on_device,
-            memset_d32_async=clear,
-            pagelocked_empty=np.empty,
-            module_from_buffer=load,
-            function_attribute=SimpleNamespace(MAX_DYNAMIC_SHARED_SIZE_BYTES="dynamic shared"),
-            get_driver_version=lambda: gpu.driver_version,
-        )
-        package.driver, package.autoprimaryctx = driver, first  # type: ignore[attr-defined]
-        first.context = self.context  # type: ignore[attr-defined]
-        cuda, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
-        runtime = self._runtime()
-        cuda.bindings, bindings.runtime = bindings, runtime  # type: ignore[attr-defined]
-        return {module.__name__: module for module in (package, first, driver, cuda, bindings, runtime)}
+    def copy(self, to: int, address: int, size: int, stream: int) -> None:
+        self.check(to, size)
+        self.check(address, size)
+        self.streams[stream].add(lambda: ctypes.memmove(to, address, size) and None)
 
-    def _runtime(self) -> ModuleType:
-        """`cuda.bindings.runtime`: each function returns its error first."""
+    def clear(self, address: int, words: int, stream: int) -> None:
+        self.check(address, 4 * words)
+        self.streams[stream].add(lambda: ctypes.memset(address, 0, 4 * words) and None)
 
-        class Code(int):
-            name = property(lambda self: "cudaSuccess" if self == 0 else "cudaErrorStreamCaptureInvalidated")
+    def create_stream(self) -> int:
+        self.check_context()
+        number = next(self.numbers)
+        self.streams[number] = Stream(self, number)
+        return number
 
-        ok = Code(0)
+    def destroy_stream(self, stream: int) -> None:
+        self.streams.pop(stream).synchronize()
 
-        def begin(handle: int, mode: Any) -> tuple[Any]:
-            assert mode == "thread local" and self.streams[handle].captured is None
-            self.streams[handle].captured = []
-            return (ok,)
+    def synchronize(self, stream: int) -> None:
+        self.check_context()
+        self.streams[stream].synchronize()
 
-        def end(handle: int) -> tuple[Any, Any]:
-            captured, self.streams[handle].captured = self.streams[handle].captured, None
-            if self.fail_at == "capture":
-                return Code(901), None
-            self.log.append(f"capture {len(captured or ())}")
-            return ok, captured
+    def create_event(self) -> int:
+        return next(self.numbers)
 
-        def launch(graph: Any, handle: int) -> tuple[Any]:
-            for step in graph:
-                self.streams[handle].add(step)
-            self.log.append("graph")
-            return (ok,)
+    def destroy_event(self, event: int) -> None:
+        self.events.pop(event, None)
 
-        runtime = ModuleType("cuda.bindings.runtime")
-        runtime.__dict__.update(
-            cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread local"),
-            cudaStreamBeginCapture=begin,
-            cudaStreamEndCapture=end,
-            cudaGraphInstantiate=lambda graph, flags: (ok, list(graph)),
-            cudaGraphLaunch=launch,
-            cudaGraphDestroy=lambda graph: (ok,),
-            cudaGraphExecDestroy=lambda graph: (ok,),
-        )
-        return runtime
+    def record(self, event: int, stream: int) -> None:
+        number, queue = next(self.numbers), self.streams[stream]
+        self.events[event] = queue, number
+        queue.add(lambda: self.passed.add(number))
+
+    def wait(self, stream: int, event: int) -> None:
+        queue, number = self.events[event]
+        self.streams[stream].add(lambda: queue.reach(number))
+
+    def synchronize_event(self, event: int) -> None:
+        queue, number = self.events[event]
+        queue.reach(number)
+
+    def load(self, image: bytes) -> Any:
+        if self.fail_at == "load":
+            raise DriverError("CUDA_ERROR_INVALID_IMAGE", "cuModuleLoadData")
+        return "module"
+
+    def unload(self, module: Any) -> None:
+        self.log.append("unload")
+
+    def function(self, module: Any, name: str) -> Any:
+        return SimpleNamespace(name=name, most=48 << 10)
+
+    def allow_shared(self, function: Any, size: int) -> None:
+        function.most = size
+
+    def launch(self, function: Any, work: Launch, stream: int) -> None:
+        assert work.shared <= function.most
+        self.streams[stream].add(lambda: host_gpu.launch(work))
+        self.log.append(work.kernel)
+
+    def begin_capture(self, stream: int) -> None:
+        assert self.streams[stream].captured is None
+        self.streams[stream].captured = []
+
+    def end_capture(self, stream: int) -> Any:
+        captured, self.streams[stream].captured = self.streams[stream].captured, None
+        if self.fail_at == "capture":
+            raise DriverError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "cuStreamEndCapture")
+        self.log.append(f"capture {len(captured or ())}")
+        return captured
+
+    def destroy_graph(self, graph: Any) -> None:
+        pass
+
+    def instantiate(self, graph: Any) -> Any:
+        return list(graph)
+
+    def launch_graph(self, executable: Any, stream: int) -> None:
+        for step in executable:
+            self.streams[stream].add(step)
+        self.log.append("graph")
+
+    def destroy_executable(self, executable: Any) -> None:
+        pass
 
 
 class TensorRt:
@@ -386,32 +354,24 @@ class Context:
 
 @contextmanager
 def installed(gpu: Gpu) -> Iterator[Gpu]:
-    """While it lasts, pycuda is the stand-in's."""
+    """While it lasts, the driver is the stand-in."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in gpu.modules().items():
-            patch.setitem(sys.modules, name, module)
-        patch.setitem(EXTRAS, "pycuda", "gpu")
-        forget()
+        patch.setattr(context, "driver", lambda name="": gpu)
+        patch.setattr(context, "_contexts", {})
         try:
             yield gpu
         finally:
-            forget()
-
-
-def forget() -> None:
-    """The next question for the driver is asked anew."""
-    context.driver.cache_clear()
-    context.module.cache_clear()
+            for opened in context._contexts.values():
+                opened.close()
 
 
 @contextmanager
 def absent() -> Iterator[None]:
     """While it lasts, this machine has no GPU, whatever it has."""
 
-    def refuse() -> Any:
+    def refuse(name: str = "") -> Any:
         raise EngineError("there is no NVIDIA GPU that CUDA can use: none is here")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context, "gpu", refuse)
         patch.setattr(context, "driver", refuse)
         yield

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import logging
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions, Interface, 
 from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Evaluate
-from cm_runtime.cuda.sampler import OnDevice, can_stay
+from cm_runtime.cuda.sampler import CUDA, OnDevice, device_index, open_device
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError, RequestError
 from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
@@ -81,9 +84,13 @@ class OrtBackend(Backend):
                 f"ONNX Runtime computes in the types of the file, {self.precision}; for {options.precision} export with"
                 f" --precision {options.precision}, or take --backend openvino"
             )
-        self._graphs = 0
+        self._graphs = itertools.count(1)
+        self._lock = threading.Lock()  # of the memory that evaluations are bound to
         self.version = f"onnxruntime {ort.__version__}"
-        self._device = Device() if can_stay(self.device) else None
+        if self.device != "cpu":
+            _check_cuda(ort, self.device)
+        self._device = open_device(self.device)
+        self.on_device = OnDevice(self._device) if self._device else None
         data = None if isinstance(model, bytes) else external_data.data_file(Path(where), self.manifest)
         if verdict is None:
             onnx_graph.check(model, self.manifest)
@@ -103,21 +110,17 @@ class OrtBackend(Backend):
             if self.device == "cpu":
                 results = self._session.run(list(self.outputs), dict(feed))
             else:
-                results = self._bind_memory(feed).run(feed)
+                with self._lock:
+                    results = self._bind_memory(feed).run(feed)
         except Exception as error:
             raise _wrap(error) from error
         return finite_images(results)
 
     # On the GPU, as cuda.engine.Engine has it
 
-    @cached_property
-    def on_device(self) -> OnDevice | None:
-        """This engine's sampling that stays on the GPU."""
-        return OnDevice(self, self._device) if self._device else None
-
     def batches(self, request: Request, noise: Array | None = None) -> Iterator[Batch] | None:
         """`sampling.batches`, of which nothing but images leaves the GPU; None where it cannot stay there."""
-        return self.on_device.batches(request, noise) if self.on_device else None
+        return self.on_device.batches(self, request, noise) if self.on_device else None
 
     @property
     def graph(self) -> GraphKind:
@@ -132,15 +135,11 @@ class OrtBackend(Backend):
     def bind(self, device: Device, count: int) -> Evaluate:
         """Evaluations bound to addresses; those of each step are a binding, and a CUDA graph, of their own."""
         tensors = interface(self.manifest, count, self.outputs)
-        return AddressBinding(self._session, tensors, self.device, self._next_graph).evaluate
+        return AddressBinding(self._session, tensors, self.device, self._graphs.__next__).evaluate
 
     def capture(self, device: Device, body: Callable[[], Any]) -> None:
         """None: ONNX Runtime captures its own runs, each as a graph, and cannot be captured from outside."""
         return None
-
-    def _next_graph(self) -> int:
-        self._graphs += 1
-        return self._graphs
 
     def _bind_memory(self, feed: Mapping[str, NDArray[Any]]) -> MemoryBinding:
         """The memory for inputs of these shapes; that of the shape longest unused is let go beyond a few."""
@@ -148,7 +147,7 @@ class OrtBackend(Backend):
         if key not in self._bound:
             if len(self._bound) == MOST_BOUND:
                 self._bound.popitem(last=False)
-            self._bound[key] = MemoryBinding(self._session, feed, self.outputs, self.device, self._next_graph())
+            self._bound[key] = MemoryBinding(self._session, feed, self.outputs, self.device, next(self._graphs))
         self._bound.move_to_end(key)
         return self._bound[key]
 
@@ -250,6 +249,7 @@ def open_session(
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file begins with
     settings.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
     provider = _provider(ort, device, stream)
+    missing = _preload(ort) if device != "cpu" else ""
     source = model if isinstance(model, bytes) else where
     if weights := external_data.map_link(data):
         _give_weights(settings, weights)
@@ -270,7 +270,8 @@ def open_session(
             raise ArtifactError(f"{where}: ONNX Runtime cannot load it: {reason}") from error
         raise EngineError(f"ONNX Runtime cannot use {device}: {reason}") from error
     if session.get_providers()[0] != (provider if isinstance(provider, str) else provider[0]):
-        raise EngineError(f"ONNX Runtime could not start on {device}; is there a driver for this GPU?")
+        cause = f"{missing}: pip install 'cm-runtime[gpu]'" if missing else "is its driver of CUDA 13 (580 or newer)?"
+        raise EngineError(f"ONNX Runtime could not start on {device}; {cause}")
     return session
 
 
@@ -281,11 +282,9 @@ def _give_weights(settings: Any, data: external_data.MappedWeights) -> None:
     settings.add_external_initializers_from_files_in_memory([data.path.name], [data.content], [data.content.size])
 
 
-def _provider(ort: Any, device: str, stream: int) -> Any:
-    if device == "cpu":
-        return "CPUExecutionProvider"
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or device.endswith(":") or not (number or "0").isdecimal():
+def _check_cuda(ort: Any, device: str) -> None:
+    """Raise EngineError unless ONNX Runtime has CUDA, and the machine a driver, for the ``device`` cuda:N."""
+    if not CUDA.fullmatch(device):
         raise EngineError(f"device must be auto, cpu or cuda:N, not {device}")
     if not has_driver():
         raise EngineError(f"ONNX Runtime cannot run on {device}: {NO_DRIVER}")
@@ -293,9 +292,19 @@ def _provider(ort: Any, device: str, stream: int) -> Any:
         if has_two_runtimes():
             raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: {TWO_RUNTIMES}")
         raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: pip install 'cm-runtime[gpu]'")
-    if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # the CUDA libraries of pip packages
+
+
+def _preload(ort: Any) -> str:
+    """Load the CUDA libraries of pip packages; the first line that ONNX Runtime prints of what it did not find."""
+    with redirect_stdout(io.StringIO()) as lines:
+        ort.preload_dlls()
+    return next(iter(lines.getvalue().splitlines()), "")
+
+
+def _provider(ort: Any, device: str, stream: int) -> Any:
+    if device == "cpu":
+        return "CPUExecutionProvider"
     stream_option = {"user_compute_stream": str(stream)} if stream else {}
     # TF32, ONNX Runtime's default, has ten bits of a float32's 23, and moves images by more than rounding does.
     config = {"enable_cuda_graph": "1", "use_tf32": "0"}
-    return "CUDAExecutionProvider", {"device_id": number or "0", **config, **stream_option}
+    return "CUDAExecutionProvider", {"device_id": str(device_index(device)), **config, **stream_option}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cm_runtime.backends.base import (
     DEFAULTS,
     Backend,
     EngineOptions,
+    Interface,
     finite_images,
     images_at_once,
     interface,
@@ -24,12 +25,11 @@ from cm_runtime.backends.base import (
 )
 from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
 from cm_runtime.choices import GraphKind
-from cm_runtime.cuda.context import gpu
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Evaluate
 from cm_runtime.cuda.graph import Graph
 from cm_runtime.cuda.layout import pad_batch
-from cm_runtime.cuda.sampler import OnDevice
+from cm_runtime.cuda.sampler import OnDevice, device_index
 from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, OutOfMemoryError, RequestError
 from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, has, has_driver, require
@@ -37,8 +37,8 @@ from cm_runtime.kernels.launches import Images
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array, Batch
 
-DEVICES = ("auto", "cuda", "cuda:0")
 KEPT_LINES = 10_000
+MEMORY = "out of memory", "outofmemory", "could not be allocated"  # in the errors of TensorRT that are of memory
 PACKAGES: dict[str, Package] = {form: package for package, form in FORMATS.items()}
 # NumPy's names, with bfloat16, which it has not, and trt.DataType's
 _TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "uint8": "UINT8", "bool": "BOOL"}
@@ -50,7 +50,7 @@ class TensorRtBackend(Backend):
     Args:
         engine: a path, or an engine's bytes with their ``manifest``.
         manifest: the file's, if it was read before.
-        options: backend tensorrt or tensorrt-rtx, or auto for the engine's own; device auto or cuda:0.
+        options: backend tensorrt or tensorrt-rtx, or auto for the engine's own; device auto (cuda:0) or cuda:N.
 
     Raises:
         ArtifactError: The file is not as its manifest says or not for this machine; TensorRT never sees it.
@@ -67,17 +67,14 @@ class TensorRtBackend(Backend):
         where = "the built engine" if isinstance(engine, bytes) else str(Path(engine))
         self.source = Path(where).name
         self.file = manifest or engine_file.read_engine_manifest(where)
-        if options.device not in DEVICES:
-            raise EngineError(
-                f"device must be auto or cuda:0 for TensorRT, not {options.device}; choose among GPUs by"
-                " CUDA_VISIBLE_DEVICES"
-            )
+        index = 0 if options.device == "auto" else device_index(options.device)
         package = PACKAGES.get(options.backend, self.file.package)
         if not has_driver() and not has(package):
             raise EngineError(f"{where} runs on an NVIDIA GPU: {NO_DRIVER}")
         trt = module(package)
-        device = gpu()
-        target = package, trt.__version__, device.capability
+        self._device = Device(index)
+        gpu = self._device.context.gpu
+        target = package, trt.__version__, gpu.capability
         if isinstance(engine, bytes):
             engine_file.check_target(self.file, where, *target)
             engine_file.check_hash(engine, self.file, where)
@@ -85,18 +82,21 @@ class TensorRtBackend(Backend):
             engine = engine_file.read_engine(where, self.file, *target)
         self.name = FORMATS[package]
         self.manifest = self.file.model
-        self.device = "cuda:0"
+        self.device = f"cuda:{index}"
         self.precision = self.manifest.precision
-        self.version = f"{package} {trt.__version__} on {device.name}"
+        self.version = f"{package} {trt.__version__} on {gpu.name}"
         self._trt = trt
         self._logger = listener(trt)
-        self._device = Device()
-        self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(engine)
-        if self._engine is None:
-            raise EngineError(f"{where}: {package} cannot open it: {self._logger.last()}")
-        self._check_tensors(where)
-        self._context = self._new_context(where)
+        self._must = partial(_require, package, self._logger)
+        with self._device.use("opening an engine"):
+            self._runtime = trt.Runtime(self._logger)
+            self._engine = self._runtime.deserialize_cuda_engine(engine)
+            if self._engine is None:
+                raise EngineError(f"{where}: {package} cannot open it: {self._logger.last()}")
+            self._check_tensors(where)
+            self._context = self._new_context(where)
+            self._device.follow()  # what that has put in the legacy stream
+        self.on_device = OnDevice(self._device)
 
     @property
     def micro_batch(self) -> int:
@@ -115,6 +115,11 @@ class TensorRtBackend(Backend):
         if count > profile.max:
             raise RequestError(_beyond(profile, count))
         run = interface(self.manifest, max(count, profile.min), self.outputs)
+        with self._device.use("evaluating"):
+            outputs = self._run(run, feed)
+        return finite_images([each if len(each) == count else each[:count].copy() for each in outputs])
+
+    def _run(self, run: Interface, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         context = self._context
         arrays = []  # a host array must outlive its copy
         for name, (dtype, shape) in run.inputs.items():
@@ -129,19 +134,13 @@ class TensorRtBackend(Backend):
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             self._must(context.set_tensor_address(name, self._device.address(name, size)), f"the address of {name}")
         self._must(context.execute_async_v3(self._device.stream), "to run")
-        outputs = [self._device.fetch(name, shape, np.dtype(dtype)) for name, (dtype, shape) in run.outputs.items()]
-        return finite_images([each if len(each) == count else each[:count].copy() for each in outputs])
+        return [self._device.fetch(name, shape, np.dtype(dtype)) for name, (dtype, shape) in run.outputs.items()]
 
     # On the GPU, as cuda.engine.Engine has it
 
-    @cached_property
-    def on_device(self) -> OnDevice:
-        """This engine's sampling that stays on the GPU."""
-        return OnDevice(self, self._device)
-
     def batches(self, request: Request, noise: Array | None = None) -> Iterator[Batch]:
         """`sampling.batches`, of which nothing but images leaves the GPU."""
-        return self.on_device.batches(request, noise)
+        return self.on_device.batches(self, request, noise)
 
     @property
     def graph(self) -> GraphKind:
@@ -158,15 +157,18 @@ class TensorRtBackend(Backend):
 
     def bind(self, device: Device, count: int) -> Evaluate:
         """A context of its own for each batch size, as a captured graph needs it."""
-        context = self._new_context(f"a batch of {count}")
+        context, must = (
+            self._new_context(f"a batch of {count}"),
+            self._must,
+        )  # not the backend, which owns what is bound
         run = interface(self.manifest, count, self.outputs)
         for name, (_, shape) in run.inputs.items():
-            self._must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
+            must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
 
         def evaluate(addresses: Mapping[str, int]) -> None:
             for name in (*run.inputs, *run.outputs):
-                self._must(context.set_tensor_address(name, addresses[name]), f"the address of {name}")
-            self._must(context.execute_async_v3(device.stream), "to run")
+                must(context.set_tensor_address(name, addresses[name]), f"the address of {name}")
+            must(context.execute_async_v3(device.stream), "to run")
 
         return evaluate
 
@@ -181,13 +183,8 @@ class TensorRtBackend(Backend):
 
     def _new_context(self, what: str) -> Any:
         context = self._engine.create_execution_context()
-        if context is None:
-            raise OutOfMemoryError(f"{what}: {self.file.package} has no room for it on the GPU: {self._logger.last()}")
+        self._must(context is not None, f"an execution context for {what}")
         return context
-
-    def _must(self, done: bool, what: str) -> None:
-        if not done:
-            raise EngineError(f"{self.file.package} refused {what}: {self._logger.last()}")
 
     def _check_tensors(self, where: str) -> None:
         """Raises ArtifactError if the engine's inputs and outputs are not those of its manifest."""
@@ -203,6 +200,14 @@ class TensorRtBackend(Backend):
         expected |= {name: (False, _TYPES[dtype], ()) for name, (dtype, _) in tensors_of_graph.outputs.items()}
         if tensors != expected:
             raise ArtifactError(f"{where}: its inputs and outputs {tensors} are not those of its manifest, {expected}")
+
+
+def _require(package: str, logger: Any, done: bool, what: str) -> None:
+    """Raise EngineError for what TensorRT has refused; OutOfMemoryError where its log speaks of memory."""
+    if not done:
+        reason = logger.last()
+        is_memory = any(words in reason.lower() for words in MEMORY)
+        raise (OutOfMemoryError if is_memory else EngineError)(f"{package} refused {what}: {reason}")
 
 
 def _beyond(profile: Profile, count: int) -> str:

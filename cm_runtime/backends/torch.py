@@ -8,8 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions
 from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Captured, Evaluate
-from cm_runtime.cuda.sampler import OnDevice, can_stay
+from cm_runtime.cuda.graph import COLLECTOR
+from cm_runtime.cuda.sampler import OnDevice, open_device
 from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.errors.reasons import compiler_reason, first_line
 from cm_runtime.extras import NO_DRIVER, has_driver
@@ -68,6 +68,7 @@ class TorchBackend(Backend):
         self._type = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         self._is_compiled = options.backend == "torch.compile"
         self._process = os.getpid()
+        self.on_device = self._open_device(device)
         if self._type is not None:
             out = self._model.F.out
             out[-1] = out[-1] if isinstance(out[-1], _InFloat32) else _InFloat32(out[-1])
@@ -100,14 +101,19 @@ class TorchBackend(Backend):
 
     # On the GPU, as cuda.engine.Engine has it
 
-    @cached_property
-    def on_device(self) -> OnDevice | None:
-        """This engine's sampling that stays on the GPU."""
-        return OnDevice(self, Device()) if can_stay(self.device) else None
+    @staticmethod
+    def _open_device(kind: torch.device) -> OnDevice | None:
+        """Sampling that stays on the GPU, behind what torch's current stream has written, weights perhaps."""
+        device = open_device(str(kind))
+        if device is None:
+            return None
+        return OnDevice(
+            device, lambda: device.follow(torch.cuda.current_stream(kind).cuda_stream), torch.cuda.empty_cache
+        )
 
     def batches(self, request: Request, noise: Array | None = None) -> Iterator[Batch] | None:
         """`sampling.batches`, of which nothing but images leaves the GPU; None where it cannot stay there."""
-        return self.on_device.batches(request, noise) if self.on_device else None
+        return self.on_device.batches(self, request, noise) if self.on_device else None
 
     def images(self, count: int) -> Images:
         """float32, of which autocast makes what it needs."""
@@ -117,25 +123,26 @@ class TorchBackend(Backend):
         """F, compiled where this backend compiles f; the module is left in evaluation mode."""
         self._model.eval()
         shape, kind = (count, *self.manifest.image_shape), torch.device(self.device)
-        F = self._compile(self._model.F)
+        F, has_labels = self._compile(self._model.F), self.manifest.num_classes > 0
+        half, engine = self._type, self.name  # and not the backend, which owns what is bound
 
         def evaluate(addresses: Mapping[str, int]) -> None:
             x_in, output = (tensor_at(addresses[name], shape, torch.float32, kind) for name in ("x_in", "F"))
             inputs = [x_in, tensor_at(addresses["c_noise"], (count,), torch.float32, kind)]
-            if self.manifest.num_classes:
+            if has_labels:
                 inputs.append(tensor_at(addresses["label"], (count,), torch.int64, kind))
             try:
                 with (
                     torch.inference_mode(),
                     on_stream(device.stream, kind),
                     ieee(),
-                    torch.autocast(kind.type, self._type, enabled=self._type is not None),
+                    torch.autocast(kind.type, half, enabled=half is not None),
                 ):
                     output.copy_(F(*inputs))
             except torch.OutOfMemoryError as error:
                 raise OutOfMemoryError(f"torch: {first_line(error)}") from error
             except RuntimeError as error:
-                raise EngineError(f"{self.name}: {first_line(error)}") from error
+                raise EngineError(f"{engine}: {first_line(error)}") from error
 
         return evaluate
 
@@ -213,8 +220,16 @@ class TorchGraph:
     def __init__(self, stream: int, device: torch.device, body: Callable[[], Any]) -> None:
         self._stream, self._device = stream, device
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=_external(stream, device)):
-            body()
+        # Not by torch.cuda.graph, which waits for the whole GPU first, and so ends the captures of other threads.
+        with COLLECTOR.pause(), on_stream(stream, device):
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                body()
+            except BaseException:
+                with suppress(RuntimeError):  # an invalid capture; the stream is usable again
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
 
     def launch(self) -> None:
         """Puts the whole graph in the stream."""

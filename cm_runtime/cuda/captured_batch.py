@@ -19,7 +19,7 @@ class CapturedBatch:
 
     def __init__(self, engine: Engine, device: Device, layout: Layout, request: Request) -> None:
         """Take the memory, and bind the engine to its batch size. Raises EngineError, OutOfMemoryError."""
-        self._engine, self._device, self._layout = engine, device, layout
+        self._kind, self._device, self._layout = engine.graph, device, layout  # not the engine, which may own this
         self._evaluate = engine.bind(device, layout.images.n)
         self._clip, self._sigmas = request.clip, request.sigmas
         project = request.edit.project if request.edit else None
@@ -27,27 +27,26 @@ class CapturedBatch:
         self._memory = device.take(layout.block.size)
         self.addresses = layout.at(int(self._memory))
         self._graph: Captured | None = None
-        self._is_warm = False
+        self._runs = 0
 
-    def put(self) -> None:
-        """Put the whole loop in the stream."""
-        if not self._is_warm:  # once without a graph: engines do at a first run what cannot be captured
-            self._body()
-            self._graph = self._engine.capture(self._device, self._body)
-            self._is_warm = True
-        elif self._graph is not None:
+    def put(self, engine: Engine) -> None:
+        """Put the whole loop in the stream, from the second time on as a graph where the engine can be captured."""
+        if self._graph is None and self._runs == 1:  # engines do at a first run what cannot be captured
+            self._graph = engine.capture(self._device, self._body)
+        if self._graph is not None:
             self._graph.launch()
         else:
             self._body()
+        self._runs += 1
 
     def evaluate(self, k: int = 0) -> None:
         """Put evaluation ``k`` alone in the stream, of whatever is in memory."""
         at = self.addresses
-        if self._engine.graph == "sampler":
+        if self._kind == "sampler":
             names = {"noise": at["noise"], "images": at["result"] + self._layout.front, "finite": at["result"]}
         else:
             level = at["sigma"] + k * self._layout.images.n * 4
-            if self._engine.graph == "network":
+            if self._kind == "network":
                 names = {"x_in": at["x_in"], "c_noise": level, "F": at["F"]}
             else:
                 names = {"x": at["x"], "sigma": level, "denoised": at["F"]}
@@ -56,7 +55,7 @@ class CapturedBatch:
     def _body(self) -> None:
         at = self.addresses
         self._device.clear(at["result"], self._layout.front)
-        if self._engine.graph == "sampler":  # which holds the loop, and takes all of the noise
+        if self._kind == "sampler":  # which holds the loop, and takes all of the noise
             images = self._layout.images
             for k in range(0 if self._layout.has_noise else self._layout.steps):
                 z = at["noise"] + k * images.elements * 4

@@ -1,56 +1,68 @@
-"""CUDA graphs through cuda-bindings, since pycuda has none: what a stream is given, captured once, launched again."""
+"""CUDA graphs: what a stream is given, captured once, launched again."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from cm_runtime.errors import EngineError, OutOfMemoryError
-from cm_runtime.extras import require
+from cm_runtime.cuda.context import Context, Owned, wrap_errors
+from cm_runtime.cuda.driver import DriverError
 
 
 class Graph:
     """All that ``body`` puts in ``stream``, captured without being run. Raises EngineError where it cannot be captured.
 
-    stream: a CUDA stream's handle. Every address that body used must stay as it is while the graph lives.
+    Every address that body used must stay as it is while the graph lives. The context must be this thread's.
     """
 
-    def __init__(self, stream: int, body: Callable[[], Any]) -> None:
-        self._runtime = runtime()
-        self._stream = stream
-        self._executable: Any = None
-        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", stream, mode)
+    def __init__(self, context: Context, stream: int, body: Callable[[], Any]) -> None:
+        self._context, self._stream = context, stream
+        driver = context.driver
+        with COLLECTOR.pause():
+            driver.begin_capture(stream)
+            try:
+                body()
+            except BaseException:
+                with suppress(DriverError):  # an invalid capture; the stream is usable again
+                    driver.destroy_graph(driver.end_capture(stream))
+                raise
+            graph = driver.end_capture(stream)
         try:
-            body()
-        except BaseException:
-            self._runtime.cudaStreamEndCapture(stream)  # the stream is usable again; the graph is none
-            raise
-        graph = self._call("cudaStreamEndCapture", stream)
-        try:
-            self._executable = self._call("cudaGraphInstantiate", graph, 0)
+            self._executable = Owned(context, driver.instantiate(graph), driver.destroy_executable)
         finally:
-            self._runtime.cudaGraphDestroy(graph)
+            driver.destroy_graph(graph)
 
     def launch(self) -> None:
         """Puts the whole graph in the stream."""
-        self._call("cudaGraphLaunch", self._executable, self._stream)
-
-    def __del__(self) -> None:
-        if getattr(self, "_executable", None) is not None:
-            self._runtime.cudaGraphExecDestroy(self._executable)
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """The result of a function of CUDA's runtime, whose first is its error. Raises EngineError with its name."""
-        error, *results = getattr(self._runtime, name)(*arguments)
-        if int(error):
-            kind = OutOfMemoryError if error.name == "cudaErrorMemoryAllocation" else EngineError
-            raise kind(f"CUDA failed in {name}: {error.name}")
-        return results[0] if results else None
+        with self._context.current(), wrap_errors("launching a graph"):
+            self._context.driver.launch_graph(self._executable.handle, self._stream)
 
 
-def runtime() -> Any:
-    """`cuda.bindings.runtime`. Raises MissingExtraError."""
-    require("cuda.bindings", "a CUDA graph")
-    return importlib.import_module("cuda.bindings.runtime")
+class Collector:
+    """Python's garbage collector, which must free no memory of a GPU while a stream is captured: CUDA forbids it."""
+
+    def __init__(self) -> None:
+        self._lock, self._pauses, self._was_on = threading.Lock(), 0, True
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Collect what there is, then nothing until the last block of this kind, of any thread, ends."""
+        gc.collect()
+        with self._lock:
+            if not self._pauses:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pauses -= 1
+                if not self._pauses and self._was_on:
+                    gc.enable()
+
+
+COLLECTOR = Collector()

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.device import Device
-from cm_runtime.cuda.engine import Engine
 from cm_runtime.cuda.layout import Layout, edit_arrays, pad_batch
 from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import REQUEST
+from cm_runtime.manifest import Manifest
 from cm_runtime.precond import precond
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array
@@ -21,9 +22,11 @@ from cm_runtime.sampling import Array
 class RequestWriter:
     """Copies what a batch is drawn from to ``addresses``, and keeps its sources until `release`."""
 
-    def __init__(self, engine: Engine, device: Device, layout: Layout, addresses: Mapping[str, int]) -> None:
+    def __init__(
+        self, manifest: Manifest, graph: GraphKind, device: Device, layout: Layout, addresses: Mapping[str, int]
+    ) -> None:
+        self._manifest, self._graph = manifest, graph
         self._device, self._layout, self._addresses = device, layout, addresses
-        self._manifest, self._graph = engine.manifest, engine.graph
         self._pinned = device.pin(layout.parameters.size)
         self._arrays: dict[str, Array] = {}
 

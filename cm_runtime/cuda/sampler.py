@@ -7,8 +7,10 @@ that the next batch is the same graph again. It is computed while the one before
 from __future__ import annotations
 
 import logging
+import re
+import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,48 +31,59 @@ from cm_runtime.sampling import NOT_FINITE, Array, Batch, labels_of, not_finite
 
 LOG = logging.getLogger("cm_runtime")
 MOST_PREPARED = 4  # numbers of images and steps whose memory is kept
+CUDA = re.compile(r"cuda(:\d+)?")
 SLOTS = 2  # batches on their way: one is computed while one leaves
 
 
 def can_stay(device: str) -> bool:
-    """True if sampling on cuda:N can stay there; where not, a line says why. Never on the CPU."""
-    if device.partition(":")[0] != "cuda":
+    """True if sampling on cuda:N can stay there; where a package is missing, a line says so. Never on the CPU."""
+    if not CUDA.fullmatch(device) or not has_driver():  # the engine says what is wrong
         return False
-    if device not in ("cuda", "cuda:0"):
-        reason = "only on the first GPU do they stay there (CUDA_VISIBLE_DEVICES chooses it)"
-    elif not has("pycuda"):
-        reason = "pycuda is missing: pip install 'cm-runtime[pycuda]'"
-    else:
-        return True
-    if not has_driver():
-        return False  # the engine says so
-    LOG.warning("images go through the host after each step; %s", reason)
-    return False
+    if not has("cuda.bindings"):
+        LOG.warning(
+            "images go through the host after each step; cuda.bindings is missing: pip install 'cm-runtime[gpu]'"
+        )
+        return False
+    return True
+
+
+def open_device(device: str) -> Device | None:
+    """The GPU of cuda:N, where `can_stay`; else None. Raises EngineError where it is not there."""
+    return Device(device_index(device)) if can_stay(device) else None
+
+
+def device_index(device: str) -> int:
+    """N of cuda:N, 0 of cuda. Raises EngineError for what is neither."""
+    if not CUDA.fullmatch(device):
+        raise EngineError(f"device must be auto or cuda:N here, not {device}")
+    return int(device.partition(":")[2] or 0)
 
 
 class OnDevice:
-    """The batches of an engine on a device."""
+    """The batches of an engine on a device, from any thread, several requests at once.
 
-    def __init__(self, engine: Engine, device: Device) -> None:
-        self._engine, self.device = engine, device
+    follow: puts the device's stream behind what the caller has queued elsewhere and an evaluation reads. trim: gives
+    back what the engine's package keeps of freed memory. The engine may own this, so it is an argument, and no part.
+    """
+
+    def __init__(
+        self, device: Device, follow: Callable[[], None] = lambda: None, trim: Callable[[], None] = lambda: None
+    ) -> None:
+        self.device, self._follow, self._trim = device, follow, trim
         self._prepared: OrderedDict[tuple[Any, ...], PreparedBatch] = OrderedDict()
+        self._most = sys.maxsize  # images at once that memory lasts for, as far as is known
 
-    def batches(self, request: Request, noise: Array | None = None) -> Iterator[Batch]:
+    def batches(self, engine: Engine, request: Request, noise: Array | None = None) -> Iterator[Batch]:
         """`sampling.batches`. Where memory does not last, batches halve, and a line says so."""
         pending: deque[Pending] = deque()
         first = 0
         try:
             while first < request.count:
-                count = min(request.micro_batch, request.count - first)
-                index = np.arange(count, dtype=np.uint64) + np.uint64(request.start + first)
-                labels = labels_of(request, index, self._engine.manifest.num_classes)
-                z = None if noise is None else noise[:, first : first + count]
-                part = replace(request, edit=request.edit and request.edit.part(first, count))
+                count = min(request.micro_batch, self._most, request.count - first)
+                if len(pending) == SLOTS:
+                    yield pending.popleft().wait()
                 try:
-                    prepared = self.prepare(part, count, z is not None)
-                    while len(pending) >= SLOTS or (pending and pending[0].prepared.is_full):
-                        yield pending.popleft().wait()
-                    pending.append(prepared.start(part, index, labels, z))
+                    pending.append(self._start(engine, request, first, count, noise))
                 except OutOfMemoryError as error:
                     if count == 1:
                         raise
@@ -80,9 +93,7 @@ class OnDevice:
                     continue
                 while pending:
                     yield pending.popleft().wait()
-                self._prepared.clear()
-                LOG.warning("%s; going on with %d images at once in place of %d", reason, -(-count // 2), count)
-                request = replace(request, micro_batch=-(-count // 2))
+                self._halve(count, reason)
             while pending:
                 yield pending.popleft().wait()
         finally:
@@ -90,17 +101,36 @@ class OnDevice:
                 with suppress(EngineError):  # of images that nobody asks for any more
                     batch.wait()
 
-    def prepare(self, request: Request, count: int, has_noise: bool = False) -> PreparedBatch:
+    def _start(self, engine: Engine, request: Request, first: int, count: int, noise: Array | None) -> Pending:
+        """Put the images from ``first`` on in the stream; a variable of `batches` would keep what failed."""
+        index = np.arange(count, dtype=np.uint64) + np.uint64(request.start + first)
+        labels = labels_of(request, index, engine.manifest.num_classes)
+        z = None if noise is None else noise[:, first : first + count]
+        part = replace(request, edit=request.edit and request.edit.part(first, count))
+        with self.device.use("sampling"):
+            self._follow()
+            return self.prepare(engine, part, count, z is not None).start(engine, part, index, labels, z)
+
+    def prepare(self, engine: Engine, request: Request, count: int, has_noise: bool = False) -> PreparedBatch:
         """Return memory for batches of ``count``, and later their graph. Raises OutOfMemoryError."""
         key = count, len(request.sigmas), request.clip, request.output, has_noise, _kind(request.edit)
-        if key not in self._prepared:
-            if len(self._prepared) == MOST_PREPARED:
-                self.device.finish()  # nothing may be using what is freed
-                self._prepared.popitem(last=False)
-            layout = Layout.plan(self._engine, request, count, has_noise)
-            self._prepared[key] = PreparedBatch(self._engine, self.device, layout, request)
-        self._prepared.move_to_end(key)
-        return self._prepared[key]
+        with self.device.use("preparing a batch"):
+            if key not in self._prepared:
+                if len(self._prepared) == MOST_PREPARED:
+                    self._prepared.popitem(last=False)
+                layout = Layout.plan(engine, request, count, has_noise)
+                self._prepared[key] = PreparedBatch(engine, self.device, layout, request)
+                self.device.follow()  # what the engine has put in the legacy stream to begin with
+            self._prepared.move_to_end(key)
+            return self._prepared[key]
+
+    def _halve(self, count: int, reason: str) -> None:
+        """Free what there is, so that half of ``count`` finds room."""
+        with self.device.use("freeing memory"):
+            self._prepared.clear()
+            self._trim()
+            self._most = -(-count // 2)
+        LOG.warning("%s; going on with %d images at once in place of %d", reason, self._most, count)
 
 
 def _kind(edit: Edit | None) -> Any:
@@ -109,50 +139,57 @@ def _kind(edit: Edit | None) -> Any:
 
 
 class PreparedBatch:
-    """A captured batch, and the ways in and out for two batches at a time."""
+    """A captured batch, and the ways in and out for each batch that is on its way."""
 
     def __init__(self, engine: Engine, device: Device, layout: Layout, request: Request) -> None:
         self._device, self._layout = device, layout
+        self._manifest, self._graph = engine.manifest, engine.graph
         self.batch = CapturedBatch(engine, device, layout, request)
-        addresses, size = self.batch.addresses, layout.block.places["result"][1]
-        self._result = addresses["result"]
-        self._slots = [(RequestWriter(engine, device, layout, addresses), Leaving(device, size)) for _ in range(SLOTS)]
+        self._slots = [self._new_slot() for _ in range(SLOTS)]
 
-    @property
-    def is_full(self) -> bool:
-        """True if two batches are on their way."""
-        return not self._slots
+    def _new_slot(self) -> tuple[RequestWriter, Leaving]:
+        addresses, size = self.batch.addresses, self._layout.block.places["result"][1]
+        writer = RequestWriter(self._manifest, self._graph, self._device, self._layout, addresses)
+        return writer, Leaving(self._device, size)
 
     def start(
-        self, request: Request, index: NDArray[np.uint64], labels: NDArray[np.int64] | None, noise: Array | None
+        self,
+        engine: Engine,
+        request: Request,
+        index: NDArray[np.uint64],
+        labels: NDArray[np.int64] | None,
+        noise: Array | None,
     ) -> Pending:
-        """Put a batch in the stream."""
-        writer, leaving = self._slots.pop()
+        """Put a batch in the stream, whose use is the caller's."""
+        writer, leaving = self._slots.pop() if self._slots else self._new_slot()  # another request may have them all
         try:
             writer.write(request, int(index[0]), labels, noise)
-            self.batch.put()
-            leaving.start(self._result)
+            self.batch.put(engine)
+            leaving.start(self.batch.addresses["result"])
         except BaseException:
-            with suppress(EngineError):  # what is in the stream may still use this memory, which may now be freed
+            with suppress(EngineError):  # what is in the streams may still use this memory, which may now be freed
                 self._device.finish()
-            self._slots.append((writer, leaving))
+                leaving.finish()
             raise
         return Pending(self, writer, leaving, index, labels)
 
     def collect(self, writer: RequestWriter, leaving: Leaving, count: int) -> NDArray[Any]:
         """The first ``count`` images of a batch, (N,H,W,C), the caller's. Raises EngineError for what is not finite."""
         content = leaving.wait()
-        self._slots.append((writer, leaving))
-        writer.release()
-        layout = self._layout
-        n, c, h, w = layout.images[:4]
-        if layout.flags:
-            finite = content[:count] != 0
-            if not finite.all():
-                raise not_finite(finite)
-        elif content[:4].view(np.int32)[0]:
-            raise EngineError(NOT_FINITE)
-        return np.array(content[layout.front :].view(layout.result_type).reshape(n, h, w, c)[:count])
+        try:
+            layout = self._layout
+            n, c, h, w = layout.images[:4]
+            if layout.flags:
+                finite = content[:count] != 0
+                if not finite.all():
+                    raise not_finite(finite)
+            elif content[:4].view(np.int32)[0]:
+                raise EngineError(NOT_FINITE)
+            return np.array(content[layout.front :].view(layout.result_type).reshape(n, h, w, c)[:count])
+        finally:
+            writer.release()
+            if len(self._slots) < SLOTS:
+                self._slots.append((writer, leaving))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from cm_runtime.cuda.context import on_this_thread
-
 T = TypeVar("T")
 END: Final = object()
 
@@ -21,14 +19,9 @@ def prefetch(parts: Iterator[T], most: int) -> Generator[T, None, None]:
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     try:
-        futures = deque(thread.submit(_next, parts) for _ in range(most))
+        futures = deque(thread.submit(next, parts, END) for _ in range(most))
         while (part := futures.popleft().result()) is not END:
-            futures.append(thread.submit(_next, parts))
+            futures.append(thread.submit(next, parts, END))
             yield part  # type: ignore[misc]
     finally:
         thread.shutdown(cancel_futures=True)
-
-
-def _next(parts: Iterator[T]) -> T | object:
-    with on_this_thread():
-        return next(parts, END)

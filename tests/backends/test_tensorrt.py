@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import exports
@@ -257,9 +258,9 @@ def test_an_engine_with_other_tensors_than_its_manifest_says_is_refused(
         TensorRtBackend(engine)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:1", "gpu", ""])
+@pytest.mark.parametrize("device", ["cpu", "cuda:", "gpu", ""])
 def test_another_device_is_refused(trt: stand_in_gpu.TensorRt, engine: Path, device: str) -> None:
-    with pytest.raises(EngineError, match="device must be auto or cuda:0"):
+    with pytest.raises(EngineError, match="device must be auto or cuda:N"):
         TensorRtBackend(engine, options=EngineOptions(device=device))
     assert trt.opened == []
 
@@ -270,7 +271,10 @@ def test_another_device_is_refused(trt: stand_in_gpu.TensorRt, engine: Path, dev
 @pytest.mark.parametrize("when", ["open", "context"])
 def test_an_engine_that_does_not_open_is_one_line(trt: stand_in_gpu.TensorRt, engine: Path, when: str) -> None:
     trt.refuses = when
-    with pytest.raises(EngineError, match=r"model\.engine: tensorrt_rtx (cannot open it|has no room)") as caught:
+    with pytest.raises(
+        EngineError,
+        match=r"(model\.engine: tensorrt_rtx cannot open it|refused an execution context for .*model\.engine)",
+    ) as caught:
         TensorRtBackend(engine)
     assert "\n" not in str(caught.value)
     assert when == "context" or "Serialization assertion failed at line 48" in str(caught.value)
@@ -288,7 +292,7 @@ def test_a_run_that_tensorrt_refuses_is_one_line(
 @pytest.mark.parametrize(
     ("when", "message"),
     [
-        ("take", r"has no memory left while taking 0\.0 MB of GPU memory for x: out of memory"),
+        ("take", r"has no memory left while taking 0\.0 MB of GPU memory for x: CUDA_ERROR_OUT_OF_MEMORY"),
         ("fetch", "failed while computing deno"),
     ],
 )
@@ -317,27 +321,26 @@ def test_memory_is_given_back_with_the_backend(trt: stand_in_gpu.TensorRt, engin
 
 def test_without_a_driver_it_is_one_line(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
-    with stand_in_gpu.installed(stand_in_gpu.Gpu()), monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "pycuda.autoprimaryctx", None)
-        with pytest.raises(EngineError, match="there is no NVIDIA GPU that CUDA can use: ") as caught:
-            TensorRtBackend(engine)
+    monkeypatch.setattr(tensorrt, "module", lambda _: SimpleNamespace(__version__=stand_in_gpu.VERSION))
+    with pytest.raises(EngineError, match="there is no NVIDIA GPU that CUDA can use: ") as caught:
+        TensorRtBackend(engine)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("package", "extra"), [("pycuda", "gpu"), ("tensorrt_rtx", "tensorrt-rtx")])
+@pytest.mark.parametrize(("package", "extra"), [("cuda.bindings", "gpu"), ("tensorrt_rtx", "tensorrt-rtx")])
 def test_a_missing_package_is_named(engine: Path, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXTRAS, package, extra)
 
     class Hidden:
         def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-            if name == package:
+            if name == package.partition(".")[0]:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     for module in (context, tensorrt):
         monkeypatch.setattr(module, "has_driver", lambda: True)
-    monkeypatch.delitem(sys.modules, package, raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package.partition(".")[0]]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
-    context.driver.cache_clear()
     with pytest.raises(MissingExtraError, match=rf"pip install 'cm-runtime\[{extra}\]'"):
         TensorRtBackend(engine)
 

@@ -19,7 +19,7 @@ from cm_runtime import onnx_graph
 from cm_runtime.backends import engine_file
 from cm_runtime.backends.engine_file import Profile, profile, read_engine, read_engine_manifest
 from cm_runtime.backends.tensorrt import TensorRtBackend
-from cm_runtime.cuda.context import Gpu
+from cm_runtime.cuda.driver import Gpu
 from cm_runtime.errors import (
     ArtifactError,
     CmRuntimeError,

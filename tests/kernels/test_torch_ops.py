@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import host_gpu
@@ -14,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cm_runtime import kernels, noise
-from cm_runtime.cuda import torch_launch, torch_ops
-from cm_runtime.errors import EngineError, MissingExtraError, OutOfMemoryError, RequestError
+from cm_runtime import noise
+from cm_runtime.cuda import torch_ops
+from cm_runtime.errors import RequestError
 from cm_runtime.kernels.launches import Launch
 from cm_runtime.precond import precond
 
@@ -390,130 +388,7 @@ def test_a_misaligned_view_is_refused_where_a_kernel_would_read_it(monkeypatch: 
     getattr(ops, name)(*arguments)
 
 
-# Launches
-
-
-class Code(int):
-    """`CUresult`."""
-
-    name = "CUDA_SUCCESS"
-
-    def __new__(cls, name: str = "CUDA_SUCCESS") -> Code:
-        code = super().__new__(cls, name != "CUDA_SUCCESS")
-        code.name = name
-        return code
-
-
-class Driver:
-    """`cuda.bindings.driver` where a launch is one of the host's kernels; any call may be made to fail."""
-
-    def __init__(self) -> None:
-        self.current: list[str] = []
-        self.log: list[Any] = []
-        self.failing: dict[str, str] = {}
-        self.version = 13000
-
-    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
-        if not name.startswith("cu"):
-            raise AttributeError(name)
-
-        def call(*arguments: Any) -> tuple[Any, ...]:
-            if name in self.failing:
-                return Code(self.failing[name]), None
-            result = getattr(self, f"on_{name}")(*arguments)
-            return (Code(),) if result is None else (Code(), result)
-
-        return call
-
-    def on_cuDeviceGet(self, index: int) -> str:
-        return f"device {index}"
-
-    def on_cuDevicePrimaryCtxRetain(self, device: str) -> str:
-        return f"context of {device}"
-
-    def on_cuCtxPushCurrent(self, context: str) -> None:
-        self.current.append(context)
-
-    def on_cuCtxPopCurrent(self) -> str:
-        return self.current.pop()
-
-    def on_cuModuleLoadData(self, content: bytes) -> str:
-        assert content == kernels.fatbin()
-        self.log.append("load")
-        return f"module in {self.current[-1]}"
-
-    def on_cuModuleGetFunction(self, module: str, name: bytes) -> tuple[str, str]:
-        assert module == f"module in {self.current[-1]}"
-        return module, name.decode()
-
-    def on_cuDriverGetVersion(self) -> int:
-        return self.version
-
-    def on_cuLaunchKernel(self, function: tuple[str, str], *rest: Any) -> None:
-        *sizes, shared, stream, (values, types), extra = rest
-        assert (function[0], extra) == (f"module in {self.current[-1]}", 0)
-        arguments = [np.dtype(type).type(type(value).value) for value, type in zip(values, types, strict=True)]
-        host_gpu.launch(Launch(function[1], tuple(sizes[:3]), tuple(sizes[3:]), shared, tuple(arguments)))  # type: ignore[arg-type]
-        self.log.append((self.current[-1], function[1], stream))
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """torch has two GPUs with a stream each; their memory is the host's."""
-    driver = Driver()
-    modules = [ModuleType(name) for name in ("cuda", "cuda.bindings", "cuda.bindings.driver")]
-    modules[2].__getattr__ = driver.__getattr__  # type: ignore[method-assign]
-    for module in modules:
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device.index))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0) if index < 2 else (7, 5))
-    forget()
-    yield driver
-    forget()
-
-
-def forget() -> None:
-    for each in ("_context", "_function", "_module", "_driver"):
-        getattr(torch_launch, each).cache_clear()
-
-
-def finish_on(index: int) -> None:
-    """One launch there, on the host's memory."""
-    launch = torch_ops.launch
-    with host_kernels(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_ops, "launch", lambda work, device: launch(work, torch.device("cuda", index)))
-        made = torch_ops._finish_cuda(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4), 0.25, 0.5)
-    assert (made == 223).all()  # rint(1.75 * 127.5)
-
-
-def test_a_launch_is_in_torchs_stream_and_context(driver: Driver) -> None:
-    """With each argument as its kernel takes it; the kernels are loaded once a GPU, and the context is given back."""
-    for index in (0, 1, 0):
-        finish_on(index)
-    launched = [(f"context of device {index}", "cm_finish_float_nchw", 70 + index) for index in (0, 1, 0)]
-    assert driver.log == ["load", launched[0], "load", launched[1], launched[2]]
-    assert driver.current == []
-
-
-def test_cudas_errors_are_ours(driver: Driver) -> None:
-    driver.failing = {"cuModuleLoadData": "CUDA_ERROR_INVALID_IMAGE"}
-    with pytest.raises(EngineError, match=r"^CUDA failed in cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE$"):
-        finish_on(0)
-    driver.version = 12080
-    with pytest.raises(EngineError, match=r"CUDA_ERROR_INVALID_IMAGE; the kernels need a driver of CUDA 13 or newer$"):
-        finish_on(0)
-    driver.failing = {"cuLaunchKernel": "CUDA_ERROR_OUT_OF_MEMORY"}
-    with pytest.raises(OutOfMemoryError, match=r"^CUDA failed in cuLaunchKernel: CUDA_ERROR_OUT_OF_MEMORY$"):
-        finish_on(0)
-    with pytest.raises(EngineError, match=r"^cuda:2 has compute capability 7\.5; the kernels need 8\.0"):
-        finish_on(2)
-    assert driver.current == []
-
-
-def test_without_cuda_bindings_the_extra_is_named(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(MissingExtraError, match=r"needs cuda\.bindings: pip install 'cm-runtime\[gpu\]'"):
-        finish_on(0)
+# On a GPU
 
 
 @pytest.mark.gpu
@@ -534,6 +409,6 @@ def test_on_a_gpu_a_graph_captures_them_and_a_side_stream_orders_them() -> None:
     with torch.cuda.stream(side):
         torch.cuda._sleep(10_000_000)
         late = F.mul(2)  # a launch in another stream would not wait for it
-        made = ops.finish(x, late, C_SKIP, C_OUT, True)
+        made = ops.finish(x, late, C_SKIP, C_OUT)
     side.synchronize()
-    assert torch.equal(made, ops.finish(x, F * 2, C_SKIP, C_OUT, True))
+    assert torch.equal(made, ops.finish(x, F * 2, C_SKIP, C_OUT))
