@@ -14,11 +14,13 @@ from cm_runtime.export import ops
 from cm_runtime.export.builder import FLOAT, INT64, Graph
 from cm_runtime.networks.unet import ResBlock, UNet, timestep_embedding
 
+Axes = tuple[int, int]
+
 
 class Embedding(Protocol):
     """The modulation of a residual block."""
 
-    is_constant: bool  # the same for every image: numbers a channel (C,), else (N,C,1,1)
+    is_constant: bool  # the same for every image: numbers a channel (C,), else (N,C,1,1), or as feature maps lie
 
     def affine(self, g: Graph, block: ResBlock) -> tuple[str, str]:
         """Scale and shift of the block's second normalisation, the norm's own weights in them."""
@@ -32,7 +34,8 @@ class Embedding(Protocol):
 class Folded:
     """One noise level: torch computes the numbers, for no class or for each of a few, looked up by label."""
 
-    def __init__(self, net: UNet, c_noise: float, label: str | None) -> None:
+    def __init__(self, net: UNet, c_noise: float, label: str | None, pixels: Axes = (2, 3)) -> None:
+        self._pixels = pixels
         self.is_constant = label is None
         with torch.inference_mode():
             e = time_embedding(net, c_noise)
@@ -54,7 +57,7 @@ class Folded:
         """A table (classes, C) as its one row (C,), or as the row of each label, (N,C,1,1)."""
         if self._label is None:
             return g.fold(_array(table[0]))
-        return g.op("Gather", g.fold(_array(table).reshape(*table.shape, 1, 1)), self._label, axis=0)
+        return g.op("Gather", g.fold(np.expand_dims(_array(table), self._pixels)), self._label, axis=0)
 
 
 class Projected:
@@ -65,7 +68,8 @@ class Projected:
 
     is_constant = False
 
-    def __init__(self, g: Graph, e: str, weights: Callable[[nn.Module], list[str]]) -> None:
+    def __init__(self, g: Graph, e: str, weights: Callable[[nn.Module], list[str]], pixels: Axes) -> None:
+        self._pixels = pixels
         self._activated = ops.silu(g, e)
         self._weights = weights
         self._casts: dict[int, str] = {FLOAT: self._activated}
@@ -77,10 +81,14 @@ class Projected:
         scale = g.op("Add", scale, g.constant(np.float32(1)))
         factor = g.op("Mul", scale, weight)
         summand = g.op("Add", g.op("Mul", scale, bias), shift)
-        return _columns(g, factor), _columns(g, summand)
+        return self._columns(g, factor), self._columns(g, summand)
 
     def summand(self, g: Graph, block: ResBlock) -> str:
-        return _columns(g, self._project(g, block))
+        return self._columns(g, self._project(g, block))
+
+    def _columns(self, g: Graph, value: str) -> str:
+        """(N,C) with pixels, of which it has one."""
+        return g.op("Unsqueeze", value, g.constant(self._pixels, INT64))
 
     def _project(self, g: Graph, block: ResBlock) -> str:
         weight, bias = self._weights(block.emb_layers[1])
@@ -91,7 +99,12 @@ class Projected:
 
 
 def project(
-    g: Graph, net: UNet, weights: Callable[[nn.Module], list[str]], c_noise: str | float, label: str | None
+    g: Graph,
+    net: UNet,
+    weights: Callable[[nn.Module], list[str]],
+    c_noise: str | float,
+    label: str | None,
+    pixels: Axes = (2, 3),
 ) -> Projected:
     """The embedding as nodes: of c_noise (N,) float32, or of a number, which torch embeds."""
     if isinstance(c_noise, str):
@@ -101,7 +114,7 @@ def project(
     if label is not None:
         (table,) = weights(net.label_emb)
         e = g.op("Add", g.cast(g.op("Gather", table, label, axis=0), g.kind(table), FLOAT), e)
-    return Projected(g, e, weights)
+    return Projected(g, e, weights, pixels)
 
 
 def time_embedding(net: UNet, c_noise: float) -> Tensor:
@@ -126,11 +139,6 @@ def _time_embedding(g: Graph, net: UNet, weights: Callable[[nn.Module], list[str
         weight, bias = (g.cast(each, g.kind(each), FLOAT) for each in weights(layer))
         e = g.op("Gemm", ops.silu(g, e) if i else e, weight, bias, transB=1)
     return e
-
-
-def _columns(g: Graph, value: str) -> str:
-    """(N,C) -> (N,C,1,1)."""
-    return g.op("Unsqueeze", value, g.constant([2, 3], INT64))
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:

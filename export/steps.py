@@ -102,5 +102,5 @@ def _embed(writer: NetworkWriter, c_noise: float, label: str | None, steps: int)
     """The cheapest embedding that the classes allow: a table only where it is smaller than the weights behind it."""
     net = writer.net
     if label is None or steps * net.config.num_classes < 4 * net.config.channels:
-        return Folded(net, c_noise, label)
-    return project(writer.g, net, writer.weights, c_noise, label)
+        return Folded(net, c_noise, label, writer.pixels)
+    return project(writer.g, net, writer.weights, c_noise, label, writer.pixels)

@@ -23,7 +23,11 @@ class NetworkWriter:
     kind: the element type of weights and feature maps. Whatever it is, normalisations, SiLU and the last convolution
     compute in float32, between casts: sums of squares leave the range of float16, and the last layer's rounding would
     be the image's.
+
+    Images are (N,C,H,W), and operators the standard's; writers for one engine alone replace the parts that differ.
     """
+
+    channels, pixels = 1, (2, 3)  # axes of feature maps
 
     def __init__(self, g: Graph, net: UNet, kind: int = FLOAT) -> None:
         self.g, self.net, self.kind = g, net, kind
@@ -41,11 +45,11 @@ class NetworkWriter:
         h, shape = self._block(self.net.middle_block, h, shape, embedding)
         for block in _layers(self.net.output_blocks):
             skip, (channels, _, _) = skips.pop()
-            h, shape = g.op("Concat", h, skip, axis=1), (shape[0] + channels, *shape[1:])
+            h, shape = g.op("Concat", h, skip, axis=self.channels), (shape[0] + channels, *shape[1:])
             h, shape = self._block(block, h, shape, embedding)
         norm, _, conv = _layers(self.net.out)
         with g.scope("F.out"):
-            h = self._conv(conv, self._norm_silu(norm, h, shape, FLOAT), kind=FLOAT)
+            h = self._leave(self._conv(conv, self._norm_silu(norm, h, shape, FLOAT), kind=FLOAT))
             return g.op("DepthToSpace", h, blocksize=config.patch, mode="CRD") if config.patch > 1 else h
 
     def weights(self, layer: nn.Module) -> list[str]:
@@ -72,7 +76,7 @@ class NetworkWriter:
                 x = g.op("Cast", g.op("Mul", x, g.fold(np.float32(scale))), to=self.kind)
             if config.patch > 1:
                 x = ops.unshuffle(g, x, config.patch, shape)
-            h = g.op("Conv", x, weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+            h = self._convolve(self._enter(x), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
         return h, (conv.out_channels, shape[1] // config.patch, shape[2] // config.patch)
 
     def _block(self, block: Block, h: str, shape: Shape, embedding: Embedding) -> tuple[str, Shape]:
@@ -96,13 +100,13 @@ class NetworkWriter:
             bias = g.cast(g.op("Add", g.cast(bias, self.kind, FLOAT), summand), FLOAT, self.kind)
             summand = None
         if isinstance(block.resample, Upsample):
-            h = ops.upsample_conv(g, h, weight, bias)
+            h = self._upsample_conv(h, weight, bias)
             x, shape = self._resample(block.resample, x, shape)
         else:
             if block.resample is not None:
                 h, _ = self._resample(block.resample, h, shape)
                 x, shape = self._resample(block.resample, x, shape)
-            h = g.op("Conv", h, weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+            h = self._convolve(h, weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
         shape = (conv.out_channels, *shape[1:])
         norm, _, _, conv = _layers(block.out_layers)
         if block.scale_shift:
@@ -125,13 +129,13 @@ class NetworkWriter:
         c, height, width = shape
         if isinstance(layer, Upsample):
             if layer.conv is not None:
-                return ops.upsample_conv(self.g, h, *self.weights(layer.conv)), (c, 2 * height, 2 * width)
-            return ops.upsample(self.g, h), (c, 2 * height, 2 * width)
+                return self._upsample_conv(h, *self.weights(layer.conv)), (c, 2 * height, 2 * width)
+            return self._upsample(h), (c, 2 * height, 2 * width)
         assert isinstance(layer, Downsample)
         if isinstance(layer.op, nn.Conv2d):
             h = self._conv(layer.op, h)
         else:
-            h = self.g.op("AveragePool", h, kernel_shape=[2, 2], strides=[2, 2])
+            h = self._average(h)
         return h, (c, height // 2, width // 2)
 
     def _norm(
@@ -156,14 +160,34 @@ class NetworkWriter:
         return self.g.cast(h, FLOAT, self.kind if kind is None else kind)
 
     def _conv(self, conv: nn.Conv2d, x: str, kind: int | None = None) -> str:
-        return self.g.op(
-            "Conv",
+        return self._convolve(
             x,
             *self._weights(conv, self.kind if kind is None else kind),
             kernel_shape=list(conv.kernel_size),
             strides=list(conv.stride),
             pads=[int(each) for each in conv.padding] * 2,
         )
+
+    # The parts that depend on the layout of feature maps
+
+    def _enter(self, x: str) -> str:
+        return x
+
+    def _leave(self, h: str) -> str:
+        return h
+
+    def _convolve(self, x: str, weight: str, bias: str, **attributes: list[int]) -> str:
+        return self.g.op("Conv", x, weight, bias, **attributes)
+
+    def _average(self, x: str) -> str:
+        """The mean of each 2x2 pixels."""
+        return self.g.op("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
+
+    def _upsample(self, x: str) -> str:
+        return ops.upsample(self.g, x)
+
+    def _upsample_conv(self, x: str, weight: str, bias: str) -> str:
+        return ops.upsample_conv(self.g, x, weight, bias)
 
 
 def _layers(several: nn.Module) -> list[Any]:
