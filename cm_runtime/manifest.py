@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from cm_runtime.choices import Form, GraphKind, Precision
+from cm_runtime.choices import Form, GraphKind, Precision, Target
 from cm_runtime.errors import ArtifactError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.files import onnx_metadata, streams
@@ -128,6 +128,7 @@ class Manifest(Record):
         source_sha256: of the checkpoint.
         training: origin of the weights, if known.
         data_file: name of the file of the weights; empty where they are inside.
+        target: cpu for standard operators, which every engine runs; cuda for those of ONNX Runtime on a GPU.
 
     Raises:
         ValidationError: A field is unknown, missing or out of range.
@@ -153,6 +154,7 @@ class Manifest(Record):
     data_file: str = Field(
         "", max_length=255, description="beside this file, holds the weights; empty: they are inside"
     )
+    target: Target = Field("cpu", description="the engines whose operators the graph has")
 
     @field_validator("data_file")
     @classmethod
@@ -207,8 +209,9 @@ class Manifest(Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the data file's name where there is none, as before there were any."""
-        return {name: value for name, value in whole(self).items() if name != "data_file" or value}
+        """Without the data file's name where there is none, and the common target, as before there were any."""
+        common = {"data_file": "", "target": "cpu"}
+        return {name: value for name, value in whole(self).items() if common.get(name) != value}
 
 
 def parse_manifest(text: str | bytes, where: str | os.PathLike[str]) -> Manifest:

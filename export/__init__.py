@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cm_runtime.choices import GraphKind, Precision
+from cm_runtime.choices import GraphKind, Precision, Target
 from cm_runtime.extras import require
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def onnx(
     sigmas: Sequence[float] | None = None,
     precision: Precision = "fp32",
     inline: bool = False,
+    target: Target = "cpu",
     force: bool = False,
 ) -> OnnxExport:
     """Export ``checkpoint`` to ``path``, with the measured parity in the file's manifest.
@@ -43,6 +44,8 @@ def onnx(
         precision: of weights and feature maps; normalisations, the last convolution, coefficients and images stay
             float32.
         inline: cm::SkipScale as standard ops in the graph itself, for engines without local functions.
+        target: cpu for standard operators, which every engine runs; cuda for ONNX Runtime's own on a GPU, which no
+            other engine runs, in fp32 or fp16.
         force: replaces an existing file.
 
     Returns:
@@ -52,7 +55,7 @@ def onnx(
         ParityError: the file's outputs miss the float32 torch model's (see `parity`).
         EngineError: they are not finite.
         MissingExtraError: torch is not installed, or no engine that could check the file.
-        RequestError: the model has no such levels.
+        RequestError: the model has no such levels, or no such form for ``target``.
         OutputError: ``path`` cannot be written, or exists without ``force``. Nothing is left behind.
 
     Example:
@@ -64,7 +67,7 @@ def onnx(
     require("onnx", "cm_runtime.export")
     from cm_runtime.export import to_onnx
 
-    options = to_onnx.Options(graph, steps, sigmas, precision, inline)
+    options = to_onnx.Options(graph, steps, sigmas, precision, inline, target)
     checkpoints = [checkpoint]
     del checkpoint  # its weights are not to be there beside an engine's: this frame must not keep them
     return to_onnx.write(checkpoints.pop(), path, options, force=force)

@@ -117,6 +117,7 @@ class Graph:
             self._nodes, "main", self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
         domains = {"": self.opset} | {function.domain: 1 for function in self.functions}
+        domains |= {node.domain: 1 for node in self._nodes if node.domain}
         model = helper.make_model(
             graph,
             producer_name="cm-runtime",

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cm_runtime.choices import Precision
+from cm_runtime.choices import Precision, Target
 from cm_runtime.export import skip_scale
 from cm_runtime.export.builder import BFLOAT, FLOAT, HALF, INT64, Graph
 from cm_runtime.export.embedding import project
 from cm_runtime.export.steps import GraphEvaluation, GraphSteps
 from cm_runtime.export.unet import NetworkWriter
+from cm_runtime.export.unet_cuda import CudaNetworkWriter
 from cm_runtime.manifest import OUTPUTS
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.onnx_graph.expression import Expression
 from cm_runtime.sampling import run
 
 KINDS: dict[Precision, int] = {"fp32": FLOAT, "fp16": HALF, "bf16": BFLOAT}
+WRITERS: dict[Target, type[NetworkWriter]] = {"cpu": NetworkWriter, "cuda": CudaNetworkWriter}
 
 
-def denoiser(model: ConsistencyModel, precision: Precision = "fp32") -> Graph:
+def denoiser(model: ConsistencyModel, precision: Precision = "fp32", target: Target = "cpu") -> Graph:
     """f: x (N,C,H,W), sigma (N,) float32, label (N,) int64 with classes -> denoised (N,C,H,W) float32."""
     g = _graph(precision)
     shape: list[int | str] = ["N", *model.config.image_shape]
     x, sigma = g.input("x", FLOAT, shape), g.input("sigma", FLOAT, ["N"])
     label = _label(g, model)
     form, kind = model.precond, KINDS[precision]
-    network = NetworkWriter(g, model.F, kind)
+    network = WRITERS[target](g, model.F, kind)
     column = g.op("Reshape", sigma, g.constant([-1, 1, 1, 1], INT64))
     x_in = g.op("Mul", form.c_in(Expression(g, column)).value, x)
     if kind != FLOAT:
         x_in = g.op("Cast", x_in, to=kind)
     c_noise = form.c_noise(Expression(g, sigma)).value
-    F = network.evaluate(x_in, project(g, model.F, network.weights, c_noise, label))
+    F = network.evaluate(x_in, project(g, model.F, network.weights, c_noise, label, network.pixels))
     if form.form == "piecewise":
         s = Expression(g, column)
         y = (form.c_skip(s) * Expression(g, x) + form.c_out(s) * Expression(g, F)).value
@@ -41,21 +43,26 @@ def denoiser(model: ConsistencyModel, precision: Precision = "fp32") -> Graph:
     return g
 
 
-def network(model: ConsistencyModel, precision: Precision = "fp32") -> Graph:
+def network(model: ConsistencyModel, precision: Precision = "fp32", target: Target = "cpu") -> Graph:
     """F: x_in (N,C,H,W) of the network's type, c_noise (N,) float32, label -> F (N,C,H,W) float32."""
     g = _graph(precision)
     shape: list[int | str] = ["N", *model.config.image_shape]
     kind = KINDS[precision]
     x, c_noise = g.input("x_in", kind, shape), g.input("c_noise", FLOAT, ["N"])
     label = _label(g, model)
-    writer = NetworkWriter(g, model.F, kind)
-    F = writer.evaluate(x, project(g, model.F, writer.weights, c_noise, label))
+    writer = WRITERS[target](g, model.F, kind)
+    F = writer.evaluate(x, project(g, model.F, writer.weights, c_noise, label, writer.pixels))
     g.output(F, OUTPUTS["network"][0], FLOAT, shape)
     return g
 
 
 def sampler(
-    model: ConsistencyModel, sigmas: Sequence[float], precision: Precision = "fp32", *, inline: bool = False
+    model: ConsistencyModel,
+    sigmas: Sequence[float],
+    precision: Precision = "fp32",
+    target: Target = "cpu",
+    *,
+    inline: bool = False,
 ) -> Graph:
     """`sampling.run` at fixed ``sigmas``, every one of them folded in.
 
@@ -66,7 +73,8 @@ def sampler(
     g = _graph(precision)
     noise = g.input("noise", FLOAT, [len(sigmas), "N", *model.config.image_shape])
     label = _label(g, model)
-    evaluation = GraphEvaluation(NetworkWriter(g, model.F, KINDS[precision]), model.precond, sigmas, inline)
+    writer = WRITERS[target](g, model.F, KINDS[precision])
+    evaluation = GraphEvaluation(writer, model.precond, sigmas, inline)
     run(evaluation, GraphSteps(g, model.config, len(sigmas), noise), sigmas, label)
     return g
 

@@ -60,9 +60,9 @@ def attention(g: Graph, x: str, qkv: tuple[str, str], heads: int, shape: Shape) 
     return g.op("Reshape", h, g.constant([0, *shape], INT64))
 
 
-def upsample(g: Graph, x: str) -> str:
-    """Nearest-neighbour x2."""
-    scales = g.constant([1.0, 1.0, 2.0, 2.0], FLOAT)
+def upsample(g: Graph, x: str, pixels: tuple[int, int] = (2, 3)) -> str:
+    """Nearest-neighbour x2 along the axes ``pixels``."""
+    scales = g.constant([2.0 if axis in pixels else 1.0 for axis in range(4)], FLOAT)
     how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     return g.op("Resize", x, "", scales, **how)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, inliner
 
 from cm_runtime.checkpoints.native import Checkpoint
-from cm_runtime.choices import GraphKind, Precision
+from cm_runtime.choices import GraphKind, Precision, Target
 from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.export import graphs, parity, weights_file
 from cm_runtime.export.builder import Graph
@@ -40,6 +40,11 @@ class Options:
     sigmas: Sequence[float] | None = None
     precision: Precision = "fp32"
     inline: bool = False
+    target: Target = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.target == "cuda" and self.precision == "bf16":
+            raise RequestError("ONNX Runtime's operators for a GPU have no bf16: export for cuda in fp16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str], options: Options
         raise RequestError(f"{target}: an ONNX file's name ends in .onnx")
     atomic.check_writable(target, force=force)
     parity.check_engine(options.precision)
-    manifest = checkpoint.manifest().model_copy(update={"graph": options.graph, "precision": options.precision})
+    facts = {"graph": options.graph, "precision": options.precision, "target": options.target}
+    manifest = checkpoint.manifest().model_copy(update=facts)
     levels = _levels(manifest, options)
     if levels:
         manifest = manifest.model_copy(update={"sigmas": {len(levels): levels}})
@@ -130,8 +136,9 @@ def _levels(manifest: Manifest, options: Options) -> tuple[float, ...]:
 
 def _build(model: ConsistencyModel, manifest: Manifest, levels: Sequence[float], *, inline: bool) -> Graph:
     if manifest.graph == "sampler":
-        return graphs.sampler(model, levels, manifest.precision, inline=inline)
-    return (graphs.denoiser if manifest.graph == "denoiser" else graphs.network)(model, manifest.precision)
+        return graphs.sampler(model, levels, manifest.precision, manifest.target, inline=inline)
+    build = graphs.denoiser if manifest.graph == "denoiser" else graphs.network
+    return build(model, manifest.precision, manifest.target)
 
 
 def store_halves(network: Network) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import engine_file
-from cm_runtime.backends.base import Backend, EngineOptions, images_at_once
+from cm_runtime.backends.base import Backend, EngineOptions, images_at_once, require_target
 from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
 from cm_runtime.backends.openvino import OpenVinoBackend
 from cm_runtime.backends.ort import OrtBackend
@@ -45,6 +45,7 @@ def build(
     for output in outputs:
         atomic.check_writable(output, force=force)
     model = read_manifest(source)
+    require_target(model, source, package)
     data = data_path(source, model)
     onnx_graph.check(source, model).require_own(source, package)
     trt = module(package)

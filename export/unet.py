@@ -132,10 +132,7 @@ class NetworkWriter:
                 return self._upsample_conv(h, *self.weights(layer.conv)), (c, 2 * height, 2 * width)
             return self._upsample(h), (c, 2 * height, 2 * width)
         assert isinstance(layer, Downsample)
-        if isinstance(layer.op, nn.Conv2d):
-            h = self._conv(layer.op, h)
-        else:
-            h = self._average(h)
+        h = self._conv(layer.op, h) if isinstance(layer.op, nn.Conv2d) else self._average(h)
         return h, (c, height // 2, width // 2)
 
     def _norm(
@@ -176,7 +173,7 @@ class NetworkWriter:
     def _leave(self, h: str) -> str:
         return h
 
-    def _convolve(self, x: str, weight: str, bias: str, **attributes: list[int]) -> str:
+    def _convolve(self, x: str, weight: str, bias: str, **attributes: Any) -> str:
         return self.g.op("Conv", x, weight, bias, **attributes)
 
     def _average(self, x: str) -> str:

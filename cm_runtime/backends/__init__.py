@@ -9,7 +9,7 @@ from typing import cast
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import auto, engine_file
-from cm_runtime.backends.base import Backend, EngineOptions
+from cm_runtime.backends.base import Backend, EngineOptions, require_target
 from cm_runtime.backends.openvino import OpenVinoBackend, has_bf16
 from cm_runtime.backends.ort import OrtBackend, has_cuda
 from cm_runtime.choices import BackendName, ComputePrecision
@@ -85,6 +85,7 @@ def open_model(path: Path, options: EngineOptions, micro_batch: int | None = Non
     if backend != "auto":
         return _open_graph(path, manifest, options, verdict)
     device = auto_device(options.device)
+    require_target(manifest, path, device)
     question = auto.question(path, manifest, device, options.threads, options.precision, micro_batch)
     if verdict.foreign:
         if question.names == ("openvino",):

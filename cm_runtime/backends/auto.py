@@ -28,6 +28,8 @@ def candidates(manifest: Manifest, device: str, precision: str) -> tuple[str, ..
     ONNX Runtime computes in the file's own types, and its CPU has no convolution in bf16; OpenVINO has the CPU alone,
     and there fp32 and bf16, whatever the types.
     """
+    if manifest.target == "cuda" and device == "cpu":
+        return ()
     names = []
     if precision in ("auto", manifest.precision) and not (device == "cpu" and manifest.precision == "bf16"):
         names.append("ort")

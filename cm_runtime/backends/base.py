@@ -170,6 +170,15 @@ class Backend(ABC):
         return output  # type: ignore[no-any-return]
 
 
+def require_target(manifest: Manifest, where: object, place: str) -> None:
+    """Raise EngineError for a graph of ONNX Runtime's operators for a GPU, where ``place`` is another."""
+    if manifest.target == "cuda" and place.partition(":")[0] != "cuda":
+        raise EngineError(
+            f"{where} was exported for cuda: ONNX Runtime runs it on a GPU, and nothing on {place}; for other engines"
+            " export it with --for cpu"
+        )
+
+
 def read_outputs(manifest: Manifest, names: Collection[str], where: object) -> tuple[str, ...]:
     """The outputs of a graph that an engine reads, out of all its ``names``.
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import external_data
-from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions, finite_images, read_outputs
+from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions, finite_images, read_outputs, require_target
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
 from cm_runtime.errors.reasons import openvino_reason
 from cm_runtime.errors.wording import quantity
@@ -76,6 +76,7 @@ class OpenVinoBackend(Backend):
         self.source = where.name
         self.manifest = manifest or read_manifest(where)
         self.device = "cpu"
+        require_target(self.manifest, where, "OpenVINO")
         if options.precision == "auto":
             self.precision = "bf16" if self.manifest.precision == "bf16" else "fp32"
         else:

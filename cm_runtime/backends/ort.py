@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 
 from cm_runtime import onnx_graph
 from cm_runtime.backends import external_data
-from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions, Interface, finite_images, interface, read_outputs
+from cm_runtime.backends.base import (
+    ON_CPU,
+    Backend,
+    EngineOptions,
+    Interface,
+    finite_images,
+    interface,
+    read_outputs,
+    require_target,
+)
 from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Evaluate
@@ -78,6 +87,7 @@ class OrtBackend(Backend):
         self.source = Path(where).name
         self.manifest = manifest or read_manifest(where)
         self.device = options.device
+        require_target(self.manifest, where, self.device)
         self.precision = self.manifest.precision
         if options.precision not in ("auto", self.precision):
             raise RequestError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cm_runtime.choices import Form, GraphKind, Precision
+from cm_runtime.choices import Form, GraphKind, Precision, Target
 from cm_runtime.cli import progress
 from cm_runtime.cli.options import Force, Sigmas, with_flags
 from cm_runtime.errors import RequestError
@@ -75,6 +75,14 @@ class FileFlags:
         Precision,
         typer.Option(help="Of weights and feature maps; what must be float32 stays so."),
     ] = "fp32"
+    target: Annotated[
+        Target,
+        typer.Option(
+            "--for",
+            help="Whose operators: cpu, the standard's, which every engine runs, on a GPU too; cuda, ONNX Runtime's own"
+            " on a GPU: images in NHWC, normalisation with SiLU and attention each in one.",
+        ),
+    ] = "cpu"
     batch: Annotated[
         str | None,
         typer.Option(
@@ -98,6 +106,8 @@ class FileFlags:
         form, is_sampler = self.form, self.graph == "sampler"
         if form == "diffusers" and (self.graph != "denoiser" or self.precision != "fp32" or self.inline):
             raise RequestError("--graph, --precision and --inline are of graphs for engines, not of --format diffusers")
+        if form != "onnx" and self.target != "cpu":
+            raise RequestError("--for is of --format onnx; other formats have operators of their own")
         if not is_sampler and (self.steps is not None or self.sigmas is not None):
             raise RequestError("--steps and --sigmas are of --graph sampler; other graphs take any noise level")
         if self.batch is not None and form not in ("tensorrt", "tensorrt-rtx"):
@@ -119,6 +129,7 @@ class FileFlags:
                 sigmas=parsing.numbers("--sigmas", self.sigmas) if self.sigmas else None,
                 precision=self.precision,
                 inline=self.inline,
+                target=self.target,
                 force=force,
             )
 
@@ -228,7 +239,8 @@ def _summarise(target: Path, result: OnnxExport, plain: Comparison | None) -> No
     if manifest.graph == "sampler":
         levels_text = f", {quantity(manifest.steps, 'step')} at {level_text(parity.sigmas)}"
     data = f", weights in {manifest.data_file}" if manifest.data_file else ""
-    typer.echo(f"{target}: {manifest.graph}{levels_text}, {manifest.precision}{data}")
+    form = "" if manifest.target == "cpu" else f" for {manifest.target}"
+    typer.echo(f"{target}: {manifest.graph}{levels_text}, {manifest.precision}{form}{data}")
     times = manifest.steps if manifest.graph == "sampler" else 1
     beside = f" ({plain.nodes * times} in a plain export)" if plain else ""
     typer.echo(f"  nodes    {result.nodes}{beside}; {quantity(result.folds, 'constant')} folded")

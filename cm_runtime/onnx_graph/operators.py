@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from cm_runtime.manifest import Manifest
 from cm_runtime.onnx_graph import skip_scale
 from cm_runtime.onnx_graph.graph import BFLOAT, BOOL, FLOAT, HALF, INT64, UINT8, Graph, Node, Port
-from cm_runtime.onnx_graph.rules import FLOATS, RULES, N, NotOwn, Shape, Value
+from cm_runtime.onnx_graph.rules import CONTRIB, FLOATS, RULES, N, NotOwn, Shape, Value
 from cm_runtime.onnx_graph.skip_scale import DOMAIN, NAME
 
 IR_VERSIONS, OPSETS = range(8, 12), (20, 22)
@@ -27,7 +27,8 @@ def check(graph: Graph, manifest: Manifest) -> None:
     """Raise NotOwn where ``graph`` is not what `export` writes for ``manifest``."""
     if graph.ir_version not in IR_VERSIONS or graph.opsets.get("") not in OPSETS:
         raise NotOwn(f"its version of ONNX is {graph.ir_version} with operators of {graph.opsets.get('')}")
-    if not graph.opsets.keys() <= {"", DOMAIN} or graph.opsets.get(DOMAIN, 1) != 1:
+    domains = {"", DOMAIN} | ({CONTRIB} if manifest.target == "cuda" else set())
+    if not graph.opsets.keys() <= domains or {graph.opsets.get(each, 1) for each in domains - {""}} != {1}:
         raise NotOwn("it has operators of another domain")
     if graph.functions and graph.functions != {(DOMAIN, NAME): skip_scale.function(graph.opsets[""])}:
         raise NotOwn("it has a local function that is not cm::SkipScale")

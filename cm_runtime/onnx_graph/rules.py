@@ -23,6 +23,7 @@ from cm_runtime.onnx_graph.graph import (
 )
 from cm_runtime.onnx_graph.skip_scale import DOMAIN, NAME
 
+CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators, in graphs for the CUDA provider alone
 N = -1  # the batch, as a dimension
 FLOATS = (FLOAT, HALF, BFLOAT)
 
@@ -165,6 +166,38 @@ def _conv(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
     return [Value(x.type, (n, o, *out), is_static=x.is_static)]
 
 
+def _nhwc_conv(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
+    """`_conv` of images and weights whose channels stand last."""
+    x, w, *bias = inputs
+    (n, height, width, c), (o, kernel_height, kernel_width, i) = x.shape, w.shape
+    first = [x._replace(shape=(n, c, height, width)), w._replace(shape=(o, i, kernel_height, kernel_width)), *bias]
+    (y,) = _conv(node, first, manifest)
+    n, o, height, width = y.shape
+    return [y._replace(shape=(n, height, width, o))]
+
+
+def _group_norm(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
+    x, *weights = inputs
+    _, height, width, c = x.shape
+    groups, epsilon = _number(node, "groups"), node.attributes["epsilon"].value
+    _require(0 < groups <= c and c % groups == 0 and 0 <= epsilon < 1 and min(height, width) > 0)
+    _require(_number(node, "channels_last") == 1 and _number(node, "activation") in (0, 1) and _static(weights))
+    _require(x.type in (FLOAT, HALF) and all(each.type == FLOAT and each.shape == (c,) for each in weights))
+    return [Value(x.type, x.shape, is_static=x.is_static)]
+
+
+def _multi_head_attention(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
+    (_, pixels, c), heads = inputs[0].shape, _number(node, "num_heads")
+    _require(pixels > 0 and 0 < heads <= c and c % heads == 0 and inputs[0].type in (FLOAT, HALF))
+    _require({(each.type, each.shape) for each in inputs} == {(inputs[0].type, inputs[0].shape)})
+    return [Value(inputs[0].type, inputs[0].shape, is_static=_static(inputs))]
+
+
+def _quick_gelu(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
+    _require(node.attributes["alpha"].value == 1 and inputs[0].type in (FLOAT, HALF))
+    return _same(node, inputs, manifest)
+
+
 def _matmul(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
     a, b = inputs
     (*batch, m, k), (*other, k2, n) = a.shape, b.shape
@@ -240,10 +273,10 @@ def _resize(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
     x, region, scales = inputs
     how = {name: attribute.value for name, attribute in node.attributes.items()}
     _require(how == {"mode": b"nearest", "coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor"})
-    _require(not region.type and scales.type == FLOAT and scales.numbers == (1, 1, 2, 2) and x.type in FLOATS)
-    n, c, height, width = x.shape
-    _require(scales.shape == (4,))
-    return [Value(x.type, (n, c, 2 * height, 2 * width), is_static=x.is_static)]
+    _require(not region.type and scales.type == FLOAT and scales.numbers in ((1, 1, 2, 2), (1, 2, 2, 1)))
+    _require(scales.shape == (4,) and len(x.shape) == 4 and x.type in FLOATS)
+    n, *sides = (side * int(scale) for side, scale in zip(x.shape, scales.numbers or (), strict=True))
+    return [Value(x.type, (n, *sides), is_static=x.is_static)]
 
 
 def _pool(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
@@ -340,6 +373,12 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "InstanceNormalization"): _rule(_normalisation, 3, epsilon=A_FLOAT),
     ("", "BatchNormalization"): _rule(_normalisation, 5, epsilon=A_FLOAT),
     ("", "ReduceSum"): _rule(_reduce, 2, keepdims=AN_INT),
+    (CONTRIB, "NhwcConv"): _rule(_nhwc_conv, 3, kernel_shape=INTS, optional={"strides": INTS, "pads": INTS}),
+    (CONTRIB, "GroupNorm"): _rule(
+        _group_norm, 3, groups=AN_INT, epsilon=A_FLOAT, activation=AN_INT, channels_last=AN_INT
+    ),
+    (CONTRIB, "MultiHeadAttention"): _rule(_multi_head_attention, 3, num_heads=AN_INT),
+    (CONTRIB, "QuickGelu"): _rule(_quick_gelu, 1, alpha=A_FLOAT),
     ("", "Constant"): _rule(_constant, 0, optional={"value_float": A_FLOAT, "value_ints": INTS}),
     (DOMAIN, NAME): _rule(
         _skip_scale, 3, sigma_data=A_FLOAT, sigma_boundary=A_FLOAT, plugin_namespace=A_STRING, plugin_version=A_STRING

@@ -26,7 +26,6 @@ from onnx import TensorProto, helper, numpy_helper
 from cm_runtime import export
 from cm_runtime.backends import openvino
 from cm_runtime.checkpoints.native import Checkpoint, read_checkpoint
-from cm_runtime.choices import Precision
 from cm_runtime.errors import OutputError, RequestError
 from cm_runtime.export import graphs, parity, to_onnx, weights_file
 from cm_runtime.export.builder import Graph
@@ -407,9 +406,9 @@ def test_of_two_exports_at_once_one_wins_and_the_other_says_so(
 
     real = graphs.denoiser
 
-    def build(model: ConsistencyModel, precision: Precision) -> Graph:
+    def build(model: ConsistencyModel, *how: Any) -> Graph:
         both.wait()
-        return real(model, precision)
+        return real(model, *how)
 
     monkeypatch.setattr(graphs, "denoiser", build)
     outcomes: list[object] = []
@@ -440,8 +439,8 @@ def test_torch_has_let_go_of_the_weights_when_the_engine_loads_them(
     alive: list[weakref.ref[object]] = []
     real_build, real_measure = graphs.denoiser, parity.measure
 
-    def build(model: ConsistencyModel, precision: Precision) -> Graph:
-        g = real_build(model, precision)
+    def build(model: ConsistencyModel, *how: Any) -> Graph:
+        g = real_build(model, *how)
         held = (*model.parameters(), *g.weights.values())
         alive.extend(weakref.ref(weight) for weight in held if weight.ndim in (2, 4))
         return g
