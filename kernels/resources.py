@@ -41,7 +41,12 @@ def kernels(log: str) -> dict[str, dict[str, dict[str, int]]]:
     for match in KERNEL.finditer(log):
         spills = int(match["stores"]) + int(match["loads"])
         shared = int(match["shared"] or 0)
-        numbers = {"registers": int(match["registers"]), "shared": shared, "stack": int(match["stack"]), "spills": spills}
+        numbers = {
+            "registers": int(match["registers"]),
+            "shared": shared,
+            "stack": int(match["stack"]),
+            "spills": spills,
+        }
         table.setdefault(match["name"], {})[f"sm_{match['gpu']}"] = numbers
     return {name: dict(sorted(table[name].items())) for name in sorted(table)}
 
@@ -75,7 +80,9 @@ def compare(built: Path) -> None:
     """Ends the program unless what is committed is of these sources and, with the same compiler, this binary."""
     committed, new = (json.loads((folder / "kernels.json").read_text()) for folder in (FOLDER, built))
     binary = hashlib.sha256((FOLDER / "kernels.fatbin").read_bytes()).hexdigest()
-    names = [name for name in ("sources_sha256", "fatbin_sha256", "kernels", "parameters") if committed[name] != new[name]]
+    names = [
+        name for name in ("sources_sha256", "fatbin_sha256", "kernels", "parameters") if committed[name] != new[name]
+    ]
     if committed["nvcc"] != new["nvcc"]:  # which makes another binary of the same sources
         names = [name for name in names if name == "sources_sha256"]
     if names or binary != committed["fatbin_sha256"]:

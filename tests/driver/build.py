@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 KERNELS = ROOT / "kernels"
 CACHE = ROOT / "build" / "driver"
-SANITISERS = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+SANITISERS = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-clobbered"
 
 
 @cache
@@ -41,7 +41,9 @@ def library(sanitised: bool = False) -> Path:
 def _key() -> str:
     """A hash of all that decides what is built."""
     paths = [path for pattern in ("*.cpp", "*.h", "*.def", "Makefile") for path in FOLDER.glob(pattern)]
-    paths += [path for pattern in ("*.cu", "*.h", "*.cpp", "Makefile", "kernels.json") for path in KERNELS.glob(pattern)]
+    paths += [
+        path for pattern in ("*.cu", "*.h", "*.cpp", "Makefile", "kernels.json") for path in KERNELS.glob(pattern)
+    ]
     version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
     content = b"".join(path.name.encode() + path.read_bytes() for path in [*sorted(paths), Path(__file__)])
     return hashlib.sha256(version + content).hexdigest()[:16]

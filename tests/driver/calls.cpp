@@ -39,10 +39,8 @@ struct Order {
     int error;
 };
 
-std::vector<Order> read_orders() {
+std::vector<Order> read_orders(std::string rest) {
     std::vector<Order> orders;
-    const char* variable = getenv("CM_DRIVER_FAIL");
-    std::string rest = variable ? variable : "";
     while (!rest.empty()) {
         const std::string each = rest.substr(0, rest.find(','));
         rest.erase(0, each.size() + 1);
@@ -60,7 +58,14 @@ std::vector<Order> read_orders() {
 }
 
 CUresult ordered_failure(const char* name) {
-    static const std::vector<Order>& orders = *new std::vector<Order>(read_orders());
+    static std::string& text = *new std::string;
+    static std::vector<Order>& orders = *new std::vector<Order>;
+    const char* variable = getenv("CM_DRIVER_FAIL");
+    if (text != (variable ? variable : "")) {  // calls are counted from when the order is there
+        text = variable ? variable : "";
+        orders = read_orders(text);
+        counts.clear();
+    }
     const long count = ++counts[name];
     for (const Order& order : orders)
         if (order.name == name && (count == order.first || (order.is_lasting && count > order.first))) {

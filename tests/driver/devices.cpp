@@ -76,15 +76,12 @@ void check_device(CUdevice device) { require(device >= 0 && device < device_coun
 }  // namespace
 
 const Model& model() {
-    static const Model& chosen = []() -> const Model& {
-        const char* name = getenv("CM_DRIVER_GPU");
-        if (!name || !*name) return MODELS[0];
-        for (const Model& each : MODELS)
-            if (!strcmp(each.name, name)) return each;
-        fprintf(stderr, "driver: no model %s\n", name);
-        abort();
-    }();
-    return chosen;
+    const char* name = getenv("CM_DRIVER_GPU");
+    if (!name || !*name) return MODELS[0];
+    for (const Model& each : MODELS)
+        if (!strcmp(each.name, name)) return each;
+    fprintf(stderr, "driver: no model %s\n", name);
+    abort();
 }
 
 int device_count() { return static_cast<int>(number_of("CM_DRIVER_GPUS", 1)); }

@@ -26,7 +26,7 @@ class Outcome:
 
 def run_on_driver(
     what: str | Path,
-    *arguments: str,
+    *arguments: str | Path,
     code: int = 0,
     allowed: Sequence[str] = (),
     environment: dict[str, str] | None = None,
@@ -35,22 +35,27 @@ def run_on_driver(
 ) -> Outcome:
     """Run Python code, or a file of tests, in a process whose CUDA driver is the stand-in.
 
-    arguments: of the code, or of pytest. code: the exit status that it has to end with. allowed: beginnings of lines
+    arguments: of the code, or of pytest. environment: further variables. code: the exit status that it has to end with. allowed: beginnings of lines
     of the report that are no failure, such as "left 1 modules"; all others are, and so is a report without its end.
     options: see this package's documentation.
     """
     folder = library(sanitised)
-    words = [str(what), "-p", "no:cacheprovider", "-p", "no:xdist", "-q"] if isinstance(what, Path) else ["-c", dedent(what)]
-    words = [sys.executable, *(["-m", "pytest"] if isinstance(what, Path) else []), *words, *arguments]
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys"]
+    words = [*pytest, str(what)] if isinstance(what, Path) else ["-c", dedent(what)]
+    words = [sys.executable, *words, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report"
-        variables = os.environ | {f"CM_DRIVER_{name.upper()}": str(value) for name, value in options.items()}
+        variables = (
+            os.environ
+            | (environment or {})
+            | {f"CM_DRIVER_{name.upper()}": str(value) for name, value in options.items()}
+        )
         variables |= {"LD_LIBRARY_PATH": str(folder), "CM_DRIVER_REPORT": str(report), "OMP_NUM_THREADS": "1"}
         paths = [str(ROOT), str(ROOT / "tests"), variables.get("PYTHONPATH", "")]
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         if sanitised:
             variables |= _sanitiser_variables()
-        done = subprocess.run(words, capture_output=True, text=True, env=variables | (environment or {}))
+        done = subprocess.run(words, capture_output=True, text=True, env=variables)
         lines = report.read_text().splitlines() if report.exists() else []
     outcome = Outcome(done.returncode, done.stdout, done.stderr, tuple(line for line in lines if line != "end"))
     wrong = [line for line in outcome.report if not line.startswith(tuple(allowed))]
@@ -63,6 +68,8 @@ def run_on_driver(
 
 def _sanitiser_variables() -> dict[str, str]:
     """Python itself is not sanitised, so the sanitisers' library comes first, and Python's own leaks do not count."""
-    found = [subprocess.check_output(["g++", f"-print-file-name={name}.so"], text=True) for name in ("libasan", "libubsan")]
+    found = [
+        subprocess.check_output(["g++", f"-print-file-name={name}.so"], text=True) for name in ("libasan", "libubsan")
+    ]
     options = "detect_leaks=0:handle_segv=0:allow_user_segv_handler=1"
     return {"LD_PRELOAD": " ".join(map(str.strip, found)), "ASAN_OPTIONS": options}
