@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test test-fast test-all test-floors fuzz check lint types kernels gpu-check format clean
+.PHONY: help sample test test-fast test-all test-floors test-pycuda fuzz check lint types kernels gpu-check format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,10 @@ test-floors: ## The same tests with the oldest packages that pyproject.toml allo
 	.venv-floors/bin/uv pip install --quiet --python .venv-floors/bin/python --torch-backend cpu \
 		--resolution lowest-direct --editable '.[dev]'
 	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
+
+test-pycuda: ## The stand-in for CUDA's driver under the real pycuda, which is built from its source once, in 80 s
+	@+$(call environment,.venv-dev)
+	CM_RUNTIME_PYCUDA=1 .venv-dev/bin/python -m pytest tests/driver/test_pycuda.py $(PYTEST_ARGS)
 
 # GPU_PYTHON: one that has torch for CUDA, onnxruntime-gpu, pycuda, cuda-bindings and pytest, or some of them.
 GPU_PYTHON ?=

@@ -3,9 +3,9 @@
     python resources.py NVCC LOG PTX FOLDER    # writes FOLDER/kernels.json
     python resources.py --compare FOLDER       # holds what is committed to the build in FOLDER
 
-The registers, static shared memory, spills and stack of each kernel on each GPU, as ptxas printed them, the sizes of its
-parameters in the PTX, the compiler's version, and the hashes of the binary and of the sources it was built from. A
-kernel that spills is an error.
+The registers, static shared memory, spills and stack of each kernel on each GPU, as ptxas printed them, the sizes of
+its parameters in the PTX, the compiler's version, and the hashes of the binary and of the sources it was built from.
+A kernel that spills is an error.
 """
 
 from __future__ import annotations

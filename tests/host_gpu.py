@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+from driver.build import library as built
 
-from cm_runtime import kernels
 from cm_runtime.cuda.device import Device
 from cm_runtime.kernels.launches import Launch
 
 ON_GPU = os.environ.get("CM_RUNTIME_KERNELS") == "gpu"
-FOLDER = Path(kernels.__file__).parent
 WRONG = {
     1: "no kernel has this name",
     2: "no GPU takes this shape",
@@ -34,18 +28,8 @@ WRONG = {
 
 @cache
 def library() -> ctypes.CDLL:
-    """build/host.so, built once a process; a test without g++ and make is skipped."""
-    if shutil.which("g++") is None or shutil.which("make") is None:
-        pytest.skip("needs g++ and make")
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            ["make", "--silent", "-C", str(FOLDER), "host", f"BUILD={folder}"],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"MAKEFLAGS": ""},
-        )
-        assert done.returncode == 0, done.stderr
-        loaded = ctypes.CDLL(str(Path(folder) / "host.so"))
+    """The kernels' host build; a test without g++ and make is skipped."""
+    loaded = ctypes.CDLL(str(built() / "host.so"))
     loaded.cm_kernels.restype = ctypes.c_char_p
     return loaded
 

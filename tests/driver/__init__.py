@@ -3,10 +3,10 @@
     outcome = run_on_driver("import cuda.bindings.driver as cu; print(cu.cuInit(0))")
     outcome = run_on_driver(Path("tests/cuda/test_device.py"), "-k", "halving", room=1 << 20)
 
-It is the driver API after NVIDIA's manual, for contexts, memory, streams, events, captures, graphs, modules and launches
-(entries.def has the list). Work runs as late as the manual allows, memory is full of NaN and between guard pages,
-kernels run in their host build after they were held to the compiler's registers and parameters. It cannot show numbers
-of a real GPU, races, speed, nor what a real driver says where its manual is silent.
+It is the driver API after NVIDIA's manual, for contexts, memory, streams, events, captures, graphs, modules and
+launches (entries.def has the list). Work runs as late as the manual allows, memory is full of NaN and between guard
+pages, kernels run in their host build after they were held to the compiler's registers and parameters. It cannot show
+numbers of a real GPU, races, speed, nor what a real driver says where its manual is silent.
 
 Options of `run_on_driver`, which are the variables CM_DRIVER_GPUS and so on:
 

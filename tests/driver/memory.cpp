@@ -45,8 +45,9 @@ void give_back(Block& block) {
         if (each < block.base || each >= block.base + block.size)
             wrong += *reinterpret_cast<unsigned char*>(each) != MARGIN;
     if (wrong) report_misuse(text("%zu bytes beside a block of %zu were written", wrong, block.size));
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
-    mprotect(reinterpret_cast<void*>(begin), end - begin, PROT_NONE);
+    // New pages that nobody may touch, which the kernel can join to those beside them: their number is limited.
+    constexpr int flags = MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    mmap(reinterpret_cast<void*>(begin), end - begin, PROT_NONE, flags, -1, 0);
     block.is_free = true;
     if (!block.is_host) taken[block.context->device] -= block.size;
 }

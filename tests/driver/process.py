@@ -35,9 +35,9 @@ def run_on_driver(
 ) -> Outcome:
     """Run Python code, or a file of tests, in a process whose CUDA driver is the stand-in.
 
-    arguments: of the code, or of pytest. environment: further variables. code: the exit status that it has to end with. allowed: beginnings of lines
-    of the report that are no failure, such as "left 1 modules"; all others are, and so is a report without its end.
-    options: see this package's documentation.
+    arguments: of the code, or of pytest. environment: further variables. code: the exit status that it has to end
+    with. allowed: beginnings of lines of the report that are no failure, such as "left 1 modules"; all others are, and
+    so is a report without its end. options: see this package's documentation.
     """
     folder = library(sanitised)
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys"]
@@ -45,12 +45,10 @@ def run_on_driver(
     words = [sys.executable, *words, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report"
-        variables = (
-            os.environ
-            | (environment or {})
-            | {f"CM_DRIVER_{name.upper()}": str(value) for name, value in options.items()}
-        )
-        variables |= {"LD_LIBRARY_PATH": str(folder), "CM_DRIVER_REPORT": str(report), "OMP_NUM_THREADS": "1"}
+        variables = os.environ | (environment or {})
+        variables |= {f"CM_DRIVER_{name.upper()}": str(value) for name, value in options.items()}
+        libraries = os.pathsep.join(filter(None, [str(folder), variables.get("LD_LIBRARY_PATH", "")]))
+        variables |= {"LD_LIBRARY_PATH": libraries, "CM_DRIVER_REPORT": str(report), "OMP_NUM_THREADS": "1"}
         paths = [str(ROOT), str(ROOT / "tests"), variables.get("PYTHONPATH", "")]
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         if sanitised:

@@ -1,6 +1,6 @@
 """pycuda, built once from its source against the stand-in, into build/pycuda: `make test-pycuda`.
 
-It has no wheels, and its build takes 80 s of CPU, so tests that need it are skipped unless CM_RUNTIME_PYCUDA is set, and
+It has no wheels, and its build takes 80 s of CPU: tests that need it are skipped unless CM_RUNTIME_PYCUDA is set, and
 where it cannot be built: for want of CUDA's headers (of a toolkit in CUDA_HOME or /usr/local/cuda, or of the wheel
 nvidia-cuda-runtime), of a compiler, or of an index of packages.
 """

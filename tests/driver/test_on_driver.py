@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from driver import library, run_on_driver
 from driver.build import FOLDER
 
@@ -63,3 +64,23 @@ def test_a_process_that_dies_has_failed() -> None:
     with pytest.raises(AssertionError, match="has not reported"):
         run_on_driver("import os, cuda.bindings.driver as cu; cu.cuInit(0); os._exit(0)")
     assert (library() / "libcuda.so.1").exists()
+
+
+# The kernels, through our own device layer and real bindings
+
+KERNELS = FOLDER.parent / "kernels"
+
+
+def run_kernels(*names: str) -> None:
+    """Run tests of kernels that `make gpu-check` runs on a GPU; the process keeps its context, memory and module."""
+    paths = [KERNELS / f"test_{name}.py" for name in names]
+    run_on_driver(*paths, environment={"CM_RUNTIME_KERNELS": "gpu"}, allowed=["left "])
+
+
+def test_kernels_are_launched_by_the_real_bindings() -> None:
+    run_kernels("skip_scale")
+
+
+@pytest.mark.slow
+def test_all_kernels_are_launched_by_the_real_bindings() -> None:
+    run_kernels("group_norm", "noise", "steps")

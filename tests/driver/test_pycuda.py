@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from driver import run_on_driver
 from driver.pycuda import pycuda_folder
 
