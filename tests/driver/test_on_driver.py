@@ -84,3 +84,37 @@ def test_kernels_are_launched_by_the_real_bindings() -> None:
 @pytest.mark.slow
 def test_all_kernels_are_launched_by_the_real_bindings() -> None:
     run_kernels("group_norm", "noise", "steps")
+
+
+TORCH_STREAM = """
+    from types import SimpleNamespace
+    import cuda.bindings.driver as cu
+    import numpy as np, torch
+    from cm_runtime import noise
+    from cm_runtime.cuda import torch_launch
+    from cm_runtime.kernels import launches
+    from cm_runtime.kernels.launches import LEVEL, REQUEST, Arrays, Images
+
+    cu.cuInit(0)
+    cu.cuCtxPushCurrent(cu.cuDevicePrimaryCtxRetain(0)[1])
+    stream = cu.cuStreamCreate(1)[1]
+    torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=int(stream))
+
+    def send(array):
+        address = int(cu.cuMemAlloc(array.nbytes)[1])
+        cu.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, stream)
+        return address
+
+    request, level = send(np.array([(3, 17)], REQUEST)), send(np.array([(0, 1, 1, 1)], LEVEL))
+    images = np.zeros((2, 3, 8, 8), np.float32)
+    x = send(images)
+    work = launches.first_noise(Images(2, 3, 8, 8), Arrays(request, level, x=x))
+    torch_launch.launch(work, torch.device("cuda", 0))
+    cu.cuMemcpyDtoHAsync(images.ctypes.data, x, images.nbytes, stream)
+    print(np.abs(images - noise.normal(3, [17, 18], 0, (3, 8, 8))).max() < 1e-6)
+"""
+
+
+def test_a_kernel_is_put_in_a_stream_of_torch() -> None:
+    pytest.importorskip("torch")
+    assert run_on_driver(TORCH_STREAM, allowed=["left "]).out == "True\n"
