@@ -6,6 +6,8 @@ What a form makes of weights alone, engines compute once, when they load the gra
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from cm_runtime.export.builder import FLOAT, INT64, Graph
@@ -14,10 +16,18 @@ Shape = tuple[int, int, int]
 
 
 def normalise(g: Graph, x: str, groups: int, eps: float, shape: Shape) -> str:
-    """(x - mean) / std with the statistics of each group, float32: InstanceNormalization over whole groups."""
-    one, zero = g.constant(np.ones(groups)), g.constant(np.zeros(groups))
-    grouped = g.op("Reshape", x, g.constant([0, groups, -1], INT64))
-    normal = g.op("InstanceNormalization", grouped, one, zero, epsilon=eps)
+    """(x - mean) / std with the statistics of each group, float32: InstanceNormalization over whole groups.
+
+    From opset 22 on ONNX Runtime's CUDA provider has none, and LayerNormalization, which is as fast, stands there.
+    """
+    if g.opset >= 22:
+        grouped = g.op("Reshape", x, g.constant([0, groups, -1], INT64))
+        ones = g.constant(np.ones(math.prod(shape) // groups))
+        normal = g.op("LayerNormalization", grouped, ones, axis=-1, epsilon=eps)
+    else:
+        one, zero = g.constant(np.ones(groups)), g.constant(np.zeros(groups))
+        grouped = g.op("Reshape", x, g.constant([0, groups, -1], INT64))
+        normal = g.op("InstanceNormalization", grouped, one, zero, epsilon=eps)
     return g.op("Reshape", normal, g.constant([0, *shape], INT64))
 
 
@@ -67,11 +77,19 @@ def upsample(g: Graph, x: str, pixels: tuple[int, int] = (2, 3)) -> str:
     return g.op("Resize", x, "", scales, **how)
 
 
-def upsample_conv(g: Graph, x: str, weight: str, bias: str) -> str:
+def repeat(g: Graph, x: str, shape: Shape) -> str:
+    """`upsample` for bfloat16, in which ONNX Runtime's CUDA provider has no Resize. shape: of x."""
+    c, height, width = shape
+    apart = g.op("Reshape", x, g.constant([0, c, height, 1, width, 1], INT64))
+    repeated = g.op("Expand", apart, g.constant([1, 1, 1, 2, 1, 2], INT64))
+    return g.op("Reshape", repeated, g.constant([0, c, 2 * height, 2 * width], INT64))
+
+
+def upsample_conv(g: Graph, x: str, weight: str, bias: str, shape: Shape | None = None) -> str:
     """A 3x3 convolution after nearest-neighbour x2, as four 2x2 convolutions of x itself: 4 taps a pixel and not 9.
 
     Each makes the pixels of one place in 2x2; two neighbours that show the same pixel of x share a tap, the sum of
-    theirs.
+    theirs. shape: of x, for bfloat16, in which ONNX Runtime's CUDA provider has no DepthToSpace.
     """
 
     def taps(w: str, axis: int, place: int) -> str:
@@ -87,7 +105,13 @@ def upsample_conv(g: Graph, x: str, weight: str, bias: str) -> str:
             pads = [1 - i, 1 - j, i, j]
             kernel = g.cast(taps(rows, 3, j), FLOAT, kind)
             parts.append(g.op("Conv", x, kernel, bias, kernel_shape=[2, 2], pads=pads))
-    return g.op("DepthToSpace", g.op("Concat", *parts, axis=1), blocksize=2, mode="DCR")
+    together = g.op("Concat", *parts, axis=1)
+    if shape is None:
+        return g.op("DepthToSpace", together, blocksize=2, mode="DCR")
+    c, (_, height, width) = g.shape(weight)[0], shape
+    places = g.op("Reshape", together, g.constant([0, 2, 2, c, height, width], INT64))
+    pixels = g.op("Transpose", places, perm=[0, 3, 4, 1, 5, 2])
+    return g.op("Reshape", pixels, g.constant([0, c, 2 * height, 2 * width], INT64))
 
 
 def unshuffle(g: Graph, x: str, patch: int, shape: Shape) -> str:

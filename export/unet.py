@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from cm_runtime.export import ops
-from cm_runtime.export.builder import FLOAT, Graph
+from cm_runtime.export.builder import BFLOAT, FLOAT, Graph
 from cm_runtime.export.embedding import Embedding
 from cm_runtime.export.ops import Shape
 from cm_runtime.networks.unet import AttentionBlock, Block, Downsample, GroupNorm, ResBlock, UNet, Upsample
@@ -100,7 +100,7 @@ class NetworkWriter:
             bias = g.cast(g.op("Add", g.cast(bias, self.kind, FLOAT), summand), FLOAT, self.kind)
             summand = None
         if isinstance(block.resample, Upsample):
-            h = self._upsample_conv(h, weight, bias)
+            h = self._upsample_conv(h, weight, bias, shape)
             x, shape = self._resample(block.resample, x, shape)
         else:
             if block.resample is not None:
@@ -129,8 +129,9 @@ class NetworkWriter:
         c, height, width = shape
         if isinstance(layer, Upsample):
             if layer.conv is not None:
-                return self._upsample_conv(h, *self.weights(layer.conv)), (c, 2 * height, 2 * width)
-            return self._upsample(h), (c, 2 * height, 2 * width)
+                weight, bias = self.weights(layer.conv)
+                return self._upsample_conv(h, weight, bias, shape), (c, 2 * height, 2 * width)
+            return self._upsample(h, shape), (c, 2 * height, 2 * width)
         assert isinstance(layer, Downsample)
         h = self._conv(layer.op, h) if isinstance(layer.op, nn.Conv2d) else self._average(h)
         return h, (c, height // 2, width // 2)
@@ -180,11 +181,11 @@ class NetworkWriter:
         """The mean of each 2x2 pixels."""
         return self.g.op("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
 
-    def _upsample(self, x: str) -> str:
-        return ops.upsample(self.g, x)
+    def _upsample(self, x: str, shape: Shape) -> str:
+        return ops.repeat(self.g, x, shape) if self.kind == BFLOAT else ops.upsample(self.g, x)
 
-    def _upsample_conv(self, x: str, weight: str, bias: str) -> str:
-        return ops.upsample_conv(self.g, x, weight, bias)
+    def _upsample_conv(self, x: str, weight: str, bias: str, shape: Shape) -> str:
+        return ops.upsample_conv(self.g, x, weight, bias, *[shape] * (self.kind == BFLOAT))
 
 
 def _layers(several: nn.Module) -> list[Any]:

@@ -52,11 +52,11 @@ class CudaNetworkWriter(NetworkWriter):
     def _average(self, x: str) -> str:
         return self._enter(super()._average(self._leave(x)))
 
-    def _upsample(self, x: str) -> str:
+    def _upsample(self, x: str, shape: Shape) -> str:
         return ops.upsample(self.g, x, self.pixels)
 
-    def _upsample_conv(self, x: str, weight: str, bias: str) -> str:
-        return self._convolve(self._upsample(x), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    def _upsample_conv(self, x: str, weight: str, bias: str, shape: Shape) -> str:
+        return self._convolve(self._upsample(x, shape), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
 
     def _attention(self, block: AttentionBlock, x: str, shape: Shape) -> str:
         g, (c, height, width) = self.g, shape

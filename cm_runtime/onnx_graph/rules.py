@@ -279,6 +279,15 @@ def _resize(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
     return [Value(x.type, (n, *sides), is_static=x.is_static)]
 
 
+def _expand(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
+    """Pixels, of which each becomes 2x2: (N,C,H,1,W,1) -> (N,C,H,2,W,2)."""
+    x, shape = inputs
+    n, c, height, one, width, other = x.shape
+    _require(one == other == 1 and shape.numbers == (1, 1, 1, 2, 1, 2) and shape.shape == (6,))
+    _require(shape.type == INT64 and x.type in FLOATS)
+    return [Value(x.type, (n, c, height, 2, width, 2), is_static=x.is_static)]
+
+
 def _pool(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
     (x,) = inputs
     n, c, height, width = x.shape
@@ -301,6 +310,15 @@ def _normalisation(node: Node, inputs: list[Value], manifest: Manifest) -> list[
     _require(all(each.type == FLOAT and each.shape == (x.shape[1],) for each in weights))
     epsilon: float = node.attributes["epsilon"].value
     _require(0 <= epsilon < 1)
+    return [Value(x.type, x.shape, is_static=x.is_static)]
+
+
+def _layer_normalisation(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
+    """Normalisation of the last axis, by weights along it."""
+    x, scale = inputs
+    _require(x.type == scale.type == FLOAT and len(x.shape) == 3 and scale.shape == x.shape[2:] and scale.is_static)
+    epsilon: float = node.attributes["epsilon"].value
+    _require(x.shape[2] > 0 and _number(node, "axis") == -1 and 0 <= epsilon < 1)
     return [Value(x.type, x.shape, is_static=x.is_static)]
 
 
@@ -368,9 +386,11 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "Unsqueeze"): _rule(_unsqueeze, 2),
     ("", "Pad"): _rule(_pad, 2),
     ("", "Resize"): _rule(_resize, 3, mode=A_STRING, coordinate_transformation_mode=A_STRING, nearest_mode=A_STRING),
+    ("", "Expand"): _rule(_expand, 2),
     ("", "AveragePool"): _rule(_pool, 1, kernel_shape=INTS, strides=INTS),
     ("", "DepthToSpace"): _rule(_depth_to_space, 1, blocksize=AN_INT, mode=A_STRING),
     ("", "InstanceNormalization"): _rule(_normalisation, 3, epsilon=A_FLOAT),
+    ("", "LayerNormalization"): _rule(_layer_normalisation, 2, axis=AN_INT, epsilon=A_FLOAT),
     ("", "BatchNormalization"): _rule(_normalisation, 5, epsilon=A_FLOAT),
     ("", "ReduceSum"): _rule(_reduce, 2, keepdims=AN_INT),
     (CONTRIB, "NhwcConv"): _rule(_nhwc_conv, 3, kernel_shape=INTS, optional={"strides": INTS, "pads": INTS}),
