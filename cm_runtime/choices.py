@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 BackendName = Literal["auto", "ort", "openvino", "torch", "torch.compile", "tensorrt", "tensorrt-rtx"]
-ComputePrecision = Literal["auto", "fp32", "bf16", "fp16"]
+ComputePrecision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Form = Literal["boundary", "edm", "piecewise"]
 GraphKind = Literal["denoiser", "sampler", "network"]
 Precision = Literal["fp32", "fp16", "bf16"]

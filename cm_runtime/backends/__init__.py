@@ -42,7 +42,7 @@ def load(
         device: auto (a GPU where the engine can use one, else the CPU), cpu or cuda:N.
         threads: of the engine; 0 is one per core.
         precision: what an engine computes in that can choose; auto is the file's own, and on a CPU fp32 where that is
-            fp16.
+            fp16. tf32, of GPUs alone, is fp32 with products of 10 bits; fp32 never is.
         micro_batch: how many images the engine will see at once, for auto to measure; unknown by default.
         trust: lets a graph that cm-runtime export did not write run on every engine; without, ONNX Runtime alone runs
             it.
@@ -110,7 +110,7 @@ def precisions() -> dict[str, str]:
     """The precisions that each installed engine computes in on this machine, in words."""
     words = {}
     if has("onnxruntime"):
-        words["ort"] = "the file's (fp32, fp16)"
+        words["ort"] = "the file's (fp32, fp16)" + (", on a GPU bf16 too, and tf32 of fp32" if has_cuda() else "")
     if has("openvino"):
         words["openvino"] = "fp32, bf16" if has_bf16() else "fp32"
     if has("torch"):
@@ -130,6 +130,8 @@ def _open_engine(path: Path, options: EngineOptions) -> Backend:
     from cm_runtime.backends.tensorrt import TensorRtBackend
 
     engine = TensorRtBackend(path, options=options)
+    if options.precision == "tf32":
+        raise RequestError(f"{path}: engines are built without tf32; float32 is float32 in them")
     if options.precision not in ("auto", engine.precision):
         raise RequestError(f"{path} was built in {engine.precision}; {options.precision} takes another engine")
     return engine

@@ -25,13 +25,14 @@ PACKAGES = {"ort": "onnxruntime", "openvino": "openvino"}
 def candidates(manifest: Manifest, device: str, precision: str) -> tuple[str, ...]:
     """The installed engines that can run a graph on ``device`` in ``precision``; the first where none is measured.
 
-    ONNX Runtime computes in the file's own types, and its CPU has no convolution in bf16; OpenVINO has the CPU alone,
-    and there fp32 and bf16, whatever the types.
+    ONNX Runtime computes in the file's own types, on a GPU those of fp32 in tf32 too, and its CPU has no convolution in
+    bf16; OpenVINO has the CPU alone, and there fp32 and bf16, whatever the types.
     """
     if manifest.target == "cuda" and device == "cpu":
         return ()
     names = []
-    if precision in ("auto", manifest.precision) and not (device == "cpu" and manifest.precision == "bf16"):
+    own = {"auto", manifest.precision} | ({"tf32"} if device != "cpu" and manifest.precision == "fp32" else set())
+    if precision in own and not (device == "cpu" and manifest.precision == "bf16"):
         names.append("ort")
     if device == "cpu" and precision in ("auto", "fp32", "bf16"):
         names.append("openvino")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cm_runtime.choices import BackendName, ComputePrecision, Precision
+from cm_runtime.choices import BackendName, ComputePrecision
 from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.manifest import OUTPUTS, Manifest
@@ -32,7 +32,8 @@ class EngineOptions:
     Args:
         backend: the engine; auto takes the fastest installed one for an ``.onnx``, and eager torch for a checkpoint.
         device: auto (a GPU where the engine can use one, else the CPU), cpu or cuda:N.
-        precision: of the computation, for engines that can choose; auto is the file's own.
+        precision: of the computation, for engines that can choose; auto is the file's own. fp32 is IEEE's on every
+            engine; tf32, of GPUs alone, rounds what convolutions and products multiply to 10 bits.
         threads: of the engine; 0 is one per core.
 
     Raises:
@@ -51,7 +52,7 @@ class EngineOptions:
         if self.backend not in get_args(BackendName):
             raise RequestError(f"backend must be one of {', '.join(get_args(BackendName))}, not {self.backend!r}")
         if self.precision not in get_args(ComputePrecision):
-            raise RequestError(f"precision must be auto, fp32, bf16 or fp16, not {self.precision!r}")
+            raise RequestError(f"precision must be auto, fp32, tf32, bf16 or fp16, not {self.precision!r}")
         if not isinstance(self.device, str):
             raise RequestError(f"device must be auto, cpu or cuda:N, not {self.device!r}")
         if not 0 <= whole_number("threads", self.threads) <= MAX_THREADS:
@@ -82,7 +83,7 @@ class Backend(ABC):
     name: str
     manifest: Manifest
     device: str
-    precision: Precision
+    precision: ComputePrecision
     version: str
     outputs: tuple[str, ...]
     source: str = "model"

@@ -55,7 +55,7 @@ class OpenVinoBackend(Backend):
     Raises:
         ArtifactError: The file is no export, or damaged.
         EngineError: bf16 on a processor without it; the engine never falls back.
-        RequestError: Another device than the CPU, or fp16.
+        RequestError: Another device than the CPU, or fp16 or tf32.
     """
 
     name = "openvino"
@@ -67,8 +67,8 @@ class OpenVinoBackend(Backend):
         options: EngineOptions = ON_CPU,
         verdict: Verdict | None = None,
     ) -> None:
-        if options.precision == "fp16":
-            raise RequestError("OpenVINO's CPU computes in fp32 or bf16, not in fp16")
+        if options.precision in ("fp16", "tf32"):
+            raise RequestError(f"OpenVINO's CPU computes in fp32 or bf16, not in {options.precision}")
         ov = package()
         if options.device not in ("cpu", "auto"):
             raise RequestError(f"OpenVINO runs on the CPU here, not on {options.device}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import logging
 import os
 import threading
@@ -28,7 +27,7 @@ from cm_runtime.backends.base import (
     read_outputs,
     require_target,
 )
-from cm_runtime.choices import GraphKind
+from cm_runtime.choices import ComputePrecision, GraphKind
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Evaluate
 from cm_runtime.cuda.sampler import CUDA, OnDevice, device_index, open_device
@@ -39,12 +38,17 @@ from cm_runtime.files import streams
 from cm_runtime.kernels.launches import Images
 from cm_runtime.manifest import Manifest, read_manifest
 from cm_runtime.onnx_graph import Verdict
+from cm_runtime.onnx_graph.graph import BFLOAT, BOOL, FLOAT, HALF, INT64, UINT8
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array, Batch
 from cm_runtime.subprocesses import engine_threads
 
 LOG = logging.getLogger("cm_runtime")
+# ONNX's numbers by the names of types: NumPy has no bfloat16.
+TYPES = {"float32": FLOAT, "uint8": UINT8, "int64": INT64, "bool": BOOL, "float16": HALF, "bfloat16": BFLOAT}
 MOST_BOUND = 4  # batch sizes whose memory is kept
+MOST_GRAPHS = 64  # CUDA graphs of a session, which lets none of them go
+WITHOUT_GRAPH = "-1"  # as the number of a run's graph
 NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a session some of whose nodes are not on the GPU
 
 
@@ -64,13 +68,13 @@ class OrtBackend(Backend):
     Args:
         model: a path, or the file's bytes with their ``manifest``.
         manifest: the file's, if it was read before.
-        options: device cpu or cuda:N; precision auto, or the file's.
+        options: device cpu or cuda:N; precision auto, or the file's, or on a GPU tf32 for a file in fp32.
         verdict: of `onnx_graph.check`, if the file was checked before.
 
     Raises:
         ArtifactError: The file is no export, or damaged, or its data file is missing or too short.
         EngineError: ONNX Runtime cannot load it, or the device is not there; it never falls back to another.
-        RequestError: Another precision than the file's.
+        RequestError: Another precision than the file's, or tf32 on a CPU.
     """
 
     name = "ort"
@@ -88,13 +92,19 @@ class OrtBackend(Backend):
         self.manifest = manifest or read_manifest(where)
         self.device = options.device
         require_target(self.manifest, where, self.device)
-        self.precision = self.manifest.precision
-        if options.precision not in ("auto", self.precision):
+        self.precision: ComputePrecision = self.manifest.precision
+        if options.precision == "tf32":
+            if self.device == "cpu":
+                raise RequestError("tf32 is a precision of GPUs; on the CPU take fp32")
+            if self.precision != "fp32":
+                raise RequestError(f"tf32 is of files in fp32, and this one is in {self.precision}")
+            self.precision = "tf32"
+        elif options.precision not in ("auto", self.precision):
             raise RequestError(
                 f"ONNX Runtime computes in the types of the file, {self.precision}; for {options.precision} export with"
                 f" --precision {options.precision}, or take --backend openvino"
             )
-        self._graphs = itertools.count(1)
+        self._graphs = GraphNumbers()
         self._lock = threading.Lock()  # of the memory that evaluations are bound to
         self.version = f"onnxruntime {ort.__version__}"
         if self.device != "cpu":
@@ -145,7 +155,7 @@ class OrtBackend(Backend):
     def bind(self, device: Device, count: int) -> Evaluate:
         """Evaluations bound to addresses; those of each step are a binding, and a CUDA graph, of their own."""
         tensors = interface(self.manifest, count, self.outputs)
-        return AddressBinding(self._session, tensors, self.device, self._graphs.__next__).evaluate
+        return AddressBinding(self._session, tensors, self.device, self._graphs).evaluate
 
     def capture(self, device: Device, body: Callable[[], Any]) -> None:
         """None: ONNX Runtime captures its own runs, each as a graph, and cannot be captured from outside."""
@@ -157,20 +167,40 @@ class OrtBackend(Backend):
         if key not in self._bound:
             if len(self._bound) == MOST_BOUND:
                 self._bound.popitem(last=False)
-            self._bound[key] = MemoryBinding(self._session, feed, self.outputs, self.device, next(self._graphs))
+            self._bound[key] = MemoryBinding(self._session, feed, self.outputs, self.device, self._graphs)
         self._bound.move_to_end(key)
         return self._bound[key]
+
+
+class GraphNumbers:
+    """Numbers that a session captures runs under, at most `MOST_GRAPHS`: one for each set of addresses and batch.
+
+    Memory that is freed and taken again at the same place has its graph still. The provider captures for each thread
+    anew, and in a mode in which no other thread may take memory: so only the thread that loads the engine captures, and
+    what runs ahead of a training loop does not.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._numbers: dict[tuple[int, ...], str] = {}
+
+    def find(self, *key: int) -> str:
+        """The number for the next run with those addresses, or `WITHOUT_GRAPH`."""
+        if threading.get_ident() != self._thread:
+            return WITHOUT_GRAPH
+        if key not in self._numbers and len(self._numbers) < MOST_GRAPHS:
+            self._numbers[key] = str(len(self._numbers) + 1)
+        return self._numbers.get(key, WITHOUT_GRAPH)
 
 
 class MemoryBinding:
     """A session's inputs and outputs in memory of ``device`` whose addresses stay, as a CUDA graph needs them.
 
-    The first run makes the outputs' memory, the engine knowing their shapes best. number: of the graph that ONNX
-    Runtime captures for these addresses, where the session captures any.
+    The first run makes the outputs' memory, the engine knowing their shapes best.
     """
 
     def __init__(
-        self, session: Any, feed: Mapping[str, NDArray[Any]], outputs: Sequence[str], device: str, number: int
+        self, session: Any, feed: Mapping[str, NDArray[Any]], outputs: Sequence[str], device: str, graphs: GraphNumbers
     ) -> None:
         ort = require("onnxruntime", "the ONNX Runtime backend")
         kind, _, index = device.partition(":")
@@ -183,33 +213,31 @@ class MemoryBinding:
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, kind, int(index or 0))
-        options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", "-1")  # this once without a graph: its outputs' addresses are new
-        session.run_with_iobinding(binding, options)
+        session.run_with_iobinding(binding, run_options(WITHOUT_GRAPH))  # this once: its outputs' addresses are new
         self._outputs = binding.get_outputs()
         binding.clear_binding_outputs()
         for name, value in zip(outputs, self._outputs, strict=True):
             binding.bind_ortvalue_output(name, value)
-        self._binding, self._options = binding, ort.RunOptions()
-        self._options.add_run_config_entry("gpu_graph_id", str(number))
+        self._binding, self._graphs = binding, graphs
+        self._addresses = tuple(value.data_ptr() for value in (*self._inputs.values(), *self._outputs))
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """One run of inputs of the same shapes; the answers are in memory of their own."""
         for name, array in feed.items():
             self._inputs[name].update_inplace(array)
-        self._session.run_with_iobinding(self._binding, self._options)
+        self._session.run_with_iobinding(self._binding, run_options(self._graphs.find(*self._addresses)))
         return [np.array(value.numpy()) for value in self._outputs]
 
 
 class AddressBinding:
     """A session's runs from and to addresses of ``device``, put in the session's stream and not waited for."""
 
-    def __init__(self, session: Any, tensors: Interface, device: str, number: Callable[[], int]) -> None:
-        self._session, self._number = session, number
+    def __init__(self, session: Any, tensors: Interface, device: str, graphs: GraphNumbers) -> None:
+        self._session, self._graphs = session, graphs
         self._kind, _, index = device.partition(":")
         self._index = int(index or 0)
         self._interface = tensors
-        self._bindings: dict[tuple[int, ...], tuple[Any, Any]] = {}
+        self._bindings: dict[tuple[int, ...], Any] = {}
 
     def evaluate(self, addresses: Mapping[str, int]) -> None:
         """See `cuda.engine.Evaluate`."""
@@ -217,21 +245,27 @@ class AddressBinding:
         key = tuple(addresses[name] for name in names)
         if key not in self._bindings:
             self._bindings[key] = self._bind(addresses)
+        options = run_options(self._graphs.find(*key))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         try:
-            self._session.run_with_iobinding(*self._bindings[key])
+            self._session.run_with_iobinding(self._bindings[key], options)
         except Exception as error:
             raise _wrap(error) from error
 
-    def _bind(self, addresses: Mapping[str, int]) -> tuple[Any, Any]:
+    def _bind(self, addresses: Mapping[str, int]) -> Any:
         binding = self._session.io_binding()
         for name, (dtype, shape) in self._interface.inputs.items():
-            binding.bind_input(name, self._kind, self._index, np.dtype(dtype), shape, addresses[name])
+            binding.bind_input(name, self._kind, self._index, TYPES[dtype], shape, addresses[name])
         for name, (dtype, shape) in self._interface.outputs.items():
-            binding.bind_output(name, self._kind, self._index, np.dtype(dtype), shape, addresses[name])
-        options = require("onnxruntime", "the ONNX Runtime backend").RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(self._number()))
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return binding, options
+            binding.bind_output(name, self._kind, self._index, TYPES[dtype], shape, addresses[name])
+        return binding
+
+
+def run_options(graph: str) -> Any:
+    """The options of a run under that number of a CUDA graph."""
+    options = require("onnxruntime", "the ONNX Runtime backend").RunOptions()
+    options.add_run_config_entry("gpu_graph_id", graph)
+    return options
 
 
 def _wrap(error: Exception) -> EngineError:
@@ -258,7 +292,7 @@ def open_session(
     settings.intra_op_num_threads = engine_threads(options.threads)
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file begins with
     settings.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
-    provider = _provider(ort, device, stream)
+    provider = _provider(device, stream, is_tf32=options.precision == "tf32")
     missing = _preload(ort) if device != "cpu" else ""
     source = model if isinstance(model, bytes) else where
     if weights := external_data.map_link(data):
@@ -311,10 +345,10 @@ def _preload(ort: Any) -> str:
     return next(iter(lines.getvalue().splitlines()), "")
 
 
-def _provider(ort: Any, device: str, stream: int) -> Any:
+def _provider(device: str, stream: int, *, is_tf32: bool) -> Any:
     if device == "cpu":
         return "CPUExecutionProvider"
     stream_option = {"user_compute_stream": str(stream)} if stream else {}
     # TF32, ONNX Runtime's default, has ten bits of a float32's 23, and moves images by more than rounding does.
-    config = {"enable_cuda_graph": "1", "use_tf32": "0"}
+    config = {"enable_cuda_graph": "1", "use_tf32": "1" if is_tf32 else "0"}
     return "CUDAExecutionProvider", {"device_id": str(device_index(device)), **config, **stream_option}

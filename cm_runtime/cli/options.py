@@ -161,7 +161,10 @@ class EngineFlags:
     device: Device = "auto"
     precision: Annotated[
         ComputePrecision,
-        typer.Option(help="What OpenVINO or torch computes in; auto: as the file. fp32: to one grey level."),
+        typer.Option(
+            help="What the engine computes in; auto: as the file. fp32 is IEEE's, to one grey level; tf32, of GPUs, has"
+            " products of 10 bits."
+        ),
     ] = "auto"
     threads: Threads = None
 

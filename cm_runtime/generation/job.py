@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cm_runtime import __version__, sampling
 from cm_runtime.backends.base import Backend
-from cm_runtime.choices import BackendName, Precision, ShardKind
+from cm_runtime.choices import BackendName, ShardKind
 from cm_runtime.errors import DataError, EngineError, OutOfMemoryError, OutputError, RequestError, data_error
 from cm_runtime.errors.reasons import output_errors
 from cm_runtime.errors.wording import quantity
@@ -68,7 +68,7 @@ class Job(Record):
     micro_batch: int = Field(ge=1)
     backend: BackendName
     device: Literal["cpu", "cuda"]
-    precision: Precision
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
     threads: int
     versions: tuple[str, ...] = Field(description="of the packages that compute or write")
 

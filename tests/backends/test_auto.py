@@ -432,6 +432,9 @@ def test_all_is_forgotten(asked: Question, opened: list[str]) -> None:
         ("bf16", "cuda:0", "auto", ("ort",)),
         ("fp32", "cuda:0", "auto", ("ort",)),
         ("fp32", "cuda:0", "bf16", ()),
+        ("fp32", "cuda:0", "tf32", ("ort",)),
+        ("fp16", "cuda:0", "tf32", ()),
+        ("fp32", "cpu", "tf32", ()),
     ],
 )
 def test_who_can_run_what(

@@ -89,7 +89,11 @@ def test_what_an_engine_cannot_compute_in_is_refused_by_what_can(boundary: expor
         cm.load(boundary.onnx, backend="ort", precision="bf16")
     with pytest.raises(RequestError, match="fp32 or bf16, not in fp16"):
         cm.load(boundary.onnx, backend="openvino", precision="fp16")
-    with pytest.raises(RequestError, match="precision must be auto, fp32, bf16 or fp16"):
+    with pytest.raises(RequestError, match="OpenVINO's CPU computes in fp32 or bf16, not in tf32"):
+        cm.load(boundary.onnx, backend="openvino", precision="tf32")
+    with pytest.raises(EngineError, match=r"no installed engine runs .* on cpu in tf32"):
+        cm.load(boundary.onnx, precision="tf32", device="cpu")
+    with pytest.raises(RequestError, match="precision must be auto, fp32, tf32, bf16 or fp16"):
         cm.load(boundary.onnx, precision="half")  # type: ignore[arg-type]
 
 

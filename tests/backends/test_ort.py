@@ -2,18 +2,21 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import exports
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from cm_runtime.backends import ort as ort_module
-from cm_runtime.backends.base import EngineOptions
-from cm_runtime.backends.ort import MemoryBinding, OrtBackend
+from cm_runtime.backends.base import EngineOptions, Interface
+from cm_runtime.backends.ort import AddressBinding, GraphNumbers, MemoryBinding, OrtBackend
 from cm_runtime.cuda import sampler
 from cm_runtime.errors import ArtifactError, CmRuntimeError, EngineError, RequestError
 
@@ -242,6 +245,19 @@ def test_a_damaged_data_file_is_one_line_that_names_it(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "line"),
+    [("fp32", "cpu", "of GPUs; on the CPU take fp32"), ("fp16", "cuda:0", "of files in fp32, and this one is in fp16")],
+)
+def test_tf32_is_no_precision_of_a_cpu_or_of_a_half(
+    boundary: exports.Files, precision: str, device: str, line: str
+) -> None:
+    path = boundary.exported(precision=precision) if precision == "fp16" else boundary.onnx
+    with pytest.raises(RequestError, match=line) as caught:
+        OrtBackend(path, options=EngineOptions(device=device, precision="tf32"))
+    assert "\n" not in str(caught.value)
+
+
 # A GPU's bound memory, on the CPU: the same calls, but for where the memory lies
 
 
@@ -249,7 +265,7 @@ def test_bound_inputs_and_outputs_compute_the_same(backend: OrtBackend) -> None:
     for n in (1, 3, 7):
         x, sigma, label = (np.random.default_rng(n).standard_normal((n, 3, 8, 8)), np.full(n, 2.0), np.arange(n) % 5)
         feed = {"x": x.astype(np.float32), "sigma": sigma.astype(np.float32), "label": label}
-        bound = MemoryBinding(backend._session, feed, ["denoised"], "cpu", 1)
+        bound = MemoryBinding(backend._session, feed, ["denoised"], "cpu", GraphNumbers())
         (first,) = bound.run(feed)
         assert np.array_equal(first, backend.evaluate(feed))
         other = feed | {"x": feed["x"] * np.float32(0.5)}
@@ -258,25 +274,104 @@ def test_bound_inputs_and_outputs_compute_the_same(backend: OrtBackend) -> None:
         assert np.array_equal(first, backend.evaluate(feed))  # the first answer is the caller's
 
 
-def test_memory_is_kept_for_a_few_batch_sizes_and_graphs_are_numbered_apart(
-    boundary: exports.Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_kept_for_a_few_batch_sizes(boundary: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = OrtBackend(boundary.onnx)
-    made: list[tuple[int, int]] = []
+    made: list[int] = []
 
     class Recorded:
-        def __init__(self, session: object, feed: Any, output: str, device: str, number: int) -> None:
-            made.append((len(feed["x"]), number))
+        def __init__(self, session: object, feed: Any, output: str, device: str, graphs: object) -> None:
+            made.append(len(feed["x"]))
 
     monkeypatch.setattr(ort_module, "MemoryBinding", Recorded)
     for n in (1, 2, 1, 3, 4, 1, 5, 2, 1):
         backend._bind_memory({"x": np.zeros((n, 3, 8, 8), np.float32)})
-    assert made == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (2, 6)]  # 2 was the longest unused when 5 came
+    assert made == [1, 2, 3, 4, 5, 2]  # 2 was the longest unused when 5 came
 
 
+class StandInBinding:
+    """`onnxruntime.IOBinding` of a session on a GPU, which is given addresses."""
+
+    def __init__(self) -> None:
+        self.ports: dict[str, tuple[str, int, int, tuple[int, ...], int]] = {}
+
+    def bind_input(self, name: str, kind: str, index: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
+        assert type(element_type) is int  # ONNX's number: NumPy, which has no bfloat16, is not asked
+        assert name not in self.ports
+        self.ports[name] = kind, index, element_type, shape, buffer_ptr
+
+    bind_output = bind_input
+
+
+class StandInSession:
+    """A session that captures as ONNX Runtime's documentation has it.
+
+    A number is captured at its first run, for its thread, with the addresses of that run, and kept for ever; a later
+    run of that number reads and writes those, whatever it is bound to. -1 is never captured.
+    """
+
+    def __init__(self) -> None:
+        self.captured: dict[tuple[int, str], Any] = {}
+        self.runs: list[str] = []
+
+    def io_binding(self) -> StandInBinding:
+        return StandInBinding()
+
+    def run_with_iobinding(self, binding: StandInBinding, options: Any) -> None:
+        number = options.get_run_config_entry("gpu_graph_id")
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        self.runs.append(number)
+        if number != "-1":
+            first = self.captured.setdefault((threading.get_ident(), number), binding.ports)
+            assert first == binding.ports, "the graph of that number reads and writes elsewhere"
+
+
+def tensors(n: int, kind: str = "float32") -> Interface:
+    return Interface({"x_in": (kind, (n, 3, 8, 8)), "c_noise": ("float32", (n,))}, {"F": ("float32", (n, 3, 8, 8))})
+
+
+def test_bfloat16_is_bound_by_its_number() -> None:
+    session = StandInSession()
+    run = AddressBinding(session, tensors(2, "bfloat16"), "cuda:1", GraphNumbers())
+    run.evaluate({"x_in": 256, "c_noise": 512, "F": 1024, "label": 0})
+    ((_, ports),) = session.captured.items()
+    assert ports["x_in"] == ("cuda", 1, onnx.TensorProto.BFLOAT16, (2, 3, 8, 8), 256)
+    assert ports["F"][2] == onnx.TensorProto.FLOAT
+
+
+def test_the_same_addresses_have_the_same_graph_and_graphs_are_bounded() -> None:
+    """However often memory is prepared anew: a session lets no graph go."""
+    session, graphs = StandInSession(), GraphNumbers()
+    for _ in range(3):
+        for n in (1, 3, 7):
+            again = AddressBinding(session, tensors(n), "cuda:0", graphs)
+            for k in range(2):
+                again.evaluate({"x_in": 256 * n, "c_noise": 4096 + 256 * k, "F": 8192})
+    assert session.runs == ["1", "2", "3", "4", "5", "6"] * 3
+    for place in range(255):
+        AddressBinding(session, tensors(1), "cuda:0", graphs).evaluate({"x_in": place, "c_noise": 1, "F": 2})
+    assert len(session.captured) == ort_module.MOST_GRAPHS
+    assert session.runs[-1] == "-1"
+
+
+def test_another_thread_captures_nothing() -> None:
+    """Its capture would fail what a training loop asks of the GPU meanwhile, and be captured for that thread anew."""
+    session = StandInSession()
+    run = AddressBinding(session, tensors(1), "cuda:0", GraphNumbers())
+    places = {"x_in": 256, "c_noise": 512, "F": 1024}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run.evaluate, places).result()
+    run.evaluate(places)
+    assert session.runs == ["-1", "1"]
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "tf32"])
 @pytest.mark.parametrize("captures", [True, False])
 def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
-    boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, captures: bool
+    boundary: exports.Files,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    captures: bool,
+    precision: Any,
 ) -> None:
     """With a session that stands in for the CUDA provider's, which no machine of ours has."""
     asked: list[str] = []
@@ -285,7 +380,7 @@ def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
         def __init__(self, source: object, options: object, providers: Any, enable_fallback: int) -> None:
             ((_, chosen),) = providers
             asked.append(chosen["enable_cuda_graph"])
-            assert chosen["use_tf32"] == "0"  # float32 is float32
+            assert chosen["use_tf32"] == ("1" if precision == "tf32" else "0")  # float32 is float32
             if not captures and chosen["enable_cuda_graph"] == "1":
                 raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
 
@@ -300,7 +395,8 @@ def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     monkeypatch.setattr(ort_module, "has_driver", lambda: True)
-    OrtBackend(path, options=EngineOptions(device="cuda:0"))
+    engine = OrtBackend(path, options=EngineOptions(device="cuda:0", precision=precision))
+    assert engine.precision == ("tf32" if precision == "tf32" else "fp32")
     assert asked == (["1"] if captures else ["1", "0"])
     said = [record.getMessage().partition(": ")[0] for record in caplog.records]
     assert said == ([] if captures else [f"{boundary.onnx} runs without a CUDA graph"])
