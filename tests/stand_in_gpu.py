@@ -352,6 +352,50 @@ class Context:
         return np.frombuffer(memory, dtype).reshape(shape)
 
 
+class OrtBinding:
+    """`onnxruntime.IOBinding` of a session on a GPU, which is given addresses."""
+
+    def __init__(self, session: OrtSession) -> None:
+        self.session = session
+        self.ports: dict[str, tuple[str, int, int, tuple[int, ...], int]] = {}
+
+    def bind_input(self, name: str, kind: str, index: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
+        assert type(element_type) is int, "ONNX's number: NumPy, which has no bfloat16, is not asked"
+        assert name in self.session.names
+        assert name not in self.ports
+        assert buffer_ptr
+        self.ports[name] = kind, index, element_type, tuple(shape), buffer_ptr
+
+    bind_output = bind_input
+
+
+class OrtSession:
+    """A session of ONNX Runtime's CUDA provider that captures as its documentation has it.
+
+    A number is captured at its first run, for its thread, with the addresses of that run, and kept for ever; a later
+    run of that number reads and writes those, whatever it is bound to. -1 is never captured. names: of the inputs and
+    outputs, which must all be bound.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self.captured: dict[tuple[int, str], Any] = {}
+        self.runs: list[str] = []
+
+    def io_binding(self) -> OrtBinding:
+        return OrtBinding(self)
+
+    def run_with_iobinding(self, binding: OrtBinding, options: Any) -> None:
+        assert binding.session is self
+        assert set(binding.ports) == set(self.names)
+        number = options.get_run_config_entry("gpu_graph_id")
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        self.runs.append(number)
+        if number != "-1":
+            first = self.captured.setdefault((threading.get_ident(), number), dict(binding.ports))
+            assert first == binding.ports, "the graph of that number reads and writes elsewhere"
+
+
 @contextmanager
 def installed(gpu: Gpu) -> Iterator[Gpu]:
     """While it lasts, the driver is the stand-in."""

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ class OrtBackend(Backend):
 
 
 class GraphNumbers:
-    """Numbers that a session captures runs under, at most `MOST_GRAPHS`: one for each set of addresses and batch.
+    """Numbers that a session captures runs under, at most `MOST_GRAPHS`: one for each set of addresses and shapes.
 
     Memory that is freed and taken again at the same place has its graph still. The provider captures for each thread
     anew, and in a mode in which no other thread may take memory: so only the thread that loads the engine captures, and
@@ -182,10 +182,10 @@ class GraphNumbers:
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
-        self._numbers: dict[tuple[int, ...], str] = {}
+        self._numbers: dict[Hashable, str] = {}
 
-    def find(self, *key: int) -> str:
-        """The number for the next run with those addresses, or `WITHOUT_GRAPH`."""
+    def find(self, key: Hashable) -> str:
+        """The number for the next run with those addresses and shapes, or `WITHOUT_GRAPH`."""
         if threading.get_ident() != self._thread:
             return WITHOUT_GRAPH
         if key not in self._numbers and len(self._numbers) < MOST_GRAPHS:
@@ -219,13 +219,14 @@ class MemoryBinding:
         for name, value in zip(outputs, self._outputs, strict=True):
             binding.bind_ortvalue_output(name, value)
         self._binding, self._graphs = binding, graphs
-        self._addresses = tuple(value.data_ptr() for value in (*self._inputs.values(), *self._outputs))
+        values = *self._inputs.values(), *self._outputs
+        self._place = tuple((value.data_ptr(), *value.shape()) for value in values)
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """One run of inputs of the same shapes; the answers are in memory of their own."""
         for name, array in feed.items():
             self._inputs[name].update_inplace(array)
-        self._session.run_with_iobinding(self._binding, run_options(self._graphs.find(*self._addresses)))
+        self._session.run_with_iobinding(self._binding, run_options(self._graphs.find(self._place)))
         return [np.array(value.numpy()) for value in self._outputs]
 
 
@@ -237,6 +238,7 @@ class AddressBinding:
         self._kind, _, index = device.partition(":")
         self._index = int(index or 0)
         self._interface = tensors
+        self._shapes = tuple(shape for _, shape in tensors.inputs.values())
         self._bindings: dict[tuple[int, ...], Any] = {}
 
     def evaluate(self, addresses: Mapping[str, int]) -> None:
@@ -245,7 +247,7 @@ class AddressBinding:
         key = tuple(addresses[name] for name in names)
         if key not in self._bindings:
             self._bindings[key] = self._bind(addresses)
-        options = run_options(self._graphs.find(*key))
+        options = run_options(self._graphs.find((key, self._shapes)))
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         try:
             self._session.run_with_iobinding(self._bindings[key], options)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from stand_in_gpu import OrtSession
 
 from cm_runtime.backends import ort as ort_module
 from cm_runtime.backends.base import EngineOptions, Interface
@@ -288,49 +288,12 @@ def test_memory_is_kept_for_a_few_batch_sizes(boundary: exports.Files, monkeypat
     assert made == [1, 2, 3, 4, 5, 2]  # 2 was the longest unused when 5 came
 
 
-class StandInBinding:
-    """`onnxruntime.IOBinding` of a session on a GPU, which is given addresses."""
-
-    def __init__(self) -> None:
-        self.ports: dict[str, tuple[str, int, int, tuple[int, ...], int]] = {}
-
-    def bind_input(self, name: str, kind: str, index: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
-        assert type(element_type) is int  # ONNX's number: NumPy, which has no bfloat16, is not asked
-        assert name not in self.ports
-        self.ports[name] = kind, index, element_type, shape, buffer_ptr
-
-    bind_output = bind_input
-
-
-class StandInSession:
-    """A session that captures as ONNX Runtime's documentation has it.
-
-    A number is captured at its first run, for its thread, with the addresses of that run, and kept for ever; a later
-    run of that number reads and writes those, whatever it is bound to. -1 is never captured.
-    """
-
-    def __init__(self) -> None:
-        self.captured: dict[tuple[int, str], Any] = {}
-        self.runs: list[str] = []
-
-    def io_binding(self) -> StandInBinding:
-        return StandInBinding()
-
-    def run_with_iobinding(self, binding: StandInBinding, options: Any) -> None:
-        number = options.get_run_config_entry("gpu_graph_id")
-        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
-        self.runs.append(number)
-        if number != "-1":
-            first = self.captured.setdefault((threading.get_ident(), number), binding.ports)
-            assert first == binding.ports, "the graph of that number reads and writes elsewhere"
-
-
 def tensors(n: int, kind: str = "float32") -> Interface:
     return Interface({"x_in": (kind, (n, 3, 8, 8)), "c_noise": ("float32", (n,))}, {"F": ("float32", (n, 3, 8, 8))})
 
 
 def test_bfloat16_is_bound_by_its_number() -> None:
-    session = StandInSession()
+    session = OrtSession("x_in", "c_noise", "F")
     run = AddressBinding(session, tensors(2, "bfloat16"), "cuda:1", GraphNumbers())
     run.evaluate({"x_in": 256, "c_noise": 512, "F": 1024, "label": 0})
     ((_, ports),) = session.captured.items()
@@ -340,14 +303,17 @@ def test_bfloat16_is_bound_by_its_number() -> None:
 
 def test_the_same_addresses_have_the_same_graph_and_graphs_are_bounded() -> None:
     """However often memory is prepared anew: a session lets no graph go."""
-    session, graphs = StandInSession(), GraphNumbers()
+    session, graphs = OrtSession("x_in", "c_noise", "F"), GraphNumbers()
     for _ in range(3):
         for n in (1, 3, 7):
             again = AddressBinding(session, tensors(n), "cuda:0", graphs)
             for k in range(2):
                 again.evaluate({"x_in": 256 * n, "c_noise": 4096 + 256 * k, "F": 8192})
     assert session.runs == ["1", "2", "3", "4", "5", "6"] * 3
-    for place in range(255):
+    same = {"x_in": 256, "c_noise": 4096, "F": 8192}  # as those of n = 1
+    AddressBinding(session, tensors(255), "cuda:0", graphs).evaluate(same)
+    assert session.runs[-1] == "7"
+    for place in range(1, 256):
         AddressBinding(session, tensors(1), "cuda:0", graphs).evaluate({"x_in": place, "c_noise": 1, "F": 2})
     assert len(session.captured) == ort_module.MOST_GRAPHS
     assert session.runs[-1] == "-1"
@@ -355,7 +321,7 @@ def test_the_same_addresses_have_the_same_graph_and_graphs_are_bounded() -> None
 
 def test_another_thread_captures_nothing() -> None:
     """Its capture would fail what a training loop asks of the GPU meanwhile, and be captured for that thread anew."""
-    session = StandInSession()
+    session = OrtSession("x_in", "c_noise", "F")
     run = AddressBinding(session, tensors(1), "cuda:0", GraphNumbers())
     places = {"x_in": 256, "c_noise": 512, "F": 1024}
     with ThreadPoolExecutor(1) as pool:
