@@ -65,30 +65,32 @@ class Models:
     """The models of a run, made ready in the folder ``work``, and their reference images."""
 
     work: Path
-    _models: dict[tuple[str, bool, bool], Model] = field(default_factory=dict)
+    _models: dict[tuple[str, bool, str, bool], Model] = field(default_factory=dict)
     _references: dict[tuple[Path, tuple[float, ...]], Any] = field(default_factory=dict)
 
     def model(self, scenario: Scenario, threads: int, build: Build, is_base: bool = False) -> Model:
         """The scenario's model, exported by ``build`` where it is a checkpoint that ONNX Runtime is to run."""
-        key = scenario.model, scenario.is_for_torch, is_base
+        key = scenario.model, scenario.is_for_torch, scenario.file_precision, is_base
         if key not in self._models:
             source = build.model if is_base and build.model else _source(scenario.model, threads)
             if not streams.exists(source):
                 raise ArtifactError(f"{source}: no such model")
             name = str(source) if is_base and build.model else scenario.model
-            self._models[key] = self._ready(name, source, scenario.is_for_torch, threads, build)
+            self._models[key] = self._ready(name, source, scenario, threads, build)
         return self._models[key]
 
-    def _ready(self, name: str, source: Path, is_for_torch: bool, threads: int, build: Build) -> Model:
-        if backends.is_checkpoint(source) and is_for_torch:
+    def _ready(self, name: str, source: Path, scenario: Scenario, threads: int, build: Build) -> Model:
+        if backends.is_checkpoint(source) and scenario.is_for_torch:
             with Process(threads) as worker:
                 manifest = worker.ask("manifest", checkpoint=str(source.absolute()))["manifest"]
             return Model(name, source, source, _sha256(source), parse_manifest(manifest, source))
         path, export_s = source, None
         if backends.is_checkpoint(source):
             path = self.work / f"model-{len(self._models)}.onnx"
+            how = {"precision": scenario.file_precision} if scenario.file_precision != "fp32" else {}
             with Process(threads, build.root) as worker:
-                export_s = worker.ask("export", checkpoint=str(source.absolute()), target=str(path))["export_s"]
+                answer = worker.ask("export", checkpoint=str(source.absolute()), target=str(path), **how)
+            export_s = answer["export_s"]
         manifest = read_manifest(path)
         return Model(name, path, source, atomic.sha256(path), manifest, export_s, _gflop(path, threads))
 
@@ -97,7 +99,8 @@ class Models:
         key = model.source, spec.sigmas
         if key not in self._references:
             images = self.work / "reference.npy"
-            torch = {"peer": "torch", "path": str(model.source.absolute()), "device": "cpu", "batch": REFERENCE_IMAGES}
+            torch: dict[str, Any] = {"peer": "torch", "path": str(model.source.absolute()), "batch": REFERENCE_IMAGES}
+            torch |= {"device": "cpu", "precision": "fp32"}
             try:
                 with Process(spec.threads) as worker:
                     worker.ask("load", spec=vars(spec) | torch)

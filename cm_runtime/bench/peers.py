@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from cm_runtime.backends import openvino
 from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.ort import open_session
 from cm_runtime.bench.scenario import PEERS, Peer
+from cm_runtime.choices import ComputePrecision
 from cm_runtime.errors import CheckpointError, EngineError, RequestError
 from cm_runtime.errors.reasons import compiler_reason
 from cm_runtime.extras import require
@@ -50,11 +51,19 @@ class Drawer:
         return self.draw(z, sigmas, label)
 
 
-def peer(name: Peer, checkpoint: Checkpoint | Path, work: Path, threads: int = 0, device: str = "cpu") -> Drawer:
+def peer(
+    name: Peer,
+    checkpoint: Checkpoint | Path,
+    work: Path,
+    threads: int = 0,
+    device: str = "cpu",
+    precision: ComputePrecision = "auto",
+) -> Drawer:
     """The peer of that name with the weights of a checkpoint, or of a path to one or to an exported file.
 
     work: where what it loads is written, and removed again; threads: 0 leaves them to the peer, others are the whole
-    process's; device: auto, cpu or cuda:N. torch.compile compiles when it first draws a batch of some size. Raises
+    process's; device: auto, cpu or cuda:N; precision: auto is fp32, IEEE's; half precisions are torch.autocast's, and
+    plain exports have fp32 alone. torch.compile compiles when it first draws a batch of some size. Raises
     RequestError with the reason where a peer cannot express the model, EngineError where it cannot run it, here or in
     drawing, and MissingExtraError.
     """
@@ -73,14 +82,35 @@ def peer(name: Peer, checkpoint: Checkpoint | Path, work: Path, threads: int = 0
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=work) as folder:
         if name == "diffusers":
-            return _diffusers(source, Path(folder), str(where))
+            return _compute_in(precision, where, _diffusers(source, Path(folder), str(where)))
         if name in ("torch", "torch.compile"):
-            return _torch(source, where, is_compiled=name == "torch.compile")
+            return _compute_in(precision, where, _torch(source, where, is_compiled=name == "torch.compile"))
+        if precision not in ("auto", "fp32"):
+            raise RequestError(f"the peer {name}, a plain export, computes in fp32, not in {precision}")
         from cm_runtime.export.torch_exporter import plain
 
         path = Path(folder) / "model.onnx"
         plain(source, path)
         return (_onnx if name == "onnx" else _openvino)(source, path, str(where), threads)
+
+
+def _compute_in(precision: ComputePrecision, device: torch.device, drawer: Drawer) -> Drawer:
+    """``drawer`` with torch's settings for that precision; without them a GPU's fp32 would be TF32."""
+    import torch
+
+    from cm_runtime.backends.torch import ieee
+
+    if precision == "tf32" and device.type == "cpu":
+        raise RequestError("tf32 is a precision of GPUs; on the CPU take fp32")
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+
+    def draw(z: Array, sigmas: Sequence[float], label: Label) -> Array:
+        if precision == "tf32":  # convolutions are in it by default
+            torch.set_float32_matmul_precision("high")
+        with nullcontext() if precision == "tf32" else ieee(), torch.autocast(device.type, half, enabled=bool(half)):
+            return drawer.draw(z, sigmas, label)
+
+    return replace(drawer, draw=draw)
 
 
 NEEDED: dict[Peer, tuple[str, ...]] = {

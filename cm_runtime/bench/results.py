@@ -148,6 +148,7 @@ class ScenarioResult(Record):
     backend: Backend = Field(description="as asked for")
     engine: str = Field("", description="what that was: onnxruntime 1.32.0")
     device: str
+    precision: str = Field("auto", max_length=8, description="as asked for, of every contender")
     threads: Whole = Field(ge=1, description="given to the engine")
     status: Literal["measured", "failed"]
     reason: str = ""

@@ -26,7 +26,8 @@ from cm_runtime.bench.worker_process import Process, WorkerError
 from cm_runtime.sampling import to_uint8
 
 AGREEMENT = 1e-3  # largest difference of a pixel in [-1, 1] before quantisation
-GREY = 1.001 * 2 / 255  # and after it
+GREY = 1.001 * 2 / 255  # and after it, or in tf32
+LEAST_PSNR = 40.0  # dB on [-1, 1] data, in half precision
 BLOCK_S = 0.25
 SETTLE_S = 0.02  # before a block, for the threads of the contender before it to stop spinning
 STABLE = 0.05
@@ -105,7 +106,7 @@ def _start(side: Side, work: Path, stack: ExitStack) -> None:
 def _compare(side: Side, reference: Any, against: str, is_quantised: bool = False, is_allowed: bool = False) -> None:
     """Leave out a side whose images differ from the reference by more than rounding does, unless that is allowed.
 
-    Where either draws bytes they are held to one grey level.
+    Where either draws bytes, and in tf32, they are held to one grey level, in half precision to 40 dB.
     """
     if side.images.shape[1:] != reference.shape[1:]:
         side.error = WorkerError(f"its images are {side.images.shape[1:]}, those of {against} {reference.shape[1:]}")
@@ -113,7 +114,12 @@ def _compare(side: Side, reference: Any, against: str, is_quantised: bool = Fals
     n = min(len(reference), len(side.images))
     difference = float(np.abs(side.images[:n] - reference[:n]).max())
     levels = np.abs(_grey_levels(side.images[:n]) - _grey_levels(reference[:n])).max()
-    differs = not difference <= (GREY if side.is_quantised or is_quantised else AGREEMENT)
+    if side.spec.precision in ("fp16", "bf16"):
+        mean = float(np.mean(np.square(side.images[:n].astype(np.float64) - reference[:n])))
+        differs = not mean <= 4 * 10 ** (-LEAST_PSNR / 10)
+    else:
+        is_coarse = side.is_quantised or is_quantised or side.spec.precision == "tf32"
+        differs = not difference <= (GREY if is_coarse else AGREEMENT)
     side.agreement = Agreement(
         against=against, max_abs=difference, grey_levels=int(levels), is_allowed=differs and is_allowed
     )

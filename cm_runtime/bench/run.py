@@ -107,7 +107,9 @@ def _place(scenario: Scenario) -> tuple[int, str]:
 def _measure_scenario(scenario: Scenario, session: Session, rates: Peaks, number: int) -> ScenarioResult:
     """The scenario's contenders, or why there are none. rates: the peaks of its threads and device."""
     threads, device = _place(scenario)
-    settings = scenario.model_dump(include={"model", "kind", "steps", "batch", "rate", "bound_ms", "backend"})
+    settings = scenario.model_dump(
+        include={"model", "kind", "steps", "batch", "rate", "bound_ms", "backend", "precision"}
+    )
     common: dict[str, Any] = {"name": scenario.name, **settings, "device": device, "threads": threads, "sigmas": ()}
 
     def tell(share: float, activity: str) -> None:
@@ -157,6 +159,7 @@ def _sides(scenario: Scenario, session: Session, model: Model, sigmas: Sequence[
         num_classes=model.manifest.num_classes,
         work=str(session.work),
         root=str(build.root),
+        precision=scenario.precision,
     )
     sides = [Side(SUBJECT, "subject", spec, build.root, build.commit, model.sha256)]
     if base:

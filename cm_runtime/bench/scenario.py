@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from cm_runtime.choices import ComputePrecision, Precision
 from cm_runtime.errors import ConfigError
 from cm_runtime.errors.wording import quantity
 from cm_runtime.files import streams, toml
@@ -70,6 +71,7 @@ class Scenario(Record):
     batch: int = Field(1, ge=1, le=1 << 16)
     backend: Backend = "auto"
     device: str = "auto"
+    precision: ComputePrecision = Field("auto", description="of every contender; auto: as the file, and peers in fp32")
     threads: int = Field(0, ge=0, le=1024, description="0: one per core")
     rate: float | None = Field(None, gt=0, le=1e6, description="requests a second, server only")
     bound_ms: float | None = Field(None, gt=0, le=1e9, description="of the 99th percentile of latency, server only")
@@ -91,6 +93,11 @@ class Scenario(Record):
         return self.backend in ("torch", "torch.compile")
 
     @property
+    def file_precision(self) -> Precision:
+        """Types of the file that a checkpoint is exported to, which are what ONNX Runtime computes in."""
+        return self.precision if self.precision in ("fp16", "bf16") and self.backend in ("auto", "ort") else "fp32"
+
+    @property
     def name(self) -> str:
         """The key that two runs are matched by: "default single-stream 2x8" is 2 steps, batch 8; see `title`."""
         words = [Path(self.model).name, self.kind, f"{self.steps}x{self.batch}"]
@@ -98,6 +105,7 @@ class Scenario(Record):
             words.append(f"{self.rate:g}/s")
         words += [self.backend] * (self.backend != "auto")
         words += [self.device] * (self.device != "auto")
+        words += [self.precision] * (self.precision != "auto")
         words += [f"{self.threads} threads"] * (self.threads > 0)
         return " ".join(words)
 
@@ -120,6 +128,7 @@ class Group(Record):
     batches: tuple[int, ...] = (1,)
     backends: tuple[Backend, ...] = ("auto",)
     devices: tuple[str, ...] = ("auto",)
+    precisions: tuple[ComputePrecision, ...] = ("auto",)
     threads: tuple[int, ...] = (0,)
     rate: float | None = None
     bound_ms: float | None = None
@@ -150,17 +159,18 @@ class Group(Record):
 
     @property
     def _choices(self) -> tuple[tuple[Any, ...], ...]:
-        return self.kinds, self.backends, self.devices, self.threads, self.steps, self.batches
+        return self.kinds, self.backends, self.devices, self.precisions, self.threads, self.steps, self.batches
 
     def scenarios(self, quick: bool = False) -> list[Scenario]:
         """Every combination, in the order in which they are written."""
         if quick and self.quick is None:
             return []
         part, scenarios = self._part(quick), []
-        for kind, backend, device, threads, steps, batch in itertools.product(*part._choices):
+        for kind, backend, device, precision, threads, steps, batch in itertools.product(*part._choices):
             server = {"rate": self.rate, "bound_ms": self.bound_ms} if kind == "server" else {"peers": part.peers}
-            choices = {"kind": kind, "backend": backend, "device": device, "threads": threads}
-            scenarios.append(Scenario(model=self.model, steps=steps, batch=batch, **choices, **server))
+            place = {"device": device, "precision": precision, "threads": threads}
+            request = {"kind": kind, "steps": steps, "batch": batch}
+            scenarios.append(Scenario(model=self.model, backend=backend, **request, **place, **server))
         return scenarios
 
 

@@ -36,6 +36,7 @@ class Spec:
     work: str = ""
     root: str = ""
     peer: str = ""
+    precision: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Model:
 
         self._cm, self._spec = cm, spec
         options = {"backend": spec.backend, "device": spec.device, "threads": spec.threads}
+        options |= {"precision": spec.precision} if spec.precision != "auto" else {}
         model = cm.load(spec.path, **options, **_micro_batch(cm.load, spec.batch))  # type: ignore[arg-type]
         self._model: Any = model
         self._inside: int | None = None
@@ -130,7 +132,8 @@ class Peer:
         self._spec = spec
         self._rng = np.random.default_rng(spec.seed)
         name: Any = spec.peer
-        self._draw = peers.peer(name, Path(spec.path), Path(spec.work), threads=spec.threads, device=spec.device)
+        place: Any = {"threads": spec.threads, "device": spec.device, "precision": spec.precision}
+        self._draw = peers.peer(name, Path(spec.path), Path(spec.work), **place)
         on_torch_stream = spec.peer not in ("onnx", "openvino")
         self.facts = Facts(spec.device, self._draw.version, spec.batch, on_torch_stream)
 
@@ -236,12 +239,12 @@ class Worker:
         peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), None)
         return {"peak_host_bytes": int(peak) * 1024 if peak else None}
 
-    def export(self, checkpoint: str, target: str) -> dict[str, Any]:
+    def export(self, checkpoint: str, target: str, **how: Any) -> dict[str, Any]:
         """Export a checkpoint as the build does."""
         began = time.perf_counter()
         import cm_runtime as cm
 
-        cm.export.onnx(cm.load_checkpoint(checkpoint), target)
+        cm.export.onnx(cm.load_checkpoint(checkpoint), target, **how)
         return {"export_s": time.perf_counter() - began}
 
     def manifest(self, checkpoint: str) -> dict[str, Any]:

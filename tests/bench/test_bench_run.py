@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -217,7 +218,7 @@ def test_a_base_that_draws_other_images_may_be_timed_and_the_difference_is_told(
 def test_bytes_are_held_to_one_grey_level_on_either_side(subject: bool, base: bool, apart: float) -> None:
     def side(role: Any, value: float, is_quantised: bool) -> Side:
         images = np.full((2, 1, 1, 1), value, np.float32)
-        spec: Any = None  # which a comparison does not read
+        spec: Any = SimpleNamespace(precision="auto")  # all that a comparison reads
         return Side(role, role, spec, facts=Facts("cpu", "", 1, False, is_quantised), images=images)
 
     first, second = side("subject", 0.1, subject), side("base", 0.1 + apart, base)
@@ -227,6 +228,25 @@ def test_bytes_are_held_to_one_grey_level_on_either_side(subject: bool, base: bo
     rounds._compare(allowed, first.images, "subject", first.is_quantised, is_allowed=True)
     assert allowed.error is None and allowed.agreement is not None
     assert allowed.agreement.is_allowed == (second.error is not None)
+
+
+@pytest.mark.parametrize(
+    ("precision", "apart", "agrees"),
+    [
+        ("fp32", 0.0009, True),
+        ("fp32", 0.0015, False),  # as much as TF32 changes images
+        ("tf32", 0.0078, True),
+        ("tf32", 0.012, False),
+        ("bf16", 0.019, True),  # 40 dB on [-1, 1] are 0.02
+        ("fp16", 0.021, False),
+    ],
+)
+def test_images_are_held_to_what_their_precision_can_keep(precision: str, apart: float, agrees: bool) -> None:
+    spec: Any = SimpleNamespace(precision=precision)
+    images = np.full((2, 8, 8, 3), 0.1 + apart, np.float32)
+    side = Side("subject", "subject", spec, facts=Facts("cpu", "", 1, False), images=images)
+    rounds._compare(side, np.full((2, 8, 8, 3), 0.1, np.float32), "torch")
+    assert (side.error is None) == agrees
 
 
 @pytest.mark.slow

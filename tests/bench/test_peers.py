@@ -175,3 +175,33 @@ def test_a_compiler_that_is_missing_is_one_error(
     with pytest.raises(EngineError, match=r"torch\.compile: .*compiler") as caught:
         drawer(z, LEVELS[1], label)
     assert "\n" not in str(caught.value)
+
+
+# Precision
+
+
+def test_fp32_is_no_tf32_for_a_peer_either(boundary: exports.Files, tmp_path: Path) -> None:
+    """cuDNN's default is; a peer would be held to, and race, images of another precision."""
+    seen: list[str] = []
+
+    def draw(*_: Any) -> Any:
+        seen.append(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+        return np.zeros(1, np.float32)
+
+    for precision in ("auto", "fp32", "bf16"):
+        drawer = peers._compute_in(precision, torch.device("cpu"), peers.Drawer(draw, "none"))  # type: ignore[arg-type]
+        drawer(np.zeros((1, 1)), (80.0,))
+    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    with pytest.raises(RequestError, match="tf32 is a precision of GPUs"):
+        peers.peer("torch", boundary.checkpoint, tmp_path, precision="tf32")
+    assert seen == ["ieee"] * 3
+    assert before == torch.backends.cudnn.conv.fp32_precision != "ieee"  # type: ignore[attr-defined]
+
+
+def test_a_half_precision_is_autocasts_and_plain_exports_have_none(boundary: exports.Files, tmp_path: Path) -> None:
+    _, z, label = given(boundary, 1, 3)
+    full, half = (peers.peer("torch", boundary.checkpoint, tmp_path, precision=p) for p in ("fp32", "bf16"))  # type: ignore[arg-type]
+    difference = np.abs(full(z, (80.0,), label) - half(z, (80.0,), label))
+    assert 1e-4 < difference.max() < 0.2
+    with pytest.raises(RequestError, match=r"the peer onnx, a plain export, computes in fp32, not in bf16"):
+        peers.peer("onnx", boundary.checkpoint, tmp_path, precision="bf16")

@@ -55,6 +55,7 @@ def test_shipped_suites() -> None:
         ({"steps": 4, "batch": 255}, "default single-stream 4x255"),
         ({"model": "runs/a b.onnx", "backend": "ort"}, "a b.onnx single-stream 2x1 ort"),
         ({"device": "cuda:1", "threads": 7}, "default single-stream 2x1 cuda:1 7 threads"),
+        ({"device": "cuda:0", "precision": "tf32"}, "default single-stream 2x1 cuda:0 tf32"),
         ({"kind": "server", "rate": 2.5, "bound_ms": 100}, "default server 2x1 2.5/s"),
     ],
 )
@@ -154,3 +155,12 @@ def test_names_of_no_file(tmp_path: Path, name: str) -> None:
 def test_a_large_suite_is_counted_in_linear_time() -> None:
     found = Suite(group=tuple(Group(model=str(n)) for n in range(1000))).scenarios()
     assert len(found) == 1000
+
+
+def test_a_precision_is_a_choice_and_decides_the_file_of_a_checkpoint() -> None:
+    """OpenVINO and torch compute in it whatever the file has; ONNX Runtime in the file's types."""
+    group = Group(model="cifar32", backends=("ort", "openvino", "torch"), precisions=("auto", "tf32", "bf16"))
+    made = {(each.backend, each.precision): each.file_precision for each in group.scenarios()}
+    assert len(made) == 9
+    assert {key for key, precision in made.items() if precision != "fp32"} == {("ort", "bf16")}
+    assert Scenario(precision="fp16").file_precision == "fp16"

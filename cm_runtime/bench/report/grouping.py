@@ -47,7 +47,7 @@ class SetupNames:
         self._alike = Counter(_short(model) for model in {key[0] for key in keys})
         self._variants: dict[str, list[set[str]]] = {}
         for model, *parts in keys:
-            for values, part in zip(self._variants.setdefault(model, [set(), set(), set()]), parts, strict=True):
+            for values, part in zip(self._variants.setdefault(model, [set(), set(), set(), set()]), parts, strict=True):
                 values.add(part)
 
     def of(self, scenario: ScenarioResult) -> str:
@@ -72,7 +72,8 @@ def brief(scenario: ScenarioResult) -> str:
 
 
 def _key(scenario: ScenarioResult) -> tuple[str, ...]:
-    return scenario.model, scenario.backend, scenario.device, quantity(scenario.threads, "thread")
+    threads = quantity(scenario.threads, "thread")
+    return scenario.model, scenario.backend, scenario.device, scenario.precision, threads
 
 
 def _short(model: str) -> str:

@@ -45,6 +45,14 @@ def run(
         str | None, typer.Option(metavar="ort,openvino,torch", help="Engines.", show_default="ort")
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda:0", help="Where to run.")] = "auto",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fp32,tf32,bf16,fp16",
+            help="Of engines and peers alike; a checkpoint is exported in it.",
+            show_default="as the file",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of an engine.", show_default="one per core")] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second that arrive, of --kind server.")] = None,
     bound: Annotated[
@@ -103,6 +111,7 @@ def run(
         raise RequestError("--allow-different-images is for --against, with which another model takes turns")
     choices: dict[str, Any] = {"kind": kind, "steps": steps, "batch": batch, "backend": backend, "peers": peers}
     choices |= {"rate": rate, "bound": bound, "threads": threads, "device": None if device == "auto" else device}
+    choices |= {"precision": precision}
     names = [name for name, value in choices.items() if value is not None]
     left_out: list[str] = []
     if suite is None and names:
@@ -166,6 +175,7 @@ def _scenarios(model: str, options: dict[str, Any]) -> list[Scenario]:
             batches=tuple(parsing.whole_numbers("--batch", options["batch"] or "1")),
             backends=(options["backend"] or "auto").split(","),
             devices=(options["device"] or "auto",),
+            precisions=(options["precision"] or "auto").split(","),
             threads=(parsing.threads(options["threads"]),),
             rate=options["rate"],
             bound_ms=options["bound"],
