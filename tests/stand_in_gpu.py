@@ -319,6 +319,7 @@ class Context:
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0, f"{name}: the pointer must have at least 256-byte alignment (NvInferRuntime.h)"
         self.addresses[name] = address
         return name in self.engine.inputs or name in self.engine.outputs
 

@@ -45,7 +45,7 @@ class CapturedBatch:
         if self._kind == "sampler":
             names = {"noise": at["noise"], "images": at["result"] + self._layout.front, "finite": at["result"]}
         else:
-            level = at["sigma"] + k * self._layout.images.n * 4
+            level = at["sigma"] + k * self._layout.row
             if self._kind == "network":
                 names = {"x_in": at["x_in"], "c_noise": level, "F": at["F"]}
             else:

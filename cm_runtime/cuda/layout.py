@@ -14,8 +14,7 @@ from cm_runtime.projections import Edit, Projection, map_arrays
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array
 
-ALIGNMENT = 256  # bytes, that arrays begin at multiples of
-FLAG = 16  # bytes in front of the images that say whether they are finite; a sampler graph's, a byte an image
+ALIGNMENT = 256  # bytes: every array begins at a multiple, as TensorRT demands of an engine's inputs and outputs
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,15 @@ class Layout:
     """The memory of batches of ``images`` in ``steps`` steps.
 
     flags: images with a byte each that says whether it is finite. front: bytes before the images, for those flags, or
-    for the kernels' one. parameters: the part of ``block`` that every batch has anew.
+    for the kernels' one. row: bytes from one step's noise levels to the next's. parameters: the part of ``block`` that
+    every batch has anew.
     """
 
     images: Images
     steps: int
     flags: int
     front: int
+    row: int
     result_type: np.dtype[Any]
     has_noise: bool
     parameters: Block
@@ -64,11 +65,11 @@ class Layout:
         n, elements, is_sampler = images.n, images.elements, graph == "sampler"
         result_type = np.dtype(np.uint8 if request.output == "uint8" else np.float32)
         flags = n if "finite" in engine.outputs else 0
-        front = _align(flags) or FLAG
+        front, row = _align(flags or 1), _align(n * 4)
         parameters = Block.of(
             request=REQUEST.itemsize,
             levels=(steps + 1) * LEVEL.itemsize,
-            sigma=0 if is_sampler else steps * n * 4,
+            sigma=0 if is_sampler else steps * row,
             label=n * 8 if engine.manifest.num_classes else 0,
         )
         block = Block.of(
@@ -80,7 +81,7 @@ class Layout:
             F=0 if is_sampler else elements * SIZES[images.F_type],
             result=front + elements * result_type.itemsize,
         )
-        return cls(images, steps, flags, front, result_type, has_noise, parameters, block)
+        return cls(images, steps, flags, front, row, result_type, has_noise, parameters, block)
 
     def at(self, base: int) -> dict[str, int]:
         """Addresses of all arrays, the parameters' too."""

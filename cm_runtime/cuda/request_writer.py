@@ -57,7 +57,7 @@ class RequestWriter:
             if request.edit and request.edit.is_noisy:
                 values["levels"]["renoise"][0] = 0
             s = np.array(request.sigmas, np.float32)
-            values["sigma"] = np.repeat(form.c_noise(s) if is_network else s, n)
+            values["sigma"] = np.repeat(form.c_noise(s) if is_network else s, self._layout.row // 4)
         if labels is not None:
             values["label"] = pad_batch(labels, n)
         return values

@@ -423,7 +423,7 @@ def test_where_memory_does_not_last_the_batch_halves_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
-    gpu.room = 30_000
+    gpu.room = 36_000
     with caplog.at_level(logging.WARNING, "cm_runtime"):
         found = cm.sample(model, 21, micro_batch=16)
     lines = [record.getMessage() for record in caplog.records]
