@@ -302,12 +302,12 @@ def contenders(source: Path, folder: Path, on_gpu: bool) -> dict[str, Callable[[
         return backends.load(graph(kind), "ort", device)
 
     def on_tensorrt(package: Any) -> Any:
-        from cm_runtime.backends.engine_file import profile
+        from cm_runtime.backends.batch_profiles import parse_profiles
         from cm_runtime.export import to_tensorrt
 
         path = stem.with_name(f"{stem.name}-{package}.engine")
         if not path.exists():
-            to_tensorrt.build(graph("network"), path, package, profile=profile("1:64:256"))
+            to_tensorrt.build(graph("network"), path, package, to_tensorrt.BuildOptions(parse_profiles("1:64:256")))
         return backends.load(path)
 
     engines: dict[str, Callable[[], Any]] = {

@@ -78,8 +78,9 @@ def tensorrt(
     path: str | os.PathLike[str],
     *,
     package: Package = "tensorrt",
-    micro_batch: tuple[int, int, int] | None = None,
+    batches: Sequence[int | tuple[int, int, int]] = (),
     gpus: Sequence[str] = (),
+    optimization_level: int | None = None,
     force: bool = False,
 ) -> EngineManifest:
     """Build a TensorRT engine of an exported file, with its manifest and TensorRT's log beside it.
@@ -91,9 +92,11 @@ def tensorrt(
         onnx_path: as `onnx` writes it, of any graph.
         path: ends in .engine.
         package: "tensorrt", for this machine's GPU alone; or "tensorrt_rtx", TensorRT for RTX, for any.
-        micro_batch: the smallest, the fastest and the largest number of images that the engine takes; by default from
-            one to as many as a GPU sees together.
+        batches: numbers of images that the engine takes, each with kernels of its own: N, which smaller batches are
+            padded to, or the smallest, the fastest and the largest. By default from one to as many as a GPU sees
+            together.
         gpus: compute capabilities to build for, as "8.9", of tensorrt_rtx; by default that of this machine's GPU.
+        optimization_level: of TensorRT's own builder, 0 to 5, the default; lower builds faster, for slower engines.
         force: replaces an existing engine.
 
     Returns:
@@ -108,14 +111,15 @@ def tensorrt(
         OutputError: ``path`` cannot be written, or exists without ``force``.
 
     Example:
-        >>> cm.export.tensorrt("sampler.onnx", "sampler.engine", micro_batch=(1, 64, 256))
+        >>> cm.export.tensorrt("sampler.onnx", "sampler.engine", batches=[1, 8, (64, 64, 256)])
         >>> images = cm.sample(cm.load("sampler.engine"), count=256)
     """
-    from cm_runtime.backends import engine_file
+    from cm_runtime.backends.batch_profiles import parse_profiles
     from cm_runtime.export import to_tensorrt
 
-    profile = engine_file.profile(":".join(map(str, micro_batch))) if micro_batch else None
-    return to_tensorrt.build(onnx_path, path, package, profile=profile, gpus=gpus, force=force)
+    text = ",".join(":".join(map(str, sizes if isinstance(sizes, tuple) else (sizes,))) for sizes in batches)
+    options = to_tensorrt.BuildOptions(parse_profiles(text) if text else (), tuple(gpus), optimization_level)
+    return to_tensorrt.build(onnx_path, path, package, options, force=force)
 
 
 def diffusers(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:

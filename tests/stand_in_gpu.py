@@ -251,6 +251,10 @@ class TensorRt:
         self.gpu, self.onnx, self.manifest, self.error = gpu, onnx, manifest, error
         self.opened: list[bytes] = []
         self.refuses = ""
+        self.reason = ""  # the error that TensorRT logs where it refuses to run, or a context
+        self.is_capturable = True
+        self.compiled: set[int] = set()  # batch sizes that kernels were compiled for, in this process
+        self.scratch = 1000  # bytes an image that a context computes in
         self.Runtime = self._runtime
 
     def __getattr__(self, name: str) -> Any:
@@ -291,26 +295,98 @@ class Engine:
         shape = {**self.inputs, **self.outputs}[name].shape
         return tuple(dim if isinstance(dim, int) else -1 for dim in shape)
 
-    def create_execution_context(self) -> Any:
-        return None if self.trt.refuses == "context" else Context(self)
+    def create_runtime_config(self) -> Any:
+        return RuntimeConfig(self.trt)
+
+    def create_execution_context(self, config: RuntimeConfig) -> Any:
+        assert config.strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED, "REQUIRE_USER_ALLOCATION"
+        if self.trt.refuses == "context":
+            self.refuse()
+            return None
+        return Context(self, config)
+
+    def refuse(self) -> None:
+        """Log the reason, if there is one to be given."""
+        if self.trt.reason:
+            self.logger.log(self.trt.ILogger.Severity.ERROR, self.trt.reason)
 
     def create_engine_inspector(self) -> Any:
         return SimpleNamespace(get_engine_information=lambda kind: f'{{"Layers": ["{kind.name}"]}}')
 
 
-class Context:
-    """`trt.IExecutionContext`."""
+class RuntimeConfig:
+    """`trt.IRuntimeConfig` of TensorRT for RTX."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.trt = engine, engine.trt
+    def __init__(self, trt: TensorRt) -> None:
+        self.trt = trt
+        self.strategy = trt.ExecutionContextAllocationStrategy.STATIC
+        self.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+        self.cache = RuntimeCache(trt)
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self.trt)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class RuntimeCache:
+    """`trt.IRuntimeCache`: the batch sizes that there are kernels for, with the version that compiled them."""
+
+    def __init__(self, trt: TensorRt) -> None:
+        self.trt = trt
+        self.sizes: set[int] = set()
+
+    def deserialize(self, blob: bytes) -> bool:
+        version, _, sizes = blob.decode(errors="replace").partition(" for ")
+        if version != f"kernels of {self.trt.__version__}":
+            return False
+        self.sizes = set(map(int, sizes.split()))
+        return True
+
+    def serialize(self) -> bytes:
+        return f"kernels of {self.trt.__version__} for {' '.join(map(str, sorted(self.sizes)))}".encode()
+
+
+class Context:
+    """`trt.IExecutionContext`, which has no memory of its own: it is given some, and overwrites it at each run."""
+
+    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
+        self.engine, self.trt, self.config = engine, engine.trt, config
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.profile = 0
+        self.scratch = 0, 0
+
+    def set_optimization_profile_async(self, number: int, stream: int) -> bool:
+        assert not self.shapes, "a profile is chosen before the shapes, which it resets"
+        assert stream in self.trt.gpu.streams
+        self.profile = number
+        return number < len(self.profiles())
+
+    def profiles(self) -> tuple[Any, ...]:
+        return self.trt.manifest.profiles if self.trt.manifest else (SimpleNamespace(min=1, max=65535),)
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return self.n * self.trt.scratch if self.shapes.keys() == self.engine.inputs.keys() else 0
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address % 256 == 0, "setDeviceMemory: memory must be aligned on 256"
+        self.trt.gpu.check(address, size)
+        self.scratch = address, size
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.trt.is_capturable
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         wanted = self.engine.get_tensor_shape(name)
         batches = [has for has, dim in zip(shape, wanted, strict=True) if dim < 0]
         fits = all(dim in (-1, has) for has, dim in zip(shape, wanted, strict=True))
-        profile = self.trt.manifest.profile if self.trt.manifest else SimpleNamespace(min=1, max=65535)
+        profile = self.profiles()[self.profile]
         if not fits or not all(profile.min <= n <= profile.max for n in batches) or self.trt.refuses == "shape":
             self.engine.logger.log(self.trt.ILogger.Severity.ERROR, f"{shape} is not in the profile")
             return False
@@ -330,13 +406,24 @@ class Context:
         queue = self.trt.gpu.streams[stream]
         assert self.shapes.keys() == self.engine.inputs.keys()
         assert self.addresses.keys() == self.engine.inputs.keys() | self.engine.outputs.keys()
+        assert self.scratch[1] >= max(1, self.update_device_memory_size_for_shapes()), "no memory to compute in"
+        assert queue.captured is None or self.trt.is_capturable, "this TRT engine is not stream capturable"
         if self.trt.refuses == "run":
+            self.engine.refuse()
             return False
-        shapes, addresses = dict(self.shapes), dict(self.addresses)
-        queue.add(lambda: self._run(shapes, addresses))
+        if self.n not in self.config.cache.sizes:
+            eager = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            assert self.config.dynamic_shapes_kernel_specialization_strategy == eager, "a graph would keep slow kernels"
+            assert queue.captured is None, "kernels are compiled before a capture"
+            self.config.cache.sizes.add(self.n)
+            self.trt.compiled.add(self.n)
+        shapes, addresses, scratch = dict(self.shapes), dict(self.addresses), self.scratch
+        queue.add(lambda: self._run(shapes, addresses, scratch))
         return True
 
-    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], scratch: tuple[int, int]) -> None:
+        self.trt.gpu.check(*scratch)
+        ctypes.memset(scratch[0], 0xAA, scratch[1])
         feed = {}
         for name, tensor in self.engine.inputs.items():
             feed[name] = self._array(addresses[name], shapes[name], np.dtype(NUMPY[tensor.type])).copy()

@@ -595,7 +595,7 @@ print(all(name in text for name in cm.__all__), "consistency model" in text)
 text = pydoc.plain(pydoc.render_doc(cm.export))
 assert cm.export.__all__ == ["diffusers", "onnx", "tensorrt"]
 try:
-    cm.export.tensorrt("m.onnx", "m.engine", micro_batch=(8, 4, 2))
+    cm.export.tensorrt("m.onnx", "m.engine", batches=[(8, 4, 2)])
 except cm.errors.RequestError as error:
     assert "ascending" in str(error)
 print("precision" in text and "TensorRT" in text, "precond" in pydoc.plain(pydoc.render_doc(cm.load_checkpoint)))

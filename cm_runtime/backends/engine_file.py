@@ -9,70 +9,41 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
-from cm_runtime.errors import ArtifactError, RequestError
+from cm_runtime.backends.batch_profiles import MOST_PROFILES, Profile, format_profiles
+from cm_runtime.errors import ArtifactError
 from cm_runtime.files import streams
 from cm_runtime.files.records import Record, explain
 from cm_runtime.manifest import Manifest, Parity
 
 SUFFIX = ".engine"
-LARGEST_BATCH = 65535  # the kernel of cm::SkipScale has a block row for each image
 _MANIFEST_LIMIT = 1 << 20
-_PROFILE = re.compile(r"(\d{1,6}):(\d{1,6}):(\d{1,6})", re.ASCII)
 
 Package = Literal["tensorrt", "tensorrt_rtx"]
 Capability = Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DATA_CENTRE = {"9.0": "H100, H200", "10.0": "B200", "10.3": "B300"}  # GPUs that TensorRT for RTX has no code for
 # as --format and --backend say
 FORMATS: dict[Package, Literal["tensorrt", "tensorrt-rtx"]] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
-
-
-class Profile(Record):
-    """The batch sizes that an engine takes, and the one it is fastest at."""
-
-    min: int = Field(ge=1)
-    opt: int = Field(ge=1)
-    max: int = Field(le=LARGEST_BATCH)
-
-    @model_validator(mode="after")
-    def _ascends(self) -> Profile:
-        if not self.min <= self.opt <= self.max:
-            raise ValueError("they must ascend")
-        return self
-
-    def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}"
-
-
-def profile(text: str) -> Profile:
-    """``MIN:OPT:MAX`` as --batch has it. Raises RequestError."""
-    match = _PROFILE.fullmatch(text)
-    try:
-        if match:
-            low, best, high = map(int, match.groups())
-            return Profile(min=low, opt=best, max=high)
-    except ValidationError:
-        pass
-    raise RequestError(f"--batch must be MIN:OPT:MAX, ascending from 1 to {LARGEST_BATCH}, as 1:64:256, not {text!r}")
 
 
 class EngineManifest(Record):
     """Kind, origin and machines of an engine; unknown keys are refused."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     sha256: Sha256 = Field(description="of the engine")
     bytes: int = Field(gt=0)
     package: Package
     version: str = Field(min_length=1, max_length=64, description="of the package")
     gpus: tuple[Capability, ...] = Field(min_length=1, description="compute capabilities that it runs on")
     gpu_name: str = Field("", max_length=256, description="of the GPU that it was built on, if there was one")
-    profile: Profile
+    profiles: tuple[Profile, ...] = Field(min_length=1, max_length=MOST_PROFILES)
     model: Manifest = Field(description="of the ONNX file that it was built from")
     onnx_sha256: Sha256
     data_sha256: Sha256 | None = Field(None, description="of the ONNX file's data file, if it has one")
@@ -130,13 +101,18 @@ def check_target(
     manifest: EngineManifest, path: str | os.PathLike[str], package: Package, version: str, capability: str
 ) -> None:
     """Raises ArtifactError if the engine is for another package, version or kind of GPU than this machine has."""
-    again = rebuild(FORMATS[package], path, manifest.profile, capability)
+    again = rebuild(FORMATS[package], path, manifest.profiles, capability)
     if manifest.package != package:
         raise ArtifactError(f"{path} is an engine of {manifest.package}, not of {package}; {again}")
     if manifest.version != version:
         raise ArtifactError(f"{path} was built by {package} {manifest.version}, and here is {version}; {again}")
     if capability not in manifest.gpus:
         built = ", ".join(manifest.gpus)
+        if package == "tensorrt_rtx" and capability in DATA_CENTRE:
+            raise ArtifactError(
+                f"{path} was built for GPUs of compute capability {built}, and TensorRT for RTX has no code for"
+                f" {capability} ({DATA_CENTRE[capability]}); {rebuild('tensorrt', path, manifest.profiles)}"
+            )
         raise ArtifactError(
             f"{path} was built for GPUs of compute capability {built}, and this one has {capability}; {again}"
         )
@@ -151,7 +127,7 @@ def read_engine(
     builds the engine again.
     """
     check_target(manifest, path, package, version, capability)
-    again = rebuild(FORMATS[package], path, manifest.profile, *manifest.gpus)
+    again = rebuild(FORMATS[package], path, manifest.profiles, *manifest.gpus)
     size = streams.regular(path, ArtifactError).st_size
     if size != manifest.bytes:  # before memory is taken
         raise ArtifactError(
@@ -166,16 +142,16 @@ def read_engine(
 def check_hash(content: bytes, manifest: EngineManifest, path: str | os.PathLike[str]) -> None:
     """Raises ArtifactError if ``content`` is not the engine that ``manifest`` was written for."""
     if hashlib.sha256(content).hexdigest() != manifest.sha256:
-        again = rebuild(FORMATS[manifest.package], path, manifest.profile, *manifest.gpus)
+        again = rebuild(FORMATS[manifest.package], path, manifest.profiles, *manifest.gpus)
         raise ArtifactError(
             f"{path} is not the engine that its manifest was written for (SHA-256): it is damaged,"
             f" or the manifest is another engine's; {again}"
         )
 
 
-def rebuild(form: str, path: str | os.PathLike[str], batch: Profile | None = None, *gpus: str) -> str:
+def rebuild(form: str, path: str | os.PathLike[str], profiles: Sequence[Profile] = (), *gpus: str) -> str:
     """Word the command that builds an engine again, for the end of an error's line."""
     words = ["cm-runtime export CKPT --format", form]
-    words += ["--batch", str(batch)] if batch else []
+    words += ["--batch", format_profiles(profiles)] if profiles else []
     words += ["--gpu", ",".join(gpus)] if gpus and form == FORMATS["tensorrt_rtx"] else []
     return f"build it again with: {' '.join(words)} -o {shlex.quote(str(path))} --force"

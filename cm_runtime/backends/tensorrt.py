@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,25 @@ from cm_runtime.backends.base import (
     interface,
     read_outputs,
 )
-from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package, Profile
+from cm_runtime.backends.batch_profiles import choose_profile
+from cm_runtime.backends.engine_file import FORMATS, EngineManifest, Package
+from cm_runtime.backends.tensorrt_cache import cache_name
+from cm_runtime.backends.tensorrt_contexts import BoundContext, Contexts
+from cm_runtime.backends.tensorrt_log import listener
 from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.device import Device
-from cm_runtime.cuda.engine import Evaluate
 from cm_runtime.cuda.graph import Graph
 from cm_runtime.cuda.layout import pad_batch
 from cm_runtime.cuda.sampler import OnDevice, device_index
-from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, OutOfMemoryError, RequestError
+from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError
 from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, has, has_driver, require
 from cm_runtime.kernels.launches import Images
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array, Batch
 
-KEPT_LINES = 10_000
-MEMORY = "out of memory", "outofmemory", "could not be allocated"  # in the errors of TensorRT that are of memory
+LOG = logging.getLogger("cm_runtime")
+HOST_SIZES = 4  # batch sizes that come through the host whose contexts are kept
 PACKAGES: dict[str, Package] = {form: package for package, form in FORMATS.items()}
 # NumPy's names, with bfloat16, which it has not, and trt.DataType's
 _TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "uint8": "UINT8", "bool": "BOOL"}
@@ -87,21 +90,24 @@ class TensorRtBackend(Backend):
         self.version = f"{package} {trt.__version__} on {gpu.name}"
         self._trt = trt
         self._logger = listener(trt)
-        self._must = partial(_require, package, self._logger)
         with self._device.use("opening an engine"):
             self._runtime = trt.Runtime(self._logger)
             self._engine = self._runtime.deserialize_cuda_engine(engine)
             if self._engine is None:
                 raise EngineError(f"{where}: {package} cannot open it: {self._logger.last()}")
             self._check_tensors(where)
-            self._context = self._new_context(where)
+            tensors = partial(interface, self.manifest, outputs=self.outputs)
+            cache = cache_name("kernels", self.file.sha256, self.version) if package == "tensorrt_rtx" else ""
+            self._contexts = Contexts(trt, self._engine, self._logger, self._device, tensors, cache)
             self._device.follow()  # what that has put in the legacy stream
+        self._bind_host = lru_cache(HOST_SIZES)(self._contexts.bind)
+        self._has_warned = False
         self.on_device = OnDevice(self._device)
 
     @property
     def micro_batch(self) -> int:
         """Images at once, by their size, as far as the engine was built for so many; at least what it is best at."""
-        profile = self.file.profile
+        profile = max(self.file.profiles, key=lambda profile: profile.max)
         return min(max(images_at_once(self.manifest, self.device), profile.opt), profile.max)
 
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -110,37 +116,32 @@ class TensorRtBackend(Backend):
         A batch below the engine's least is filled up with copies of its last image, which are dropped again. Raises
         RequestError for one above its greatest.
         """
-        profile = self.file.profile
         count = interface(self.manifest, 0).batch(feed)
-        if count > profile.max:
-            raise RequestError(_beyond(profile, count))
-        run = interface(self.manifest, max(count, profile.min), self.outputs)
+        profile, batch = choose_profile(self.file.profiles, count)
         with self._device.use("evaluating"):
-            outputs = self._run(run, feed)
+            outputs = self._run(self._bind_host(profile, batch), interface(self.manifest, batch, self.outputs), feed)
+            self._contexts.save()
         return finite_images([each if len(each) == count else each[:count].copy() for each in outputs])
 
-    def _run(self, run: Interface, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        context = self._context
-        arrays = []  # a host array must outlive its copy
+    def _run(self, evaluate: BoundContext, run: Interface, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        device, addresses, arrays = self._device, {}, []  # a host array must outlive its copy
         for name, (dtype, shape) in run.inputs.items():
             axis = 1 if name == "noise" else 0
             array = pad_batch(np.ascontiguousarray(feed[name], dtype), shape[axis], axis)
             arrays.append(array)
-            self._must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
-            self._must(context.set_tensor_address(name, self._device.send(name, array)), f"the address of {name}")
+            addresses[name] = device.send(name, array)
         for name, (dtype, shape) in run.outputs.items():
-            if tuple(context.get_tensor_shape(name)) != shape:
-                raise EngineError(f"the engine makes {name} {tuple(context.get_tensor_shape(name))}, not {shape}")
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            self._must(context.set_tensor_address(name, self._device.address(name, size)), f"the address of {name}")
-        self._must(context.execute_async_v3(self._device.stream), "to run")
-        return [self._device.fetch(name, shape, np.dtype(dtype)) for name, (dtype, shape) in run.outputs.items()]
+            addresses[name] = device.address(name, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        evaluate(addresses)
+        return [device.fetch(name, shape, np.dtype(dtype)) for name, (dtype, shape) in run.outputs.items()]
 
     # On the GPU, as cuda.engine.Engine has it
 
     def batches(self, request: Request, noise: Array | None = None) -> Iterator[Batch]:
         """`sampling.batches`, of which nothing but images leaves the GPU."""
-        return self.on_device.batches(self, request, noise)
+        yield from self.on_device.batches(self, request, noise)
+        with self._device.use("keeping kernels"):
+            self._contexts.save()
 
     @property
     def graph(self) -> GraphKind:
@@ -149,42 +150,29 @@ class TensorRtBackend(Backend):
 
     def images(self, count: int) -> Images:
         """At least as many as the engine takes. Raises RequestError for more than it takes."""
-        profile, network = self.file.profile, self.manifest.graph == "network"
-        if count > profile.max:
-            raise RequestError(_beyond(profile, count))
-        kind = self.manifest.precision if network else "fp32"
-        return Images(max(count, profile.min), *self.manifest.image_shape, type=kind, output="fp32")
+        _, batch = choose_profile(self.file.profiles, count)
+        kind = self.manifest.precision if self.manifest.graph == "network" else "fp32"
+        return Images(batch, *self.manifest.image_shape, type=kind, output="fp32")
 
-    def bind(self, device: Device, count: int) -> Evaluate:
+    def bind(self, device: Device, count: int) -> BoundContext:
         """A context of its own for each batch size, as a captured graph needs it."""
-        context, must = (
-            self._new_context(f"a batch of {count}"),
-            self._must,
-        )  # not the backend, which owns what is bound
-        run = interface(self.manifest, count, self.outputs)
-        for name, (_, shape) in run.inputs.items():
-            must(context.set_input_shape(name, shape), f"the shape {shape} of {name}")
+        profile, batch = choose_profile(self.file.profiles, count)
+        return self._contexts.bind(profile, batch)
 
-        def evaluate(addresses: Mapping[str, int]) -> None:
-            for name in (*run.inputs, *run.outputs):
-                must(context.set_tensor_address(name, addresses[name]), f"the address of {name}")
-            must(context.execute_async_v3(device.stream), "to run")
-
-        return evaluate
-
-    def capture(self, device: Device, body: Callable[[], Any]) -> Graph:
-        """The whole loop in one graph."""
-        return device.capture(body)
+    def capture(self, device: Device, body: Callable[[], Any]) -> Graph | None:
+        """The whole loop in one graph; none, and a line, where TensorRT says that the engine cannot be captured."""
+        self._contexts.save()  # now that each shape has run
+        if self._contexts.are_capturable:
+            return device.capture(body)
+        if not self._has_warned:
+            LOG.warning("%s runs without a CUDA graph: %s cannot capture it", self.source, self.file.package)
+            self._has_warned = True
+        return None
 
     def layers(self) -> str:
         """The engine's layers, as TensorRT's inspector has them in JSON."""
         inspector = self._engine.create_engine_inspector()
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
-
-    def _new_context(self, what: str) -> Any:
-        context = self._engine.create_execution_context()
-        self._must(context is not None, f"an execution context for {what}")
-        return context
 
     def _check_tensors(self, where: str) -> None:
         """Raises ArtifactError if the engine's inputs and outputs are not those of its manifest."""
@@ -202,21 +190,6 @@ class TensorRtBackend(Backend):
             raise ArtifactError(f"{where}: its inputs and outputs {tensors} are not those of its manifest, {expected}")
 
 
-def _require(package: str, logger: Any, done: bool, what: str) -> None:
-    """Raise EngineError for what TensorRT has refused; OutOfMemoryError where its log speaks of memory."""
-    if not done:
-        reason = logger.last()
-        is_memory = any(words in reason.lower() for words in MEMORY)
-        raise (OutOfMemoryError if is_memory else EngineError)(f"{package} refused {what}: {reason}")
-
-
-def _beyond(profile: Profile, count: int) -> str:
-    return (
-        f"this engine takes batches of {profile} (least:best:greatest), not {count}; ask for --micro-batch"
-        f" {profile.max}, or export it with a greater --batch"
-    )
-
-
 def module(package: Package) -> Any:
     """The package itself, `tensorrt` or `tensorrt_rtx`. Raises MissingExtraError, and EngineError if it cannot load."""
     try:
@@ -225,38 +198,3 @@ def module(package: Package) -> Any:
         if isinstance(error, MissingExtraError):
             raise
         raise EngineError(f"{package} is installed and does not load: {first_line(error)}") from error
-
-
-@cache
-def _listener(base: Any) -> Any:
-    class Listener(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-            self.forget()
-
-        def forget(self) -> None:
-            self.lines: deque[str] = deque(maxlen=KEPT_LINES)
-            self._last = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity == base.Severity.VERBOSE:
-                return
-            self.lines.append(f"[{severity.name}] {message}")
-            if severity in (base.Severity.ERROR, base.Severity.INTERNAL_ERROR):
-                self._last = " ".join(message.split())
-
-        def last(self) -> str:
-            """The last error, on one line."""
-            return self._last or "it gave no reason"
-
-    return Listener()
-
-
-def listener(trt: Any) -> Any:
-    """A `trt.ILogger` that prints nothing, and remembers what it hears from now on, without the chatter.
-
-    There is one for all, since TensorRT keeps the first that a process gives it.
-    """
-    one = _listener(trt.ILogger)
-    one.forget()
-    return one

@@ -86,8 +86,8 @@ class FileFlags:
     batch: Annotated[
         str | None,
         typer.Option(
-            metavar="MIN:OPT:MAX",
-            help="Batch sizes that a TensorRT engine takes, and the one it is fastest at.",
+            metavar="1,8,64:64:256",
+            help="Batches that a TensorRT engine takes, each with kernels of its own: N, or MIN:OPT:MAX, best at OPT.",
             show_default="1 to what a GPU sees at once",
         ),
     ] = None
@@ -95,6 +95,12 @@ class FileFlags:
         str | None,
         typer.Option(
             metavar="8.9,12.0", help="Compute capabilities to build for, of tensorrt-rtx.", show_default="the GPU here"
+        ),
+    ] = None
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=5, help="Of TensorRT's builder: lower builds faster, for slower engines.", show_default="5"
         ),
     ] = None
     inline: Annotated[
@@ -112,6 +118,8 @@ class FileFlags:
             raise RequestError("--steps and --sigmas are of --graph sampler; other graphs take any noise level")
         if self.batch is not None and form not in ("tensorrt", "tensorrt-rtx"):
             raise RequestError("--batch is of --format tensorrt and tensorrt-rtx; an .onnx takes any batch")
+        if self.optimization_level is not None and form != "tensorrt":
+            raise RequestError("--optimization-level is of --format tensorrt; the others have none")
         if self.gpu is not None and form != "tensorrt-rtx":
             raise RequestError("--gpu is of --format tensorrt-rtx")
 
@@ -203,10 +211,11 @@ def export(
 def _build_engine(checkpoint: Checkpoint, flags: FileFlags, target: Path, *, force: bool) -> None:
     """Write the graph in a temporary folder, and the engine that TensorRT makes of it."""
     from cm_runtime import export as exporting
-    from cm_runtime.backends import engine_file
+    from cm_runtime.backends.batch_profiles import format_profiles, parse_profiles
+    from cm_runtime.backends.engine_file import log_path
     from cm_runtime.files.workspaces import scratch
 
-    profile = engine_file.profile(flags.batch) if flags.batch else None
+    profiles = parse_profiles(flags.batch) if flags.batch else ()
     with scratch("cm-export") as folder:
         path = folder / "graph.onnx"
         flags.write(checkpoint, path, force=False)
@@ -216,17 +225,19 @@ def _build_engine(checkpoint: Checkpoint, flags: FileFlags, target: Path, *, for
                 path,
                 target,
                 package="tensorrt" if flags.form == "tensorrt" else "tensorrt_rtx",
-                micro_batch=(profile.min, profile.opt, profile.max) if profile else None,
+                batches=[(profile.min, profile.opt, profile.max) for profile in profiles],
                 gpus=flags.gpu.split(",") if flags.gpu else (),
+                optimization_level=flags.optimization_level,
                 force=force,
             )
     model, parity = manifest.model, manifest.parity
     proof = f"within {parity.max_abs:.1e} of ONNX Runtime" if parity else "not compared: no GPU here can open it"
+    batches = format_profiles(manifest.profiles)
     typer.echo(
         f"{target}: {manifest.bytes / 1e6:.1f} MB, {model.graph} in {model.precision} for compute capability"
-        f" {', '.join(manifest.gpus)}, batches {manifest.profile}; its graph is proved, the engine {proof}"
+        f" {', '.join(manifest.gpus)}, batches {batches}; its graph is proved, the engine {proof}"
     )
-    typer.echo(f"  what TensorRT said is in {engine_file.log_path(target)}")
+    typer.echo(f"  what TensorRT said is in {log_path(target)}")
 
 
 def _summarise(target: Path, result: OnnxExport, plain: Comparison | None) -> None:

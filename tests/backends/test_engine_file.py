@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from cm_runtime.backends import engine_file
-from cm_runtime.backends.engine_file import EngineManifest, Profile, profile, read_engine, read_engine_manifest
-from cm_runtime.errors import ArtifactError, RequestError
+from cm_runtime.backends.batch_profiles import Profile
+from cm_runtime.backends.engine_file import EngineManifest, read_engine, read_engine_manifest
+from cm_runtime.errors import ArtifactError
 from cm_runtime.manifest import Manifest
 
 CONTENT = bytes(range(256)) * 16
@@ -36,7 +37,7 @@ def made(model: Manifest, content: bytes = CONTENT, **changes: Any) -> EngineMan
         "package": "tensorrt_rtx",
         "version": "1.7.1.116",
         "gpus": ("8.9", "12.0"),
-        "profile": Profile(min=1, opt=8, max=16),
+        "profiles": (Profile(min=1, opt=1, max=1), Profile(min=2, opt=8, max=16)),
         "model": model,
         "onnx_sha256": "0" * 64,
         "plugin": False,
@@ -106,8 +107,15 @@ def test_the_other_package_is_refused(engine: Path) -> None:
 
 def test_another_gpu_is_refused(engine: Path) -> None:
     refused(engine, r"compute capability 8\.9, 12\.0, and this one has 8\.6", *HERE[:2], "8.6")
-    with pytest.raises(ArtifactError, match=r"--format tensorrt-rtx --batch 1:8:16 --gpu 8\.6 -o .*model\.engine --fo"):
+    with pytest.raises(ArtifactError, match=r"-rtx --batch 1,2:8:16 --gpu 8\.6 -o .*model\.engine --force"):
         opened(engine, *HERE[:2], "8.6")
+
+
+@pytest.mark.parametrize(("capability", "gpus"), [("9.0", "H100, H200"), ("10.0", "B200")])
+def test_a_gpu_that_rtx_has_no_code_for_is_named(engine: Path, capability: str, gpus: str) -> None:
+    """TensorRT for RTX 1.7 has no SM90; the command is of TensorRT itself, which builds on such a GPU."""
+    refused(engine, rf"TensorRT for RTX has no code for {capability} \({gpus}\)", *HERE[:2], capability)
+    refused(engine, r"--format tensorrt --batch 1,2:8:16 -o", *HERE[:2], capability)
 
 
 def test_an_engine_without_a_manifest_is_refused(engine: Path) -> None:
@@ -145,13 +153,13 @@ def test_a_malformed_manifest_is_refused(engine: Path, kind: str) -> None:
 
 
 CHANGES: dict[str, Any] = {
-    "format_version": 2,
+    "format_version": 1,
     "sha256": "abc",
     "bytes": 0,
     "package": "tensorrt_lean",
     "version": "",
     "gpus": [],
-    "profile": {"min": 8, "opt": 1, "max": 16},
+    "profiles": [{"min": 8, "opt": 1, "max": 16}],
     "model": {},
     "onnx_sha256": None,
     "plugin": "perhaps",
@@ -189,30 +197,3 @@ def test_what_was_hashed_is_what_is_returned(engine: Path, monkeypatch: pytest.M
     assert reads == [engine]
     engine.write_bytes(b"something else")
     assert content == CONTENT
-
-
-@pytest.mark.parametrize("text", ["1:64:256", "1:1:1", "8:8:65535"])
-def test_a_profile_is_read_and_written_alike(text: str) -> None:
-    assert str(profile(text)) == text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "64",
-        "1:64",
-        "1:64:256:512",
-        "0:1:2",
-        "2:1:3",
-        "1:3:2",
-        "1:64:65536",
-        "-1:1:1",
-        "1: 2:3",
-        "a:b:c",
-        "\u0661:\u0662:\u0663",
-    ],
-)
-def test_a_profile_that_is_none_is_a_request_error(text: str) -> None:
-    with pytest.raises(RequestError, match="--batch must be MIN:OPT:MAX, ascending from 1 to 65535"):
-        profile(text)

@@ -18,13 +18,14 @@ import stand_in_gpu
 from onnx import TensorProto, helper
 
 import cm_runtime as cm
-from cm_runtime.backends import engine_file, tensorrt
+from cm_runtime.backends import engine_file, tensorrt, tensorrt_log
 from cm_runtime.backends.base import EngineOptions
-from cm_runtime.backends.engine_file import EngineManifest, Profile
+from cm_runtime.backends.batch_profiles import Profile, parse_profiles
+from cm_runtime.backends.engine_file import EngineManifest
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend
 from cm_runtime.cuda import context
-from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, RequestError
+from cm_runtime.errors import ArtifactError, EngineError, MissingExtraError, OutOfMemoryError, RequestError
 from cm_runtime.extras import EXTRAS
 from cm_runtime.manifest import METADATA_KEY, Manifest, read_manifest
 
@@ -64,7 +65,7 @@ def written(path: Path, model: Manifest, **changes: Any) -> Path:
         "package": "tensorrt_rtx",
         "version": stand_in_gpu.VERSION,
         "gpus": ("8.9", "12.0"),
-        "profile": Profile(min=2, opt=4, max=8),
+        "profiles": (Profile(min=2, opt=4, max=8),),
         "model": model,
         "onnx_sha256": "0" * 64,
         "plugin": False,
@@ -113,13 +114,14 @@ def test_batches_of_other_sizes_in_turn_do_not_mix(backend: TensorRtBackend) -> 
 def test_memory_is_taken_once_and_used_again(backend: TensorRtBackend, gpu: stand_in_gpu.Gpu) -> None:
     """Only a larger batch takes more, and what it outgrew is given back."""
     backend.denoise(image(4), 1.0, 0)
-    assert sum(line.startswith("take") for line in gpu.log) == 4  # x, sigma, label and the output
+    assert sum(line.startswith("take") for line in gpu.log) == 5  # x, sigma, label, the output, and where it computes
     backend.denoise(image(4), 1.0, 0)
     backend.denoise(image(2), 1.0, 0)
-    assert sum(line.startswith("take") for line in gpu.log) == 4
+    assert sum(line.startswith("take") for line in gpu.log) == 5
     backend.denoise(image(8), 1.0, 0)
-    assert sum(line.startswith("take") for line in gpu.log) == 8
-    assert sum(len(held) for held in gpu.held.values()) == 8 * (2 * 4 * 3 * 8 * 8 + 4 + 8)
+    assert sum(line.startswith("take") for line in gpu.log) == 10
+    shared = 1000 * (4 + 8)  # a context that is bound to an address keeps it
+    assert sum(len(held) for held in gpu.held.values()) == 8 * (2 * 4 * 3 * 8 * 8 + 4 + 8) + shared
     assert [line for line in gpu.log if line.startswith("run")] == ["run 4", "run 4", "run 2", "run 8"]
 
 
@@ -128,8 +130,9 @@ def test_the_micro_batch_is_within_the_profile(
     trt: stand_in_gpu.TensorRt, boundary: exports.Files, tmp_path: Path
 ) -> None:
     """A GPU sees 256 images of 8x8 at once, if the engine takes them; never less than it is best at."""
-    for text, expected in {"1:4:8": 8, "1:64:512": 256, "1:300:512": 300, "2:2:2": 2}.items():
-        path = written(tmp_path / "m.engine", read_manifest(boundary.onnx), profile=engine_file.profile(text))
+    sizes = {"1:4:8": 8, "1:64:512": 256, "1:300:512": 300, "2": 2, "64,1": 64, "1,2:64:512": 256}
+    for text, expected in sizes.items():
+        path = written(tmp_path / "m.engine", read_manifest(boundary.onnx), profiles=parse_profiles(text))
         assert TensorRtBackend(path).micro_batch == expected
 
 
@@ -268,31 +271,174 @@ def test_another_device_is_refused(trt: stand_in_gpu.TensorRt, engine: Path, dev
 # What TensorRT and CUDA refuse
 
 
-@pytest.mark.parametrize("when", ["open", "context"])
-def test_an_engine_that_does_not_open_is_one_line(trt: stand_in_gpu.TensorRt, engine: Path, when: str) -> None:
-    trt.refuses = when
-    with pytest.raises(
-        EngineError,
-        match=r"(model\.engine: tensorrt_rtx cannot open it|refused an execution context for .*model\.engine)",
-    ) as caught:
+def test_an_engine_that_does_not_open_is_one_line(trt: stand_in_gpu.TensorRt, engine: Path) -> None:
+    trt.refuses = "open"
+    with pytest.raises(EngineError, match=r"model\.engine: tensorrt_rtx cannot open it: ") as caught:
         TensorRtBackend(engine)
     assert "\n" not in str(caught.value)
-    assert when == "context" or "Serialization assertion failed at line 48" in str(caught.value)
+    assert "Serialization assertion failed at line 48" in str(caught.value)
 
 
-@pytest.mark.parametrize("when", ["shape", "run"])
-def test_a_run_that_tensorrt_refuses_is_one_line(
-    trt: stand_in_gpu.TensorRt, backend: TensorRtBackend, when: str
+# As TensorRT writes them: the first two for want of memory, by its allocator and by CUDA
+REASONS: dict[str, type[EngineError]] = {
+    "Error Code 2: OutOfMemory (Requested size was 4096 bytes.)": OutOfMemoryError,
+    "[resizingAllocator.cpp::allocate::74] Error Code 1: Cuda Runtime (out of memory)": OutOfMemoryError,
+    "Requested amount of GPU memory (4096 bytes) could not be allocated.": OutOfMemoryError,
+    "[engine.cpp::f::1] Error Code 5: Failed Allocation (nothing)": OutOfMemoryError,
+    "IExecutionContext::enqueueV3: Error Code 3: API Usage Error\n(Parameter check failed)": EngineError,
+    "": EngineError,
+}
+
+
+@pytest.mark.parametrize("when", ["context", "run"])
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_tensorrt_refuses_is_for_want_of_memory_only_where_it_says_so(
+    trt: stand_in_gpu.TensorRt, backend: TensorRtBackend, when: str, reason: str
 ) -> None:
-    trt.refuses = when
-    with pytest.raises(EngineError, match=r"tensorrt_rtx refused (the shape \(4, 3, 8, 8\) of x|to run): "):
+    trt.refuses, trt.reason = when, reason
+    with pytest.raises(EngineError, match=r"TensorRT refused (an execution context|to run).*: ") as caught:
         backend.denoise(image(4), 1.0, 0)
+    assert type(caught.value) is REASONS[reason]
+    assert str(caught.value).endswith(": " + (reason.replace("\n", " ") or "it gave no reason"))
+    trt.gpu.synchronize()  # copies are queued
+
+
+def test_an_error_of_before_is_not_the_reason(trt: stand_in_gpu.TensorRt, backend: TensorRtBackend) -> None:
+    trt.refuses, trt.reason = "run", "Cuda Runtime (out of memory)"
+    with pytest.raises(OutOfMemoryError):
+        backend.denoise(image(4), 1.0, 0)
+    trt.refuses = ""
+    backend.denoise(image(4), 1.0, 0)
+    trt.refuses, trt.reason = "run", ""
+    with pytest.raises(EngineError, match="it gave no reason") as caught:
+        backend.denoise(image(4), 1.0, 0)
+    assert type(caught.value) is EngineError
+    trt.gpu.synchronize()
+
+
+def test_a_shape_that_tensorrt_refuses_is_one_line(trt: stand_in_gpu.TensorRt, backend: TensorRtBackend) -> None:
+    trt.refuses = "shape"
+    with pytest.raises(EngineError, match=r"TensorRT refused the shape \(4, 3, 8, 8\) of x: .* is not in the profile"):
+        backend.denoise(image(4), 1.0, 0)
+
+
+# Contexts: profiles, memory, compiled kernels
+
+
+def test_the_profile_that_fits_runs(trt: stand_in_gpu.TensorRt, boundary: exports.Files, tmp_path: Path) -> None:
+    """One profile a batch: 3 images are padded to 4, and each context is of the profile that takes its batch."""
+    path = written(tmp_path / "m.engine", read_manifest(boundary.onnx), profiles=parse_profiles("1,4,8"))
+    trt.manifest = engine_file.read_engine_manifest(path)
+    backend = TensorRtBackend(path)
+    expected = OrtBackend(boundary.onnx)
+    for n in (3, 1, 8, 5):
+        assert np.allclose(backend.denoise(image(n), 2.0, 1), expected.denoise(image(n), 2.0, 1), rtol=0, atol=1e-6)
+    assert [line for line in trt.gpu.log if line.startswith("run")] == ["run 4", "run 1", "run 8", "run 8"]
+
+
+def prepared(backend: TensorRtBackend, *sizes: int) -> Any:
+    return [backend.bind(backend._device, size) for size in sizes]
+
+
+def scratch(trt: stand_in_gpu.TensorRt, bytes_an_image: int) -> list[int]:
+    return [len(held) // bytes_an_image for held in trt.gpu.held.values() if len(held) % bytes_an_image == 0]
+
+
+def test_contexts_share_one_block_of_memory(trt: stand_in_gpu.TensorRt, backend: TensorRtBackend) -> None:
+    """Five contexts that each had room for the largest batch were five blocks."""
+    trt.scratch = 1 << 20
+    contexts = prepared(backend, 8, 4, 2, 3, 8)
+    assert scratch(trt, 1 << 20) == [8]
+    assert {int(bound.scratch) for bound in contexts} == {int(contexts[0].scratch)}
+
+
+def test_a_larger_batch_takes_a_larger_block_and_those_before_keep_theirs(
+    trt: stand_in_gpu.TensorRt, backend: TensorRtBackend
+) -> None:
+    """A graph that was captured has the address of the smaller one in it."""
+    trt.scratch = 1 << 20
+    contexts = prepared(backend, 2, 8, 4)
+    assert sorted(scratch(trt, 1 << 20)) == [2, 8]
+    del contexts[0]
+    assert scratch(trt, 1 << 20) == [8]
+    contexts.clear()
+    assert scratch(trt, 1 << 20) == []
+
+
+def test_an_engine_that_needs_no_memory_has_some(trt: stand_in_gpu.TensorRt, backend: TensorRtBackend) -> None:
+    trt.scratch = 0
+    assert np.isfinite(backend.denoise(image(4), 1.0, 0)).all()
+
+
+def test_an_engine_that_cannot_be_captured_runs_without_a_graph(
+    trt: stand_in_gpu.TensorRt, backend: TensorRtBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    trt.is_capturable = False
+    images = cm.sample(backend, count=20, micro_batch=8, steps=2, seed=3)
+    lines = [line for line in caplog.messages if "CUDA graph" in line]
+    assert lines == ["model.engine runs without a CUDA graph: tensorrt_rtx cannot capture it"]
+    assert not any(line.startswith(("graph", "capture")) for line in trt.gpu.log)
+    trt.is_capturable = True
+    assert np.array_equal(images, cm.sample(backend, count=20, micro_batch=8, steps=2, seed=3))
+
+
+def test_kernels_are_compiled_once_for_all_processes(
+    trt: stand_in_gpu.TensorRt, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EAGER specialisation compiles before a shape's first run; the next process has what this one compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    TensorRtBackend(engine).denoise(image(4), 1.0, 0)
+    cm.sample(TensorRtBackend(engine), count=11, micro_batch=8, steps=2)
+    assert trt.compiled == {4, 8, 3}
+    trt.compiled.clear()
+    cm.sample(TensorRtBackend(engine), count=11, micro_batch=8, steps=2)
+    assert trt.compiled == set()
+
+
+@pytest.mark.parametrize("kind", ["garbage", "cut short", "empty", "a folder", "another version", "another engine"])
+def test_kernels_that_do_not_fit_are_compiled_anew(
+    trt: stand_in_gpu.TensorRt, engine: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    TensorRtBackend(engine).denoise(image(4), 1.0, 0)
+    (cache,) = (tmp_path / "cm-runtime" / "tensorrt").iterdir()
+    trt.compiled.clear()
+    if kind == "garbage":
+        cache.write_bytes(b"kernels of 9 for 4" * 9)
+    elif kind == "cut short":
+        cache.write_bytes(cache.read_bytes()[:-1])
+    elif kind == "empty":
+        cache.write_bytes(b"")
+    elif kind == "a folder":
+        cache.unlink()
+        cache.mkdir()
+    elif kind == "another version":
+        content = cache.read_bytes()[32:].replace(b"1.7", b"1.6")
+        cache.write_bytes(hashlib.sha256(content).digest() + content)
+    else:
+        path = tmp_path / "other.engine"
+        path.write_bytes(CONTENT[::-1])
+        changed = engine_file.read_engine_manifest(engine).model_copy(
+            update={"sha256": hashlib.sha256(CONTENT[::-1]).hexdigest()}
+        )
+        engine_file.manifest_path(path).write_text(changed.model_dump_json())
+        engine = path
+    assert np.isfinite(TensorRtBackend(engine).denoise(image(4), 1.0, 0)).all()
+    assert trt.compiled == {4}
+
+
+def test_without_a_folder_for_caches_all_goes_on(
+    trt: stand_in_gpu.TensorRt, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert np.isfinite(TensorRtBackend(engine).denoise(image(4), 1.0, 0)).all()
 
 
 @pytest.mark.parametrize(
     ("when", "message"),
     [
-        ("take", r"has no memory left while taking 0\.0 MB of GPU memory for x: CUDA_ERROR_OUT_OF_MEMORY"),
+        ("take", r"has no memory left while taking 0\.0 MB of GPU memory: out of memory"),
         ("fetch", "failed while computing deno"),
     ],
 )
@@ -348,12 +494,12 @@ def test_a_missing_package_is_named(engine: Path, package: str, extra: str, monk
 def test_the_logger_keeps_what_it_hears() -> None:
     """Of the real package: the builder calls it from C++."""
     trt = pytest.importorskip("tensorrt_rtx")
-    logger = tensorrt.listener(trt)
+    logger = tensorrt_log.listener(trt)
     logger.log(trt.ILogger.Severity.VERBOSE, "chatter")
     logger.log(trt.ILogger.Severity.WARNING, "beware")
     assert (list(logger.lines), logger.last()) == (["[WARNING] beware"], "it gave no reason")
     assert trt.Runtime(logger).deserialize_cuda_engine(b"no engine") is None  # what it says needs no driver
     assert any(line.startswith("[ERROR] ") for line in logger.lines)
     assert logger.last() in "".join(logger.lines)
-    assert tensorrt.listener(trt) is logger  # TensorRT keeps the first that it is given
+    assert tensorrt_log.listener(trt) is logger  # TensorRT keeps the first that it is given
     assert not logger.lines

@@ -70,10 +70,10 @@ def test_half_precision_is_in_the_file(cli: Cli, boundary: exports.Files, tmp_pa
 
 @pytest.mark.process
 def test_an_engine_is_built_without_a_gpu_and_its_log_kept(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
-    words = ("--format", "tensorrt-rtx", "--gpu", "8.9,12.0", "--batch", "1:8:64", "--graph", "sampler")
+    words = ("--format", "tensorrt-rtx", "--gpu", "8.9,12.0", "--batch", "1,8:8:64", "--graph", "sampler")
     outcome = cli("export", boundary.checkpoint, *words, "-o", "m.engine")
     assert (outcome.code, outcome.err) == (0, "")
-    assert "for compute capability 8.9, 12.0, batches 1:8:64" in outcome.out
+    assert "for compute capability 8.9, 12.0, batches 1,8:8:64" in outcome.out
     assert {path.name for path in tmp_path.iterdir()} == {"m.engine", "m.engine.json", "m.engine.log"}
     assert cli("info", "m.engine").code == 0
     refused = cli("sample", "m.engine")
@@ -86,6 +86,8 @@ def test_an_engine_is_built_without_a_gpu_and_its_log_kept(cli: Cli, boundary: e
         (["--steps", 2], "--steps and --sigmas are of --graph sampler"),
         (["--sigmas", "80,1"], "--steps and --sigmas are of --graph sampler"),
         (["--batch", "1:2:3"], "an .onnx takes any batch"),
+        (["--optimization-level", 3], "--optimization-level is of --format tensorrt"),
+        (["--format", "tensorrt-rtx", "--gpu", "9.0"], "H100, H200"),
         (["--gpu", "8.9"], "--gpu is of --format tensorrt-rtx"),
         (["--format", "tensorrt", "--gpu", "8.9"], "--gpu is of --format tensorrt-rtx"),
         (["--format", "tensorrt-rtx", "--batch", "3:2:1"], "3:2:1"),

@@ -88,7 +88,7 @@ def test_numbers_are_short_and_a_list_of_one_is_no_list(cli: Cli, boundary: expo
 
 def test_an_engine_has_a_line_for_each_fact(cli: Cli, boundary: exports.Files, tmp_path: Path) -> None:
     facts = {"sha256": "ab" * 32, "bytes": 4, "package": "tensorrt_rtx", "version": "1.2", "gpus": ("8.9", "12.0")}
-    facts |= {"profile": {"min": 1, "opt": 8, "max": 64}, "model": read_manifest(boundary.onnx), "plugin": True}
+    facts |= {"profiles": [{"min": 1, "opt": 8, "max": 64}], "model": read_manifest(boundary.onnx), "plugin": True}
     (tmp_path / "x.engine").write_bytes(b"none")
     manifest = engine_file.EngineManifest(**facts, onnx_sha256="cd" * 32)
     (tmp_path / "x.engine.json").write_text(manifest.model_dump_json())

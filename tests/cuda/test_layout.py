@@ -83,7 +83,7 @@ def test_each_step_finds_its_own_noise_levels(graph: GraphKind, n: int) -> None:
         batch.evaluate(k)
         start = engine.seen[k][name]
         levels = memory[start : start + 4 * n].view(np.float32)
-        expected = np.float32(sigma) if graph == "denoiser" else 250 * np.log(np.float32(sigma))  # OpenAI: 1000 ln(sigma) / 4
+        expected = sigma if graph == "denoiser" else 250 * np.log(sigma)  # OpenAI's: 1000 ln(sigma) / 4
         assert np.allclose(levels, expected, rtol=1e-6)
     starts = [seen[name] for seen in engine.seen]
     assert min(np.diff(starts)) >= 4 * n

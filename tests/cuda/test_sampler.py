@@ -20,7 +20,8 @@ import stand_in_gpu
 import cm_runtime as cm
 from cm_runtime import editing, kernels, noise, sampling
 from cm_runtime.backends import tensorrt
-from cm_runtime.backends.engine_file import EngineManifest, Profile
+from cm_runtime.backends.batch_profiles import Profile
+from cm_runtime.backends.engine_file import EngineManifest
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.backends.tensorrt import TensorRtBackend
 from cm_runtime.backends.torch import TorchBackend
@@ -59,7 +60,7 @@ def on_tensorrt(
         package="tensorrt_rtx",
         version=stand_in_gpu.VERSION,
         gpus=("8.9",),
-        profile=profile,
+        profiles=(profile,),
         model=read_manifest(path),
         onnx_sha256="0" * 64,
         plugin=False,

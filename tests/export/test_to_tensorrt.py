@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import stand_in_gpu
 from onnx import TensorProto, helper
 
 from cm_runtime import onnx_graph
-from cm_runtime.backends import engine_file
-from cm_runtime.backends.engine_file import Profile, profile, read_engine, read_engine_manifest
+from cm_runtime.backends import engine_file, tensorrt_cache
+from cm_runtime.backends.batch_profiles import Profile, parse_profiles
+from cm_runtime.backends.engine_file import EngineManifest, Package, read_engine, read_engine_manifest
 from cm_runtime.backends.tensorrt import TensorRtBackend
 from cm_runtime.cuda.driver import Gpu
 from cm_runtime.errors import (
@@ -30,15 +31,31 @@ from cm_runtime.errors import (
     RequestError,
 )
 from cm_runtime.export import to_tensorrt
-from cm_runtime.export.to_tensorrt import build
+from cm_runtime.export.to_tensorrt import BuildOptions
 from cm_runtime.extras import EXTRAS
 from cm_runtime.files import atomic
 from cm_runtime.manifest import METADATA_KEY, Manifest, Parity, read_manifest
 
 trt = pytest.importorskip("tensorrt_rtx")
 
-BATCH = profile("1:4:8")
+BATCH = parse_profiles("1:4:8")
 GPUS = ("8.9", "12.0")
+
+
+def build(
+    source: Path,
+    path: Path,
+    package: Package,
+    *,
+    profile: tuple[Profile, ...] = (),
+    gpus: Sequence[str] = (),
+    force: bool = False,
+) -> EngineManifest:
+    return to_tensorrt.build(source, path, package, BuildOptions(profile, tuple(gpus)), force=force)
+
+
+def compiler_of(profiles: tuple[Profile, ...] = BATCH, package: Package = "tensorrt_rtx", **others: Any) -> Any:
+    return to_tensorrt._Compiler(trt, package, BuildOptions(profiles, GPUS, **others), Gpu("A GPU", "8.9"), Path("log"))
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +144,7 @@ def test_every_form_builds_for_two_gpus(each: exports.Files, no_gpu: None, tmp_p
     assert (manifest.bytes, manifest.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     assert manifest.bytes > 100_000
     assert (manifest.package, manifest.version) == ("tensorrt_rtx", trt.__version__)
-    assert (manifest.gpus, manifest.gpu_name, manifest.profile) == (GPUS, "", BATCH)
+    assert (manifest.gpus, manifest.gpu_name, manifest.profiles) == (GPUS, "", BATCH)
     assert manifest.model == read_manifest(each.onnx)
     assert (manifest.onnx_sha256, manifest.data_sha256) == (atomic.sha256(each.onnx), None)
     assert (manifest.parity, manifest.plugin) == (None, False)
@@ -158,13 +175,24 @@ def test_a_sampler_with_noise_of_five_dimensions_builds(no_gpu: None, tmp_path: 
     assert manifest.model.steps == 2
 
 
-def test_the_profile_by_default_is_up_to_what_a_gpu_sees_at_once(small: Path, no_gpu: None) -> None:
-    assert build(small, small.with_suffix(".engine"), "tensorrt_rtx", gpus=["8.9"]).profile == profile("1:256:256")
+def test_the_profiles_by_default_are_up_to_what_a_gpu_sees_at_once(small: Path, no_gpu: None) -> None:
+    """RTX compiles for each batch where it runs; TensorRT has kernels for one image beside those for many."""
+    manifest = build(small, small.with_suffix(".engine"), "tensorrt_rtx", gpus=["8.9"])
+    assert manifest.profiles == parse_profiles("1:256:256")
+    assert to_tensorrt._default_profiles(manifest.model, "tensorrt") == parse_profiles("1,2:256:256")
+
+
+@pytest.mark.process
+def test_an_engine_has_a_profile_for_each_batch(small: Path, no_gpu: None, tmp_path: Path) -> None:
+    profiles = parse_profiles("1,8,64")
+    manifest = build(small, tmp_path / "s.engine", "tensorrt_rtx", profile=profiles, gpus=["8.9"])
+    assert manifest.profiles == profiles == read_engine_manifest(tmp_path / "s.engine").profiles
+    assert (tmp_path / "s.engine.log").read_text().splitlines()[0].endswith("for 8.9, batches 1,8,64")
 
 
 def test_float32_is_float32_and_not_tf32(small: Path) -> None:
     """The matrix units' ten bits of mantissa are for networks of halves, whose torso has no more."""
-    compiler = to_tensorrt._Compiler(trt, "tensorrt_rtx", GPUS, BATCH, Path("log"))
+    compiler = compiler_of()
     for precision, allowed in {"fp32": False, "fp16": True, "bf16": True}.items():
         config = trt.Builder(compiler.logger).create_builder_config()
         config.set_flag(trt.BuilderFlag.TF32)
@@ -172,6 +200,72 @@ def test_float32_is_float32_and_not_tf32(small: Path) -> None:
         assert config.get_flag(trt.BuilderFlag.TF32) is allowed
         found = [config.get_compute_capability(i) for i in range(config.num_compute_capabilities)]
         assert found == [trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
+
+
+def test_rtx_engines_take_no_memory_of_their_own(small: Path) -> None:
+    """BuilderFlag.REQUIRE_USER_ALLOCATION "ensures that inference will support graph capture"."""
+    config = trt.Builder(compiler_of().logger).create_builder_config()
+    compiler_of()._configure(config, read_manifest(small))
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+@pytest.mark.parametrize(("level", "expected"), [(None, 5), (0, 0), (3, 3)])
+def test_tensorrt_compares_all_kernels_unless_told_to_be_quick(small: Path, level: int | None, expected: int) -> None:
+    config = trt.Builder(compiler_of().logger).create_builder_config()
+    compiler_of(package="tensorrt", level=level)._configure(config, read_manifest(small))
+    assert config.builder_optimization_level == expected
+
+
+def test_an_optimization_level_that_there_is_not_is_refused(small: Path, tmp_path: Path) -> None:
+    for level in (-1, 6):
+        with pytest.raises(RequestError, match=f"must be from 0 to 5, not {level}"):
+            BuildOptions(level=level)
+    with pytest.raises(RequestError, match="TensorRT for RTX has no optimization level"):
+        to_tensorrt.build(small, tmp_path / "s.engine", "tensorrt_rtx", BuildOptions(level=3))
+
+
+class Timings:
+    """`trt.ITimingCache` of full TensorRT; TensorRT for RTX has none."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content if content.startswith(b"timings") else b"timings"
+
+    def serialize(self) -> bytes:
+        return self.content + b" and more"
+
+
+class Config:
+    """Of `trt.IBuilderConfig`, what has to do with timings. It refuses those of another GPU."""
+
+    def __init__(self) -> None:
+        self.timings: Timings | None = None
+
+    create_timing_cache = Timings
+
+    def set_timing_cache(self, timings: Timings, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if b"elsewhere" not in timings.content:
+            self.timings = timings
+        return self.timings is timings
+
+
+def test_timings_are_used_again_by_the_next_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another GPU or a damaged file says is as if nothing had been measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = compiler_of(package="tensorrt")
+    for expected in (b"timings", b"timings and more", b"timings and more and more"):
+        config = Config()
+        timings = compiler._use_timings(config)
+        assert (timings.content, config.timings) == (expected, timings)
+        tensorrt_cache.save_cache(compiler._timings, timings.serialize())
+    tensorrt_cache.save_cache(compiler._timings, b"timings from elsewhere")
+    config = Config()
+    assert compiler._use_timings(config).content == b"timings"
+    assert config.timings
+    (file,) = (tmp_path / "cm-runtime" / "tensorrt").iterdir()
+    file.write_bytes(b"garbage")
+    assert compiler._use_timings(Config()).content == b"timings"
+    assert compiler_of(package="tensorrt_rtx")._timings == ""
 
 
 # Which GPU
@@ -186,12 +280,18 @@ def test_without_a_gpu_one_must_be_named(small: Path, no_gpu: None, tmp_path: Pa
     assert left(tmp_path) == set()
 
 
-@pytest.mark.parametrize("gpu", ["9.0", "6.1", "89", "sm_89", "8.9.", "", "12.0,8.9", "NE"])
+@pytest.mark.parametrize("gpu", ["6.1", "89", "sm_89", "8.9.", "", "12.0,8.9", "NE"])
 def test_a_gpu_that_rtx_has_no_code_for_is_refused_by_name(small: Path, no_gpu: None, tmp_path: Path, gpu: str) -> None:
     with pytest.raises(RequestError, match=r"for GPUs of compute capability 7\.5, .*, 12\.1, not ") as caught:
         build(small, tmp_path / "s.engine", "tensorrt_rtx", gpus=["8.9", gpu])
     assert str(caught.value).endswith(f"not {gpu}")
     assert left(tmp_path) == set()
+
+
+@pytest.mark.parametrize("gpu", ["9.0", "10.0"])
+def test_rtx_names_tensorrt_for_gpus_of_data_centres(small: Path, no_gpu: None, tmp_path: Path, gpu: str) -> None:
+    with pytest.raises(RequestError, match=rf"no code for compute capability {gpu} \((H100, H200|B200)\), only for"):
+        build(small, tmp_path / "s.engine", "tensorrt_rtx", gpus=[gpu])
 
 
 def test_tensorrt_itself_needs_the_gpu(small: Path, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +346,7 @@ def test_a_profile_that_the_graph_does_not_allow_is_one_line(no_gpu: None, tmp_p
     ]
     source = saved(tmp_path / "fixed.onnx", helper.make_graph(nodes, "fixed", [x, sigma], [y]))
     with pytest.raises(EngineError, match="cannot build it: ") as caught:
-        build(source, tmp_path / "fixed.engine", "tensorrt_rtx", gpus=["8.9"], profile=profile("4:4:8"))
+        build(source, tmp_path / "fixed.engine", "tensorrt_rtx", gpus=["8.9"], profile=parse_profiles("4:4:8"))
     assert "\n" not in str(caught.value)
     assert left(tmp_path) == {"fixed.engine.log"}
 
@@ -378,7 +478,7 @@ def test_with_a_gpu_parity_is_measured_and_layers_are_written(
 
 
 def test_batches_stay_within_a_small_profile(on_gpu: stand_in_gpu.TensorRt, small: Path, tmp_path: Path) -> None:
-    manifest = build(small, tmp_path / "small.engine", "tensorrt_rtx", profile=profile("2:2:3"))
+    manifest = build(small, tmp_path / "small.engine", "tensorrt_rtx", profile=parse_profiles("2:2:3"))
     assert manifest.parity is not None
     assert manifest.parity.batches == (1, 3)
     assert {line for line in on_gpu.gpu.log if line.startswith("run")} == {"run 2", "run 3"}
@@ -438,11 +538,11 @@ def test_an_engine_for_other_gpus_than_this_one_is_not_opened(
 
 def test_profiles_are_those_of_the_builder(small: Path, no_gpu: None) -> None:
     """Every input's N, wherever it stands, is the profile's."""
-    compiler = to_tensorrt._Compiler(trt, "tensorrt_rtx", ["8.9"], Profile(min=2, opt=5, max=9), Path("log"))
+    compiler = compiler_of()
     builder = trt.Builder(compiler.logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     network.add_input("noise", trt.float32, (2, -1, 3, 8, 8))
     network.add_input("label", trt.int64, (-1,))
-    shapes = compiler._profile(builder, network)
+    shapes = compiler._profile(builder, network, Profile(min=2, opt=5, max=9))
     assert [tuple(shape) for shape in shapes.get_shape("noise")] == [(2, n, 3, 8, 8) for n in (2, 5, 9)]
     assert [tuple(shape) for shape in shapes.get_shape("label")] == [(2,), (5,), (9,)]

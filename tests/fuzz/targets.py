@@ -437,7 +437,8 @@ def results(path: Path) -> None:
 
 
 def _engines(folder: Path) -> None:
-    from cm_runtime.backends.engine_file import EngineManifest, Profile, manifest_path
+    from cm_runtime.backends.batch_profiles import Profile
+    from cm_runtime.backends.engine_file import EngineManifest, manifest_path
     from cm_runtime.manifest import Manifest
 
     model = Manifest(graph="denoiser", image_shape=(1, 3, 7), num_classes=0, precond="boundary", sigma_boundary=0.002)
@@ -447,7 +448,7 @@ def _engines(folder: Path) -> None:
         package="tensorrt_rtx",
         version="1.7.1.116",
         gpus=("8.9",),
-        profile=Profile(min=1, opt=8, max=16),
+        profiles=(Profile(min=1, opt=8, max=16),),
         model=model,
         onnx_sha256="0" * 64,
         plugin=False,
@@ -567,7 +568,7 @@ def _words(folder: Path) -> None:
 def options(path: Path) -> None:
     """Values of options, each as every parser takes it."""
     from cm_runtime.backends import DEFAULT_MODEL
-    from cm_runtime.backends.engine_file import profile
+    from cm_runtime.backends.batch_profiles import parse_profiles
     from cm_runtime.cli import parsing
     from cm_runtime.cli.options import DrawFlags
     from cm_runtime.errors import CmRuntimeError
@@ -582,7 +583,7 @@ def options(path: Path) -> None:
             lambda text: DrawFlags(timesteps=text, grid=40).levels(m),
             lambda text: parsing.micro_batch(text, 256, 64),
             lambda text: parsing.share("--fail-above", text),
-            profile,
+            parse_profiles,
         ):
             try:
                 parse(word)
