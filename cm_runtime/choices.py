@@ -11,4 +11,5 @@ GraphKind = Literal["denoiser", "sampler", "network"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Runner = Literal["local", "ray"]
 ShardKind = Literal["npz", "png", "wds", "parquet"]
-Target = Literal["cpu", "cuda"]  # whose operators an exported graph has: the standard's, or ONNX Runtime's on a GPU
+# Whose operators an exported graph has: the standard's, ONNX Runtime's on a GPU, or those that TensorRT fuses
+Target = Literal["cpu", "cuda", "tensorrt"]

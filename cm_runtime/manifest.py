@@ -128,7 +128,8 @@ class Manifest(Record):
         source_sha256: of the checkpoint.
         training: origin of the weights, if known.
         data_file: name of the file of the weights; empty where they are inside.
-        target: cpu for standard operators, which every engine runs; cuda for those of ONNX Runtime on a GPU.
+        target: cpu for standard operators, which every engine runs, tensorrt for those in the forms that it fuses; cuda
+            for operators of ONNX Runtime on a GPU.
 
     Raises:
         ValidationError: A field is unknown, missing or out of range.

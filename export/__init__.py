@@ -45,7 +45,7 @@ def onnx(
             float32.
         inline: cm::SkipScale as standard ops in the graph itself, for engines without local functions.
         target: cpu for standard operators, which every engine runs; cuda for ONNX Runtime's own on a GPU, which no
-            other engine runs, in fp32 or fp16.
+            other engine runs, in fp32 or fp16; tensorrt for standard ones in the forms that TensorRT fuses.
         force: replaces an existing file.
 
     Returns:
@@ -89,7 +89,7 @@ def tensorrt(
     layers are written beside it. Neither torch nor onnx is needed.
 
     Args:
-        onnx_path: as `onnx` writes it, of any graph.
+        onnx_path: as `onnx` writes it, of any graph; fastest for the target tensorrt.
         path: ends in .engine.
         package: "tensorrt", for this machine's GPU alone; or "tensorrt_rtx", TensorRT for RTX, for any.
         batches: numbers of images that the engine takes, each with kernels of its own: N, which smaller batches are
@@ -111,6 +111,7 @@ def tensorrt(
         OutputError: ``path`` cannot be written, or exists without ``force``.
 
     Example:
+        >>> cm.export.onnx(checkpoint, "sampler.onnx", graph="sampler", precision="fp16", target="tensorrt")
         >>> cm.export.tensorrt("sampler.onnx", "sampler.engine", batches=[1, 8, (64, 64, 256)])
         >>> images = cm.sample(cm.load("sampler.engine"), count=256)
     """

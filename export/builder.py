@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cm_runtime.export.weights_file import Network
 
-OPSET = 20  # what every engine reads; convolutions of bfloat16 are in 22
+OPSET = 20  # what every engine reads
 IR_VERSION = 10
 FLOAT, HALF, BFLOAT, INT64, UINT8, BOOL = (
     TensorProto.FLOAT,

@@ -11,18 +11,23 @@ from cm_runtime.export.embedding import project
 from cm_runtime.export.steps import GraphEvaluation, GraphSteps
 from cm_runtime.export.unet import NetworkWriter
 from cm_runtime.export.unet_cuda import CudaNetworkWriter
+from cm_runtime.export.unet_tensorrt import TensorRtNetworkWriter
 from cm_runtime.manifest import OUTPUTS
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.onnx_graph.expression import Expression
 from cm_runtime.sampling import run
 
 KINDS: dict[Precision, int] = {"fp32": FLOAT, "fp16": HALF, "bf16": BFLOAT}
-WRITERS: dict[Target, type[NetworkWriter]] = {"cpu": NetworkWriter, "cuda": CudaNetworkWriter}
+WRITERS: dict[Target, type[NetworkWriter]] = {
+    "cpu": NetworkWriter,
+    "cuda": CudaNetworkWriter,
+    "tensorrt": TensorRtNetworkWriter,
+}
 
 
 def denoiser(model: ConsistencyModel, precision: Precision = "fp32", target: Target = "cpu") -> Graph:
     """f: x (N,C,H,W), sigma (N,) float32, label (N,) int64 with classes -> denoised (N,C,H,W) float32."""
-    g = _graph(precision)
+    g = _graph(precision, target)
     shape: list[int | str] = ["N", *model.config.image_shape]
     x, sigma = g.input("x", FLOAT, shape), g.input("sigma", FLOAT, ["N"])
     label = _label(g, model)
@@ -45,7 +50,7 @@ def denoiser(model: ConsistencyModel, precision: Precision = "fp32", target: Tar
 
 def network(model: ConsistencyModel, precision: Precision = "fp32", target: Target = "cpu") -> Graph:
     """F: x_in (N,C,H,W) of the network's type, c_noise (N,) float32, label -> F (N,C,H,W) float32."""
-    g = _graph(precision)
+    g = _graph(precision, target)
     shape: list[int | str] = ["N", *model.config.image_shape]
     kind = KINDS[precision]
     x, c_noise = g.input("x_in", kind, shape), g.input("c_noise", FLOAT, ["N"])
@@ -70,7 +75,7 @@ def sampler(
     bool: false for an image some x0 of which was not finite, before the clamp that would hide it. inline: the
     skip-scaling as products with constants, in place of cm::SkipScale.
     """
-    g = _graph(precision)
+    g = _graph(precision, target)
     noise = g.input("noise", FLOAT, [len(sigmas), "N", *model.config.image_shape])
     label = _label(g, model)
     writer = WRITERS[target](g, model.F, KINDS[precision])
@@ -79,8 +84,9 @@ def sampler(
     return g
 
 
-def _graph(precision: Precision) -> Graph:
-    return Graph(22) if precision == "bf16" else Graph()
+def _graph(precision: Precision, target: Target) -> Graph:
+    """A graph of the operators that it needs: convolutions in bf16 are in 22, GroupNormalization in 21."""
+    return Graph(22) if precision == "bf16" or target == "tensorrt" else Graph()
 
 
 def _label(g: Graph, model: ConsistencyModel) -> str | None:

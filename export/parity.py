@@ -107,7 +107,7 @@ def measure(path: Path, manifest: Manifest, answers: list[NDArray[Any]]) -> Pari
             worst, psnr[i] = max(worst, largest), min(psnr[i], decibels)
     return Parity(
         engine=engine.version
-        if manifest.target == "cpu"
+        if manifest.target != "cuda"
         else f"{engine.version}, operators of {manifest.target} defined",
         max_abs=worst,
         sigmas=tuple(float(f"{sigma:.6g}") for sigma in levels),

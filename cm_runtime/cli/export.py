@@ -80,7 +80,8 @@ class FileFlags:
         typer.Option(
             "--for",
             help="Whose operators: cpu, the standard's, which every engine runs, on a GPU too; cuda, ONNX Runtime's own"
-            " on a GPU: images in NHWC, normalisation with SiLU and attention each in one.",
+            " on a GPU: images in NHWC, normalisation with SiLU and attention each in one; tensorrt, the standard's in"
+            " the forms that it fuses, as in its engines.",
         ),
     ] = "cpu"
     batch: Annotated[
@@ -137,7 +138,7 @@ class FileFlags:
                 sigmas=parsing.numbers("--sigmas", self.sigmas) if self.sigmas else None,
                 precision=self.precision,
                 inline=self.inline,
-                target=self.target,
+                target=self.target if self.form == "onnx" else "tensorrt",
                 force=force,
             )
 

@@ -322,6 +322,13 @@ def _layer_normalisation(node: Node, inputs: list[Value], manifest: Manifest) ->
     return [Value(x.type, x.shape, is_static=x.is_static)]
 
 
+def _group_normalisation(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
+    """Normalisation of groups of channels, with weights a channel, as since opset 21."""
+    c, groups = inputs[0].shape[1], _number(node, "num_groups")
+    _require(0 < groups <= c and c % groups == 0)
+    return _normalisation(node, inputs, manifest)
+
+
 def _softmax(node: Node, inputs: list[Value], manifest: Manifest) -> list[Value]:
     _require(_number(node, "axis") == -1 and inputs[0].shape[-1] != N)
     return _same(node, inputs, manifest)
@@ -391,6 +398,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "DepthToSpace"): _rule(_depth_to_space, 1, blocksize=AN_INT, mode=A_STRING),
     ("", "InstanceNormalization"): _rule(_normalisation, 3, epsilon=A_FLOAT),
     ("", "LayerNormalization"): _rule(_layer_normalisation, 2, axis=AN_INT, epsilon=A_FLOAT),
+    ("", "GroupNormalization"): _rule(_group_normalisation, 3, num_groups=AN_INT, epsilon=A_FLOAT),
     ("", "BatchNormalization"): _rule(_normalisation, 5, epsilon=A_FLOAT),
     ("", "ReduceSum"): _rule(_reduce, 2, keepdims=AN_INT),
     (CONTRIB, "NhwcConv"): _rule(_nhwc_conv, 3, kernel_shape=INTS, optional={"strides": INTS, "pads": INTS}),
