@@ -187,11 +187,15 @@ class Gpu:
     def record(self, event: int, stream: int) -> None:
         number, queue = next(self.numbers), self.streams[stream]
         self.events[event] = queue, number
-        queue.add(lambda: self.passed.add(number))
+        if queue.queue or queue.captured is not None:
+            queue.add(lambda: self.passed.add(number))
+        else:
+            self.passed.add(number)
 
     def wait(self, stream: int, event: int) -> None:
         queue, number = self.events[event]
-        self.streams[stream].add(lambda: queue.reach(number))
+        if number not in self.passed:
+            self.streams[stream].add(lambda: queue.reach(number))
 
     def synchronize_event(self, event: int) -> None:
         queue, number = self.events[event]

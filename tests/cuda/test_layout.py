@@ -76,7 +76,7 @@ def test_each_step_finds_its_own_noise_levels(graph: GraphKind, n: int) -> None:
 
     device = SimpleNamespace(take=lambda size: 0, put=put, pin=lambda size: np.zeros(size, np.uint8))
     batch = CapturedBatch(engine, device, layout, request)  # type: ignore[arg-type]
-    writer = writer_of(engine, device, layout, batch.addresses)
+    writer = RequestWriter(engine.manifest, engine.graph, device, layout, batch.addresses)  # type: ignore[arg-type]
     writer.write(request, 0, np.ones(n, np.int64), None)
     name = "sigma" if graph == "denoiser" else "c_noise"
     for k, sigma in enumerate(SIGMAS):
@@ -87,7 +87,3 @@ def test_each_step_finds_its_own_noise_levels(graph: GraphKind, n: int) -> None:
         assert np.allclose(levels, expected, rtol=1e-6)
     starts = [seen[name] for seen in engine.seen]
     assert min(np.diff(starts)) >= 4 * n
-
-
-def writer_of(engine: Engine, device: Any, layout: Layout, addresses: Mapping[str, int]) -> RequestWriter:
-    return RequestWriter(engine, device, layout, addresses)  # type: ignore[arg-type]
