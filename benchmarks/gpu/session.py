@@ -1,0 +1,88 @@
+"""Parts in their order within a budget: each in a child process that ends at its limit, and what it found stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpu.findings import Findings
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A child process's work.
+
+    limit: seconds of one call; least: seconds below which no finding is begun; needs: names of `survey`; findings:
+    functions of the seconds left.
+    """
+
+    name: str
+    limit: float
+    least: float
+    needs: tuple[str, ...]
+    findings: Mapping[str, Callable[[float], dict[str, Any]]]
+
+
+def conduct(
+    parts: Sequence[Part], findings: Findings, budget: float, start: Callable[[Part, float], int | None], clock: Clock
+) -> None:
+    """Try what is pending of every part, in order, for ``budget`` seconds.
+
+    start: runs `work` in a child process for so many seconds; returns its status, or None where it was stopped. A
+    child ends at its first failure, since an error of CUDA stays in its process; another goes on behind it.
+    """
+    end = clock() + budget
+    for part in parts:
+        part_end = min(end, clock() + part.limit)
+        while todo := findings.pending(part.findings):
+            left = part_end - clock()
+            status: int | None = 0
+            if left >= part.least:
+                status = start(part, left)
+                findings.read()
+            if status and findings.pending(part.findings) == todo:
+                findings.start(todo[0])  # the process ended before it did that
+            if status:
+                findings.explain(part.findings, f"the process ended with status {status}")
+            elif findings.pending(part.findings) == todo:
+                findings.skip(part.name, f"{len(todo)} of {len(part.findings)} findings are left for the next call")
+                break
+
+
+def work(part: Part, findings: Findings, seconds: float, clock: Clock = time.monotonic) -> int:
+    """Try what is pending of a part; 1 at the first failure."""
+    end = clock() + seconds
+    for name in findings.pending(part.findings):
+        began = clock()
+        if end - began < part.least:
+            break
+        findings.start(name)
+        try:
+            result = part.findings[name](end - began)
+        except Exception as error:
+            findings.fail(name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            return 1
+        findings.finish(name, result, clock() - began)
+    return 0
+
+
+def start_child(part: Part, seconds: float, words: Sequence[str]) -> int | None:
+    """Run this program again for one part; it and all that it started are killed after ``seconds``."""
+    command = [sys.executable, *words, "--child", part.name, str(seconds)]
+    child = subprocess.Popen(command, start_new_session=True)
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
