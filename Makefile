@@ -65,13 +65,15 @@ test-pycuda: ## The stand-in for CUDA's driver under the real pycuda, which is b
 	@+$(call environment,.venv-dev)
 	CM_RUNTIME_PYCUDA=1 .venv-dev/bin/python -m pytest tests/driver/test_pycuda.py $(PYTEST_ARGS)
 
-# GPU_PYTHON: one that has torch for CUDA, onnxruntime-gpu, pycuda, cuda-bindings and pytest, or some of them.
+# GPU_PYTHON: one that has torch for CUDA, onnxruntime-gpu, cuda-bindings and pytest, or some of them.
+# GPU_ARGS: more words, as --part torch; benchmarks/README.md has them.
 GPU_PYTHON ?=
 GPU_RESULT ?= build/gpu.json
+GPU_ARGS ?=
 
-gpu-check: ## What only a GPU can prove, in eight minutes, into GPU_RESULT; without a GPU, in host mode
+gpu-check: ## What only a GPU can prove, eight minutes a call, completing GPU_RESULT; without a GPU, in host mode
 	@+$(if $(GPU_PYTHON),,$(call environment,.venv-dev))
-	$(or $(GPU_PYTHON),.venv-dev/bin/python) benchmarks/gpu_check.py -o $(GPU_RESULT)
+	$(or $(GPU_PYTHON),.venv-dev/bin/python) benchmarks/gpu_check.py -o $(GPU_RESULT) $(GPU_ARGS)
 
 format: ## Mend what ruff can mend
 	@+$(call environment,.venv-dev)

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in select(options):
             lacks = missing(part.needs, what)
             if options.device == "cpu" and not is_rehearsal and part.name != "kernels":
-                lacks = ["GPU"]
+                lacks = ["GPU", *lacks]
             if lacks:
                 findings.skip(part.name, f"missing: {', '.join(lacks)}")
             else:

@@ -220,7 +220,8 @@ def test_make_knows_every_target() -> None:
 
 def test_gpu_check_runs_with_the_packages_that_were_installed() -> None:
     """And not with those of the tests, among which is no CUDA."""
-    assert snippet("Check the GPU build") == "make gpu-check GPU_PYTHON=python GPU_RESULT=gpu.json"
+    (words,) = commands(snippet("Check the GPU build"), "make")
+    assert words == ["gpu-check", "GPU_PYTHON=python", "GPU_RESULT=gpu.json", "GPU_ARGS=--budget 3600"]
 
 
 @pytest.mark.process

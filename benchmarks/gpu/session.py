@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,27 +35,34 @@ class Part:
 def conduct(
     parts: Sequence[Part], findings: Findings, budget: float, start: Callable[[Part, float], int | None], clock: Clock
 ) -> None:
-    """Try what is pending of every part, in order, for ``budget`` seconds.
+    """Try what is pending of every part, in order, for ``budget`` seconds, and again while that finds something.
 
     start: runs `work` in a child process for so many seconds; returns its status, or None where it was stopped. A
     child ends at its first failure, since an error of CUDA stays in its process; another goes on behind it.
     """
     end = clock() + budget
+    remaining: list[list[str]] = []
+    while remaining != (remaining := [findings.pending(part.findings) for part in parts]):
+        for part in parts:
+            _conduct_part(part, findings, min(end, clock() + part.limit), start, clock)
     for part in parts:
-        part_end = min(end, clock() + part.limit)
-        while todo := findings.pending(part.findings):
-            left = part_end - clock()
-            status: int | None = 0
-            if left >= part.least:
-                status = start(part, left)
-                findings.read()
-            if status and findings.pending(part.findings) == todo:
-                findings.start(todo[0])  # the process ended before it did that
-            if status:
-                findings.explain(part.findings, f"the process ended with status {status}")
-            elif findings.pending(part.findings) == todo:
-                findings.skip(part.name, f"{len(todo)} of {len(part.findings)} findings are left for the next call")
-                break
+        if todo := findings.pending(part.findings):
+            findings.skip(part.name, f"{len(todo)} of {len(part.findings)} findings are left for the next call")
+
+
+def _conduct_part(
+    part: Part, findings: Findings, end: float, start: Callable[[Part, float], int | None], clock: Clock
+) -> None:
+    while (todo := findings.pending(part.findings)) and (left := end - clock()) >= part.least:
+        status = start(part, left)
+        findings.read()
+        is_idle = findings.pending(part.findings) == todo
+        if status and is_idle:
+            findings.start(todo[0])  # the process ended before it did that
+        if status:
+            findings.explain(part.findings, f"the process ended with status {status}")
+        elif is_idle:
+            return
 
 
 def work(part: Part, findings: Findings, seconds: float, clock: Clock = time.monotonic) -> int:
@@ -75,7 +83,7 @@ def work(part: Part, findings: Findings, seconds: float, clock: Clock = time.mon
 
 
 def start_child(part: Part, seconds: float, words: Sequence[str]) -> int | None:
-    """Run this program again for one part; it and all that it started are killed after ``seconds``."""
+    """Run this program again for one part, for ``seconds`` at most; nothing that it started stays."""
     command = [sys.executable, *words, "--child", part.name, str(seconds)]
     child = subprocess.Popen(command, start_new_session=True)
     try:
@@ -83,6 +91,6 @@ def start_child(part: Part, seconds: float, words: Sequence[str]) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # a compiler's workers too
+        child.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -202,6 +203,14 @@ def test_findings_of_two_gpus_do_not_meet(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").read_text() == before
 
 
+def wait_for_end(pid: str) -> None:
+    """Wait until a process is gone, or a zombie that nobody has collected."""
+    stat, end = Path(f"/proc/{pid}/stat"), time.monotonic() + 30
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < end, "it is still there"
+        time.sleep(0.01)
+
+
 @pytest.mark.process
 def test_a_child_is_killed_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
     from gpu.session import start_child
@@ -214,10 +223,9 @@ def test_a_child_is_killed_at_its_limit_with_all_that_it_started(tmp_path: Path)
         "time.sleep(60 if sys.argv[2] == 'slow' else 0); sys.exit(7)\n"
     )
     assert start_child(Part("slow", 1, 1, (), {}), 5, [str(program)]) is None
-    child = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    wait_for_end((tmp_path / "pid").read_text())
     assert start_child(Part("quick", 1, 1, (), {}), 60, [str(program)]) == 7
-    os.kill(int((tmp_path / "pid").read_text()), 9)
+    wait_for_end((tmp_path / "pid").read_text())
 
 
 def test_the_result_is_readable_json(tmp_path: Path) -> None:
@@ -225,3 +233,12 @@ def test_the_result_is_readable_json(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert set(content) == {"runs", "findings", "skipped"}
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"], "no drafts stay"
+
+
+def test_a_larger_budget_goes_round_the_parts_again(tmp_path: Path) -> None:
+    machine = Rehearsal(tmp_path / "gpu.json", ALL, lambda name: 29)
+    assert "bandwidth" in machine.call().content["skipped"]
+    whole = Rehearsal(tmp_path / "whole.json", ALL, lambda name: 29)
+    findings = whole.call(budget=24 * 3600)
+    assert whole.done() == set(whole.names) and findings.content["skipped"] == {}
+    assert max(whole.tried.values()) == 1
