@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -377,3 +379,13 @@ def test_the_table_has_what_is_known() -> None:
         "- skipped: sanitizer: missing: compute-sanitizer",
     ):
         assert line in text.splitlines()
+
+
+def test_the_readme_has_the_parts_and_commands_that_there_are() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", text, re.MULTILINE)
+    parts = plan.parts(plan.Options("cuda:0", ("cifar32",), (1,), ("fp16",)))
+    assert [(part.name, str(int(part.limit))) for part in parts] == rows
+    calls = re.findall(r"^ +python benchmarks/gpu_check.py (.*?)(?: +#.*)?$", text, re.MULTILINE)
+    calls += re.findall(r"GPU_ARGS='(.*)'", text)
+    assert len(calls) >= 4 and all(gpu_check.parse(shlex.split(call)) for call in calls)
