@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cm_runtime.bench.turns import ratio, take_turns
-from cm_runtime.cuda import context
+from cm_runtime.cuda.context import Owned
 from cm_runtime.cuda.device import Device
 from cm_runtime.kernels import launches
 from cm_runtime.kernels.launches import LEVEL, REQUEST, SIZES, Arrays, Images, Type
@@ -54,17 +54,21 @@ class Timer:
     """Times of what is put in a device's stream, by events of the GPU."""
 
     def __init__(self, device: Device) -> None:
-        self._device = device
-        self._cuda = context.driver()
+        self._device, self._driver = device, device.context.driver
+        with device.use("measuring"):
+            self._begin, self._end = (
+                Owned(device.context, self._driver.create_event(), self._driver.destroy_event) for _ in range(2)
+            )
 
     def milliseconds(self, body: Callable[[], None]) -> float:
         """Milliseconds between events before and behind ``body``."""
-        begin, end = self._cuda.Event(), self._cuda.Event()
-        begin.record(self._device.queue)
-        body()
-        end.record(self._device.queue)
-        end.synchronize()
-        return float(end.time_since(begin))
+        begin, end, stream = self._begin.handle, self._end.handle, self._device.stream
+        with self._device.use("measuring"):
+            self._driver.record(begin, stream)
+            body()
+            self._driver.record(end, stream)
+            self._driver.synchronize_event(end)
+            return self._driver.milliseconds(begin, end)
 
 
 def time_steps(type: Type, count: int, seconds: float = 60) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class Own(Contender):
             return None
         from gpu.bandwidth import Timer
 
-        batch = sampler.prepare(self._setting.request(), self._setting.batch).batch
+        batch = sampler.prepare(self._model, self._setting.request(), self._setting.batch).batch
         return share_outside(self._model, sampler.device, batch, Timer(sampler.device).milliseconds)
 
 
@@ -167,7 +167,7 @@ def share_outside(engine: Any, device: Any, batch: Any, milliseconds: Callable[[
 
     graph = engine.capture(device, evaluate)
     network = graph.launch if graph else evaluate  # ONNX Runtime has a graph for each evaluation
-    shares = [1 - milliseconds(network) / milliseconds(batch.put) for _ in range(ROUNDS)]
+    shares = [1 - milliseconds(network) / milliseconds(partial(batch.put, engine)) for _ in range(ROUNDS)]
     return round(statistics.median(shares), 4)
 
 
