@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from cm_runtime import backends, export, noise
 from cm_runtime.bench import peers
 from cm_runtime.bench.networks import STANDING, standing_checkpoint
 from cm_runtime.checkpoints.load import load_checkpoint
+from cm_runtime.choices import Target
 from cm_runtime.errors import RequestError
 from cm_runtime.request import Draw, sampling_request
 from cm_runtime.sampling import labels_of
@@ -193,30 +194,33 @@ def load_torch(setting: Setting, backend: Any = "torch") -> Any:
     return backends.load(setting.source, backend, setting.device, precision=cast(Any, setting.precision))
 
 
-def load_ort(setting: Setting) -> Any:
-    """cm-runtime on ONNX Runtime, by the graph of F on a GPU and of f on the CPU, which has no steps of its own."""
-    return backends.load(graph(setting), "ort", setting.device)
+def load_ort(setting: Setting, target: Target) -> Any:
+    """cm-runtime on ONNX Runtime, whose own operators, or the standard's, are in the graph."""
+    return backends.load(graph(setting, target), "ort", setting.device, precision=cast(Any, setting.precision))
 
 
 def load_tensorrt(setting: Setting, package: Any) -> Any:
-    """cm-runtime on TensorRT, with an engine for this batch alone."""
+    """cm-runtime on TensorRT, with an engine for this batch alone. Raises RequestError for tf32."""
+    if setting.precision == "tf32":
+        raise RequestError("TensorRT's engines are built without TF32")
     from cm_runtime.backends.engine_file import Profile
     from cm_runtime.export import to_tensorrt
 
     path = setting.work / f"{setting.name}-{package}.engine"
     if not path.exists():
         profile = Profile(min=setting.batch, opt=setting.batch, max=setting.batch)
-        to_tensorrt.build(graph(setting), path, package, profile=profile)
+        to_tensorrt.build(graph(setting, "cpu"), path, package, profile=profile)
     return backends.load(path)
 
 
-@cache
-def graph(setting: Setting) -> Path:
-    """The exported network of a setting's checkpoint and precision."""
-    kind: Any = "denoiser" if setting.device == "cpu" else "network"
-    path = setting.work / f"{setting.source.stem}-{kind}-{setting.precision}.onnx"
+def graph(setting: Setting, target: Target) -> Path:
+    """The exported network; on the CPU, where steps are no kernels, f, in standard operators."""
+    is_cpu = setting.device == "cpu"
+    kind, target = ("denoiser", "cpu") if is_cpu else ("network", target)
+    precision: Any = "fp32" if setting.precision == "tf32" else setting.precision
+    path = setting.work / f"{setting.source.stem}-{kind}-{precision}-{target}.onnx"
     if not path.exists():
-        export.onnx(load_checkpoint(setting.source), path, graph=kind, precision=cast(Any, setting.precision))
+        export.onnx(load_checkpoint(setting.source), path, graph=cast(Any, kind), precision=precision, target=target)
     return path
 
 
@@ -226,7 +230,8 @@ CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
     "onnxruntime": PlainExport,
     "cm-runtime torch": partial(Own, load=load_torch),
     "cm-runtime torch.compile": partial(Own, load=partial(load_torch, backend="torch.compile")),
-    "cm-runtime onnxruntime": partial(Own, load=load_ort),
+    "cm-runtime onnxruntime": partial(Own, load=partial(load_ort, target="cuda")),
+    "cm-runtime onnxruntime, standard operators": partial(Own, load=partial(load_ort, target="cpu")),
     "cm-runtime tensorrt": partial(Own, load=partial(load_tensorrt, package="tensorrt")),
     "cm-runtime tensorrt-rtx": partial(Own, load=partial(load_tensorrt, package="tensorrt_rtx")),
 }

@@ -20,7 +20,7 @@ TORCH = (*BASE, "torch")
 EXPORT = (*TORCH, "onnx", "onnxscript")
 RACES = {  # part -> contenders, the baseline first; names of `gpu.contenders`
     "torch": ("torch", "cm-runtime torch", "torch.compile"),
-    "onnxruntime": ("torch", "cm-runtime onnxruntime", "onnxruntime"),
+    "onnxruntime": ("torch", "cm-runtime onnxruntime", "cm-runtime onnxruntime, standard operators", "onnxruntime"),
     "tensorrt": ("torch", "cm-runtime tensorrt", "cm-runtime tensorrt-rtx"),
     "compiled": ("torch", "cm-runtime torch.compile", "torch.compile"),
 }
