@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import stand_in_gpu
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -26,8 +27,11 @@ from gpu import contenders, plan, race, suites, survey
 from gpu.findings import Findings
 
 from cm_runtime import backends
+from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.bench.networks import random_checkpoint
 from cm_runtime.checkpoints.native import save_checkpoint
+from cm_runtime.cuda.device import Device
+from cm_runtime.cuda.sampler import OnDevice
 from cm_runtime.export import to_tensorrt
 
 ROOT = Path(__file__).parents[2]
@@ -126,12 +130,13 @@ def test_outside_compares_a_graph_of_the_evaluations_with_a_graph_of_the_request
         body()
         return {"graph": 3.0, "put": 4.0, "evaluate": 9.0}[log[-1][0]]
 
-    assert contenders.share_outside(engine, None, batch, milliseconds) == 0.25
+    device = SimpleNamespace(use=lambda action: nullcontext())
+    assert contenders.share_outside(engine, device, batch, milliseconds) == 0.25
     evaluations = [("evaluate", k) for k in range(contenders.STEPS)]
     assert [entry for entry in log if entry[0] == "evaluate"] == evaluations, "captured once, in their order"
     assert log[-2:] == [("graph", evaluations), ("put",)]
     engine.capture = lambda device, body: None  # ONNX Runtime's way
-    assert contenders.share_outside(engine, None, batch, milliseconds) == 1 - 9 / 4
+    assert contenders.share_outside(engine, device, batch, milliseconds) == 1 - 9 / 4
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +190,55 @@ def test_every_contender_of_every_race_draws_the_same(
     assert [line for line in host_engines if "compile" in line] == wanted.get(part, [])
     if part == "tensorrt":
         assert host_engines == ["tensorrt 3:3:3", "tensorrt_rtx 3:3:3"], "an engine for this batch alone"
+
+
+class InStream:
+    """ONNX Runtime's CPU as an engine whose evaluations wait in the stand-in's stream, and are captured in a graph."""
+
+    def __init__(self, engine: OrtBackend, gpu: stand_in_gpu.Gpu) -> None:
+        self._engine, self._gpu = engine, gpu
+        self.manifest, self.graph, self.outputs, self.images = (
+            engine.manifest,
+            engine.graph,
+            engine.outputs,
+            engine.images,
+        )
+        self.on_device = OnDevice(Device())
+
+    def bind(self, device: Device, count: int) -> Any:
+        evaluate, stream = self._engine.bind(device, count), self._gpu.streams[device.stream]
+        return lambda addresses: stream.add(lambda: evaluate(addresses))
+
+    def capture(self, device: Device, body: Callable[[], Any]) -> Any:
+        return device.capture(body)
+
+
+def test_outside_is_asked_of_the_sampler_that_draws(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stand-in, where a graph takes a millisecond for each of its nodes: 2 evaluations among a request's."""
+    setting = contenders.Setting(tiny, "fp32", 3, "cuda:0", tmp_path, tmp_path)
+    path = contenders.graph(setting, "cpu")
+    with stand_in_gpu.installed(stand_in_gpu.Gpu()) as gpu:
+
+        class Timer:
+            def __init__(self, device: Device) -> None:
+                self.device = device
+
+            def milliseconds(self, body: Callable[[], None]) -> float:
+                self.device.finish()
+                body()
+                count = len(gpu.streams[self.device.stream].queue)
+                self.device.finish()
+                return count
+
+        monkeypatch.setattr("gpu.bandwidth.Timer", Timer)
+        own = contenders.Own(setting, lambda _: InStream(OrtBackend(path), gpu))
+        share = own.outside()
+        captures = [int(line.split()[1]) for line in gpu.log if line.startswith("capture")]
+    request, evaluations = captures
+    assert evaluations == contenders.STEPS
+    assert share == pytest.approx(1 - evaluations / request, abs=1e-4)
 
 
 def test_races_have_every_contender() -> None:
@@ -316,7 +370,6 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def test_b(): assert os.environ['CM_RUNTIME_KERNELS'] == 'gpu'\ndef test_c(): assert 0\n"
     )
     (tests / "test_good.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert 0\n")
-    (tests / "test_none.py").write_text("import pytest\ndef test_a(): pytest.skip('no GPU')\n")
     (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "carried.py").write_text("")
@@ -338,7 +391,7 @@ def test_a_file_of_tests_runs_to_its_end_without_the_projects_settings(suite: Pa
     summary = suites.run("test_good.py", "gpu", "gpu", 60)
     assert summary["where"] == "gpu" and summary["summary"].startswith("1 passed, 1 deselected")
     with pytest.raises(RuntimeError, match="1 skipped"):
-        suites.run("test_none.py", "", "gpu", 60)
+        suites._read([sys.executable, "-c", "print('1 skipped in 0.1s')"], "gpu", 60)
 
 
 # The tables
