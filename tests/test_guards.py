@@ -36,6 +36,8 @@ TORCH = {
     "training",
     "export",
     "backends.torch",
+    "backends.torch_settings",
+    "backends.torch_unet",
     "cuda.torch_launch",
     "cuda.torch_ops",
     "generation.torch_dataset",

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions
+from cm_runtime.backends.torch_settings import Products, products
+from cm_runtime.backends.torch_unet import InferenceModel, InferenceUNet
 from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Captured, Evaluate
@@ -25,27 +26,30 @@ from cm_runtime.cuda.sampler import OnDevice, open_device
 from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.errors.reasons import compiler_reason, first_line
 from cm_runtime.extras import NO_DRIVER, has_driver
-from cm_runtime.kernels.launches import Images
+from cm_runtime.kernels.launches import Images, Type
 from cm_runtime.manifest import OUTPUTS, Manifest
 from cm_runtime.networks.consistency import ConsistencyModel
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array, Batch
 from cm_runtime.subprocesses import engine_threads
 
+LOG = logging.getLogger("cm_runtime")
+TYPES: dict[str, Type] = {"fp16": "fp16", "bf16": "bf16"}  # of the weights by precision; others have float32
+TORCH_TYPES: dict[Type, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MOST_BATCH_SIZES = 256  # that are compiled, each apart; torch by itself gives up after 8
 
 
 class TorchBackend(Backend):
-    """A torch module as a backend; the module is put in evaluation mode for each evaluation.
+    """f on torch: in fp32 on a CPU the module itself, in evaluation mode for each evaluation, else `InferenceModel`.
 
     Args:
-        model: f, moved to the device.
+        model: f. It stays where it is, and as it is.
         manifest: of its checkpoint.
-        options: bf16 and fp16 are torch.autocast's, with skip-scaling and statistics in float32; auto is fp32.
-            torch.compile compiles once for each batch size, at its first use; never in parts.
+        options: fp16 and bf16 have statistics, the last convolution and skip-scaling in float32; tf32 is of GPUs alone;
+            auto is fp32. torch.compile compiles once for each batch size, at its first use; never in parts.
 
     Raises:
-        EngineError: There is no such device.
+        EngineError: There is no such device, or it has no such precision.
     """
 
     name = "torch"
@@ -58,46 +62,51 @@ class TorchBackend(Backend):
         options: EngineOptions = ON_CPU,
     ) -> None:
         device = find_device(options.device)
-        self._model = model.to(device)
-        self._f: Callable[..., torch.Tensor] = self._model
         self.manifest = manifest
         self.device = str(device)
         self.precision = "fp32" if options.precision == "auto" else options.precision
         self.version = f"torch {torch.__version__}"
         self.outputs = OUTPUTS[manifest.graph]
-        self._type = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        if self.precision == "tf32" and device.type == "cpu":
+            raise EngineError("tf32 is a precision of GPUs; on the CPU take fp32")
+        self._type = TORCH_TYPES[TYPES.get(self.precision, "fp32")]
+        self._products: Products = "tf32" if self.precision == "tf32" else "ieee"
         self._is_compiled = options.backend == "torch.compile"
         self._process = os.getpid()
         self.on_device = self._open_device(device)
-        if self._type is not None:
-            out = self._model.F.out
-            out[-1] = out[-1] if isinstance(out[-1], _InFloat32) else _InFloat32(out[-1])
+        self._f = self._build(model, device)
+        self._run: Callable[..., torch.Tensor] = self._f
         if self._is_compiled:
             self.name = "torch.compile"
             limits: Any = importlib.import_module("torch._dynamo").config
             limits.recompile_limit = max(limits.recompile_limit, MOST_BATCH_SIZES)
             mode = "max-autotune" if device.type == "cuda" else "default"
-            self._f = torch.compile(self._model, fullgraph=True, dynamic=False, mode=mode)
+            self._run = torch.compile(self._f, fullgraph=True, dynamic=False, mode=mode)
+
+    def _build(self, model: ConsistencyModel, device: torch.device) -> ConsistencyModel | InferenceModel:
+        """f as it is evaluated. On a GPU it is in one type and layout; ``model`` stays where it is."""
+        if device.type == "cpu" and self._type is torch.float32:
+            return model
+        return InferenceModel(model, self._type).to(device)
 
     def evaluate(self, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """One evaluation of the module on checked inputs; see `Backend`."""
+        """One evaluation of f on checked inputs; see `Backend`."""
         if self._process != os.getpid() and torch.get_num_threads() > 1:
             raise EngineError(
                 "torch was at work before this process was forked, and would hang: start it by spawn, or take 1 thread"
             )
-        was_training = self._model.training
-        self._model.eval()
-        kind = torch.device(self.device).type
+        was_training = self._f.training
+        self._f.eval()
         try:
-            with torch.inference_mode(), ieee(), torch.autocast(kind, self._type, enabled=self._type is not None):
-                x0 = self._f(*(self._tensor(each) for each in feed.values()))
-                return np.asarray(x0.float().cpu().numpy(), np.float32)
+            with torch.inference_mode(), products(self._products):
+                x0 = self._run(*(self._tensor(each) for each in feed.values()))
+                return np.asarray(x0.cpu().numpy(), np.float32)
         except Exception as error:  # a compiler's errors are of many kinds
             if not self._is_compiled and not isinstance(error, RuntimeError):
                 raise
             raise EngineError(f"{self.name}: {compiler_reason(error)}") from error
         finally:
-            self._model.train(was_training)
+            self._f.train(was_training)
 
     # On the GPU, as cuda.engine.Engine has it
 
@@ -116,29 +125,28 @@ class TorchBackend(Backend):
         return self.on_device.batches(self, request, noise) if self.on_device else None
 
     def images(self, count: int) -> Images:
-        """float32, of which autocast makes what it needs."""
-        return Images(count, *self.manifest.image_shape)
+        """NHWC in the weights' type; F is float32."""
+        return Images(count, *self.manifest.image_shape, TYPES.get(self.precision, "fp32"), "nhwc", "fp32")
 
     def bind(self, device: Device, count: int) -> Evaluate:
-        """F, compiled where this backend compiles f; the module is left in evaluation mode."""
-        self._model.eval()
-        shape, kind = (count, *self.manifest.image_shape), torch.device(self.device)
-        F, has_labels = self._compile(self._model.F), self.manifest.num_classes > 0
-        half, engine = self._type, self.name  # and not the backend, which owns what is bound
+        """F, compiled where this backend compiles f."""
+        images, kind, engine, computed_in = self.images(count), torch.device(self.device), self.name, self._products
+        names = ("x_in", "c_noise", "label") if self.manifest.num_classes else ("x_in", "c_noise")
+        network = self._network()
+        tensors: dict[
+            tuple[str, int], torch.Tensor
+        ] = {}  # asking CUDA for each anew takes time, and is no part of a graph
+
+        def at(name: str, address: int) -> torch.Tensor:
+            if (name, address) not in tensors:
+                tensors[name, address] = array_at(name, address, images, kind)
+            return tensors[name, address]
 
         def evaluate(addresses: Mapping[str, int]) -> None:
-            x_in, output = (tensor_at(addresses[name], shape, torch.float32, kind) for name in ("x_in", "F"))
-            inputs = [x_in, tensor_at(addresses["c_noise"], (count,), torch.float32, kind)]
-            if has_labels:
-                inputs.append(tensor_at(addresses["label"], (count,), torch.int64, kind))
             try:
-                with (
-                    torch.inference_mode(),
-                    on_stream(device.stream, kind),
-                    ieee(),
-                    torch.autocast(kind.type, half, enabled=half is not None),
-                ):
-                    output.copy_(F(*inputs))
+                with torch.inference_mode(), on_stream(device.stream, kind), products(computed_in):
+                    F = network(*(at(name, addresses[name]) for name in names))
+                    at("F", addresses["F"]).copy_(F)
             except torch.OutOfMemoryError as error:
                 raise OutOfMemoryError(f"torch: {first_line(error)}") from error
             except RuntimeError as error:
@@ -146,72 +154,36 @@ class TorchBackend(Backend):
 
         return evaluate
 
-    def capture(self, device: Device, body: Callable[[], Any]) -> Captured:
-        """The whole loop in one graph, by torch, whose allocator has to know of it."""
-        return TorchGraph(device.stream, torch.device(self.device), body)
+    def capture(self, device: Device, body: Callable[[], Any]) -> Captured | None:
+        """The whole loop in one graph, by torch, whose allocator has to know of it; a line says where there is none."""
+        try:
+            return TorchGraph(device.stream, torch.device(self.device), body)
+        except OutOfMemoryError:
+            raise
+        except (EngineError, RuntimeError) as error:
+            LOG.warning("%s evaluates without a CUDA graph: %s", self.name, first_line(error))
+            return None
 
-    def _compile(self, module: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def _network(self) -> Callable[..., torch.Tensor]:
+        network = self._f.F if isinstance(self._f, InferenceModel) else InferenceUNet(self._f.F, self._type)
         if not self._is_compiled:
-            return module
+            return network
         # Graphs are ours: those that max-autotune itself captures cannot be inside of another.
-        return torch.compile(module, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+        return torch.compile(network, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
 
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
 
 
-class _Ieee:
-    """Torch's settings for float32 products, the process's: the first to enter saves them, the last puts them back.
+class TorchReference(TorchBackend):
+    """The published module itself, on any device, whose images go through the host: for training's previews."""
 
-    All names of them are set, the old ones too, so that whoever asks by one of those, in another thread, is answered.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._saved: tuple[bool, str, list[str]]
+    def _build(self, model: ConsistencyModel, device: torch.device) -> ConsistencyModel | InferenceModel:
+        return model.to(device)
 
     @staticmethod
-    def _places() -> tuple[Any, ...]:
-        b = torch.backends
-        return b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul  # type: ignore[attr-defined]
-
-    def enter(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside > 1:
-                return
-            products = [str(place.fp32_precision) for place in self._places()]
-            allows = products[:2] == ["tf32", "tf32"]  # cuDNN's old flag, not to be asked where the two differ
-            self._saved = allows, torch.get_float32_matmul_precision(), products
-            self._set(False, "highest", ["ieee"] * len(products))
-
-    def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._set(*self._saved)
-
-    def _set(self, allows: bool, precision: str, products: list[str]) -> None:
-        torch.backends.cudnn.allow_tf32 = allows
-        torch.set_float32_matmul_precision(precision)
-        for place, value in zip(self._places(), products, strict=True):
-            place.fp32_precision = value
-
-
-_IEEE = _Ieee()
-
-
-@contextmanager
-def ieee() -> Iterator[None]:
-    """While it lasts, float32 products are of float32: neither TF32, cuDNN's default, nor bfloat16, where one may ask.
-
-    Only what is in float32 is affected, in every thread of the process.
-    """
-    _IEEE.enter()
-    try:
-        yield
-    finally:
-        _IEEE.leave()
+    def _open_device(kind: torch.device) -> None:
+        """None: whoever trains may have no more of the GPU than torch."""
 
 
 class TorchGraph:
@@ -257,23 +229,20 @@ class _At:
 
 def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of memory that is not torch's, which must outlive it."""
-    if device.type == "cuda":
-        return torch.as_tensor(_At(address, shape, {torch.float32: "<f4", torch.int64: "<i8"}[dtype]), device=device)
+    if device.type == "cuda":  # bfloat16 has no name there
+        integers = _At(address, shape, f"<i{dtype.itemsize}")
+        return torch.as_tensor(integers, device=device).view(dtype)
     memory = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
-class _InFloat32(nn.Module):
-    """The last convolution, whose rounding would be the image's, outside of autocast."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(h.device.type, enabled=False):
-            out: torch.Tensor = self.layer(h.float())
-            return out
+def array_at(name: str, address: int, images: Images, device: torch.device) -> torch.Tensor:
+    """The array ``name`` of a batch as F takes it: images (N, C, H, W), channels_last."""
+    if name in ("x_in", "F"):
+        dtype = TORCH_TYPES[images.type if name == "x_in" else images.F_type]
+        shape = images.n, images.height, images.width, images.channels
+        return tensor_at(address, shape, dtype, device).permute(0, 3, 1, 2)
+    return tensor_at(address, (images.n,), torch.int64 if name == "label" else torch.float32, device)
 
 
 def set_threads(threads: int) -> None:

@@ -199,25 +199,42 @@ def _finish_fake(x: Tensor, F: Tensor, *_: float) -> Tensor:
 
 @custom_op("cm::group_norm_silu", mutates_args=(), device_types="cpu")
 def group_norm_silu(
-    x: Tensor, gamma: Tensor, beta: Tensor, scale_shift: Tensor | None, groups: int, eps: float, silu: bool
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    scale_shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """silu(group_norm(x) (1 + scale) + shift) in x's type, computed in float32; x: channels_last.
+    """silu(group_norm(x + offset) (1 + scale) + shift) in x's type, computed in float32; x: channels_last.
 
-    gamma, beta: (C,) float32; scale_shift: (N, 2C) in x's type, scales first, or None.
+    gamma, beta: (C,) float32, and so is offset, or None; scale_shift: (N, 2C) in x's type, scales first, or None.
     """
-    _check_norm(x, gamma, beta, scale_shift, groups)
+    _check_norm(x, gamma, beta, scale_shift, groups, offset)
     # of channels_last torch would take the variance from squares, which loses it where the mean is large
-    y = torch.group_norm(x.to(torch.float32, memory_format=torch.contiguous_format), groups, gamma, beta, eps)
+    full = x.to(torch.float32, memory_format=torch.contiguous_format)
+    full = full if offset is None else full + offset[:, None, None]
+    y = torch.group_norm(full, groups, gamma, beta, eps)
     if scale_shift is not None:
         scale, shift = scale_shift.float()[:, :, None, None].chunk(2, dim=1)
-        y = y * (1 + scale) + shift
-    return torch.empty_like(x).copy_(functional.silu(y) if silu else y)
+        y.mul_(1 + scale).add_(shift)
+    return torch.empty_like(x).copy_(functional.silu(y, inplace=True) if silu else y)
 
 
 def _group_norm_silu_cuda(
-    x: Tensor, gamma: Tensor, beta: Tensor, scale_shift: Tensor | None, groups: int, eps: float, silu: bool
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    scale_shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    images, y = _check_norm(x, gamma, beta, scale_shift, groups), torch.empty_like(x)
+    images, y = _check_norm(x, gamma, beta, scale_shift, groups, offset), torch.empty_like(x)
+    x = x if offset is None else x + offset.to(x.dtype)[:, None, None]
     addresses = {"x": x, "gamma": gamma, "beta": beta, "y": y}
     at = Arrays(**{name: tensor.data_ptr() for name, tensor in addresses.items()})
     at = at._replace(scale_shift=_address("scale_shift", scale_shift))
@@ -226,9 +243,16 @@ def _group_norm_silu_cuda(
 
 
 def _group_norm_silu_fake(
-    x: Tensor, gamma: Tensor, beta: Tensor, scale_shift: Tensor | None, groups: int, *_: float
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    scale_shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    _check_norm(x, gamma, beta, scale_shift, groups)
+    _check_norm(x, gamma, beta, scale_shift, groups, offset)
     return torch.empty_like(x)
 
 
@@ -283,7 +307,9 @@ def _check_noise(images: Images, F: Tensor, z: Tensor | None, draw: int = 0) -> 
     return images
 
 
-def _check_norm(x: Tensor, gamma: Tensor, beta: Tensor, scale_shift: Tensor | None, groups: int) -> Images:
+def _check_norm(
+    x: Tensor, gamma: Tensor, beta: Tensor, scale_shift: Tensor | None, groups: int, offset: Tensor | None
+) -> Images:
     images = _batch("x", x)
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise RequestError("x must be channels_last")
@@ -294,6 +320,8 @@ def _check_norm(x: Tensor, gamma: Tensor, beta: Tensor, scale_shift: Tensor | No
     _check_plain("beta", beta, (channels,), torch.float32, x.device)
     if scale_shift is not None:
         _check_plain("scale_shift", scale_shift, (images.n, 2 * channels), x.dtype, x.device)
+    if offset is not None:
+        _check_plain("offset", offset, (channels,), torch.float32, x.device)
     return images._replace(layout="nhwc")
 
 

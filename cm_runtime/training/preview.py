@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from cm_runtime import noise, sampling
 from cm_runtime.backends.base import EngineOptions
-from cm_runtime.backends.torch import TorchBackend
+from cm_runtime.backends.torch import TorchReference
 from cm_runtime.checkpoints.native import Checkpoint
 from cm_runtime.manifest import TrainingSummary
 from cm_runtime.networks.consistency import ConsistencyModel
@@ -20,7 +20,7 @@ def draw(model: ConsistencyModel, method: str, count: int, seed: int) -> NDArray
     config = model.config
     summary = TrainingSummary(method=method, data="", steps=0, images=0, seconds=0)
     manifest = Checkpoint(config=config, default_ema="", ema={}, training=summary).manifest()
-    denoiser = TorchBackend(model, manifest, EngineOptions(device=str(next(model.parameters()).device)))
+    denoiser = TorchReference(model, manifest, EngineOptions(device=str(next(model.parameters()).device)))
     if not manifest.is_teacher:
         return sampling.draw_images(denoiser, Draw(count=count, seed=seed))
     index = np.arange(count)

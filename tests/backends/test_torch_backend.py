@@ -1,6 +1,9 @@
 """Eager torch behind the Denoiser protocol."""
 
+import threading
 import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import exports
@@ -9,9 +12,10 @@ import pytest
 import torch
 
 from cm_runtime.backends.base import EngineOptions
-from cm_runtime.backends.torch import TorchBackend, ieee
+from cm_runtime.backends.torch import TorchBackend, TorchReference
+from cm_runtime.backends.torch_settings import products
 from cm_runtime.checkpoints.native import read_checkpoint
-from cm_runtime.errors import EngineError, RequestError
+from cm_runtime.errors import EngineError, OutOfMemoryError, RequestError
 
 
 @pytest.fixture
@@ -124,7 +128,7 @@ def test_large_images_come_in_small_batches(backend: TorchBackend) -> None:
 def test_half_precision_keeps_its_decibels_at_every_noise_level(
     boundary: exports.Files, precision: Any, least: float
 ) -> None:
-    """By autocast, with the last convolution in float32."""
+    """Half weights, with the last convolution, norms and embeddings in float32."""
     full = TorchBackend(boundary.model(), read_checkpoint(boundary.checkpoint).manifest())
     half = TorchBackend(boundary.model(), full.manifest, EngineOptions(device="cpu", precision=precision))
     sigma = np.geomspace(0.002, 80, 7).astype(np.float32)
@@ -133,11 +137,11 @@ def test_half_precision_keeps_its_decibels_at_every_noise_level(
     error = half.denoise(x.astype(np.float32), sigma, label) - full.denoise(x.astype(np.float32), sigma, label)
     assert np.abs(error).max() > 1e-5
     assert 10 * np.log10(4 / np.maximum(np.mean(error**2, axis=(1, 2, 3)), 1e-20)).min() >= least
-    assert half._model.F.out[-1].layer.weight.dtype == torch.float32
+    assert half._f.F.last.weight.dtype == torch.float32
 
 
 def test_a_module_may_serve_two_backends(boundary: exports.Files) -> None:
-    """It is wrapped once, and in fp32 computes what it did."""
+    """It is not changed, and in fp32 computes what it did."""
     manifest, model = read_checkpoint(boundary.checkpoint).manifest(), boundary.model()
     full = TorchBackend(model, manifest)
     wanted = full.denoise(image(), 2.0, 1)
@@ -146,7 +150,7 @@ def test_a_module_may_serve_two_backends(boundary: exports.Files) -> None:
         for _ in range(2)
     )
     assert np.array_equal(one, other)
-    assert isinstance(model.F.out[-1].layer, torch.nn.Conv2d)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert np.array_equal(full.denoise(image(), 2.0, 1), wanted)
     assert (full.name, full.version) == ("torch", f"torch {torch.__version__}")
 
@@ -192,7 +196,7 @@ def test_float32_is_ieee_while_it_computes_and_settings_stay(backend: TorchBacke
         places = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
         return [torch.get_float32_matmul_precision(), *(str(place.fp32_precision) for place in places)]
 
-    backend._model.F.register_forward_pre_hook(lambda *_: seen.append(settings()))
+    backend._f.F.register_forward_pre_hook(lambda *_: seen.append(settings()))
     torch.set_float32_matmul_precision(precision)
     try:
         before = settings()
@@ -206,16 +210,109 @@ def test_float32_is_ieee_while_it_computes_and_settings_stay(backend: TorchBacke
 
 def test_settings_stay_where_two_threads_compute_in_turn() -> None:
     """The one that began first ends first, as a thread that draws ahead may."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    one, other = ieee(), ieee()
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.benchmark
+    one, other = products("ieee"), products("ieee")
     one.__enter__()
     other.__enter__()
     assert torch.backends.cudnn.allow_tf32 is False  # can be asked meanwhile
     one.__exit__(None, None, None)
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert torch.backends.cudnn.benchmark
     other.__exit__(None, None, None)
-    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert (torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.benchmark) == before
     assert torch.backends.cudnn.allow_tf32 is True
+
+
+def test_other_products_wait_for_those_that_are_computed() -> None:
+    """They are the process's: TF32 may not come into an evaluation in float32."""
+    seen = []
+
+    def compute() -> None:
+        with products("tf32"):
+            places = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.conv
+            seen.extend(str(place.fp32_precision) for place in places)
+
+    other = threading.Thread(target=compute)
+    with products("ieee"):
+        other.start()
+        other.join(0.05)
+        assert other.is_alive()
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    other.join()
+    assert seen == ["tf32", "tf32", "ieee"]
+
+
+def test_tf32_is_no_precision_of_a_cpu(boundary: exports.Files) -> None:
+    ours = read_checkpoint(boundary.checkpoint)
+    with pytest.raises(EngineError, match=r"^tf32 is a precision of GPUs; on the CPU take fp32$"):
+        TorchBackend(ours.model(), ours.manifest(), EngineOptions(device="cpu", precision="tf32"))
+
+
+def test_the_reference_is_the_module_itself(boundary: exports.Files) -> None:
+    """Training draws by it, on a GPU too: never by a copy, nor by kernels that its GPU may lack."""
+    model = boundary.model()
+    reference = TorchReference(model, read_checkpoint(boundary.checkpoint).manifest())
+    assert reference._f is model
+    assert reference.batches(None) is None  # type: ignore[arg-type]
+
+
+class NoGraph:
+    """`torch.cuda.CUDAGraph` where ``fails`` does: begin, end, or neither, whatever the body does."""
+
+    def __init__(self, fails: str) -> None:
+        self.fails, self.modes = fails, []
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        self.modes.append(capture_error_mode)
+        if self.fails == "begin":
+            raise RuntimeError("CUDA error: operation not permitted\nmore of it")
+
+    def capture_end(self) -> None:
+        if self.fails == "end":
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore of it")
+
+
+@pytest.mark.parametrize(
+    ("fails", "body", "reason"),
+    [
+        ("begin", None, "CUDA error: operation not permitted"),
+        ("end", None, "CUDA error: operation failed due to a previous error during capture"),
+        ("end", EngineError("torch: no kernel image"), "torch: no kernel image"),
+        ("", EngineError("torch: no kernel image"), "torch: no kernel image"),
+    ],
+)
+def test_it_goes_on_without_a_graph_and_says_so(
+    backend: TorchBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fails: str,
+    body: Exception | None,
+    reason: str,
+) -> None:
+    """The reason is the first failure's: ending a capture that is invalid fails too."""
+    graph = NoGraph(fails)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    with caplog.at_level("WARNING"):
+        assert backend.capture(SimpleNamespace(stream=7), raises(body)) is None  # type: ignore[arg-type]
+    assert caplog.messages == [f"torch evaluates without a CUDA graph: {reason}"]
+    assert graph.modes == ["thread_local"]
+
+
+def test_memory_that_does_not_suffice_for_a_graph_is_not_hidden(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever halves its batch has to hear of it."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: NoGraph("end"))
+    with pytest.raises(OutOfMemoryError, match=r"^torch: no memory$"):
+        backend.capture(SimpleNamespace(stream=7), raises(OutOfMemoryError("torch: no memory")))  # type: ignore[arg-type]
+
+
+def raises(error: Exception | None) -> Callable[[], None]:
+    def body() -> None:
+        if error is not None:
+            raise error
+
+    return body
 
 
 def test_a_fork_is_told_that_torchs_threads_are_not_there(
