@@ -120,21 +120,21 @@ def bound(network: str, batch: int, size: int = 2) -> int:
     return sum(elements.values()) * size
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Print the table of kernels/README.md, and the operators behind it."""
-    network = sys.argv[1] if len(sys.argv) > 1 else "imagenet64"
+    network = arguments[0] if arguments else "imagenet64"
     for batch in BATCHES:
         least = bound(network, batch)
         for name, make, autocast in (
-            ("autocast", lambda F: F, True),
-            ("half weights, NHWC", lambda F: InferenceUNet(F, torch.float16), False),
+            ("the published module under autocast", lambda F: F, True),
+            ("`InferenceUNet`", lambda F: InferenceUNet(F, torch.float16), False),
         ):
             moved = count(make, network, batch, torch.float16, autocast)
-            share, floor = moved.total / least, moved.total / SPEED * 1e3
-            print(f"| {batch} | {name} | {moved.total / batch / 1e6:.0f} MB | {share:.2f} | {floor / batch:.3f} ms |")
+            megabytes, floor = moved.total / batch / 1e6, moved.total / batch / SPEED * 1e3
+            print(f"| {batch} | {name} | {megabytes:.0f} | {moved.total / least:.2f} | {floor:.3f} |")
             for operator, size in moved.bytes.most_common():
                 print(f"    {operator:50} {moved.calls[operator]:5} {size / batch / 1e6:9.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

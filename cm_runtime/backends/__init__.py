@@ -114,7 +114,7 @@ def precisions() -> dict[str, str]:
     if has("openvino"):
         words["openvino"] = "fp32, bf16" if has_bf16() else "fp32"
     if has("torch"):
-        words["torch"] = "fp32, bf16, fp16"
+        words["torch"] = "fp32, tf32 (on a GPU), bf16, fp16"
     return words
 
 

@@ -20,6 +20,7 @@ import stand_in_gpu
 import cm_runtime as cm
 from cm_runtime import editing, kernels, noise, sampling
 from cm_runtime.backends import tensorrt
+from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.batch_profiles import Profile
 from cm_runtime.backends.engine_file import EngineManifest
 from cm_runtime.backends.ort import OrtBackend
@@ -110,10 +111,18 @@ class InStream:
         return self._sampler.batches(self, chosen, noise)
 
 
-def opened(kind: str, gpu: stand_in_gpu.Gpu, files: exports.Files, path: Path, patch: pytest.MonkeyPatch) -> Any:
+def opened(
+    kind: str,
+    gpu: stand_in_gpu.Gpu,
+    files: exports.Files,
+    path: Path,
+    patch: pytest.MonkeyPatch,
+    precision: Any = "fp32",
+) -> Any:
     if kind == "tensorrt":
         return on_tensorrt(gpu, path, patch)
-    engine = OrtBackend(path) if kind == "ort" else TorchBackend(files.model(), read_manifest(files.onnx))
+    options = EngineOptions(device="cpu", precision=precision)
+    engine = OrtBackend(path) if kind == "ort" else TorchBackend(files.model(), read_manifest(files.onnx), options)
     return InStream(engine, gpu)
 
 
@@ -177,12 +186,21 @@ def test_a_sampler_whose_numbers_are_not_finite_is_an_error(
 
 
 @pytest.mark.process
-def test_torch_does_so_too(gpu: stand_in_gpu.Gpu, each: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F by the module, everything else by the kernels."""
-    model = opened("torch", gpu, each, each.onnx, monkeypatch)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_torch_does_so_too(
+    gpu: stand_in_gpu.Gpu, each: exports.Files, monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
+    """F by the module in NHWC, everything else by the kernels; images equal those of the host, in each precision."""
+    model = opened("torch", gpu, each, each.onnx, monkeypatch, precision)
+    host = TorchBackend(each.model(), model.manifest, EngineOptions(device="cpu", precision=precision))
     options: Any = {"steps": 2, "seed": 3, "labels": labels(each, [4, 0, 2]), "micro_batch": 3}
-    found, wanted = cm.sample(model, 7, **options), cm.sample(OrtBackend(each.onnx), 7, **options)
-    assert np.abs(found.astype(int) - wanted).max() <= 1
+    found, wanted = cm.sample(model, 7, **options), cm.sample(host, 7, **options)
+    assert np.abs(found.astype(int) - wanted).max() <= (1 if precision == "fp32" else 4)
+    full = cm.sample(OrtBackend(each.onnx), 7, **options)
+    assert np.abs(found.astype(int) - full).mean() <= {"fp32": 0.1, "fp16": 0.5, "bf16": 3}[precision]
+    kind = {"fp32": "float", "fp16": "half_float", "bf16": "bfloat16_float"}[precision]
+    layout = "nchw" if model.manifest.image_shape[0] == 1 else "nhwc"  # which of one channel are one
+    assert f"cm_step_{kind}_{layout}" in gpu.log
 
 
 @pytest.mark.process
