@@ -184,7 +184,7 @@ class Residual(nn.Module):
         self.offset = offset + _bias(after)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        h = self.norm(x)
+        h: Tensor = self.norm(x)
         if self.resample is Upsample:
             h = functional.interpolate(h, scale_factor=2.0, mode="nearest")
         elif self.resample is Downsample:

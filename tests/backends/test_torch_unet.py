@@ -161,3 +161,18 @@ def test_every_convolution_reads_and_writes_channels_last(model: ConsistencyMode
             assert array.shape[1] == 1 or array.stride(1) == 1
     assert {array.dtype for arrays in traced[:-1] for array in arrays} == {dtype}
     assert {array.dtype for array in traced[-1]} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_it_compiles_as_a_whole(make_config: Make, randomised: Make, dtype: torch.dtype) -> None:
+    """In one graph, whose convolutions and norms are in NHWC too."""
+    model = randomised(build(make_config(**SHAPES["resampled by blocks"], num_classes=5)))
+    network = InferenceUNet(model.F, dtype)
+    x, sigma, label = inputs(model.config, 3)
+    x = x.to(dtype, memory_format=torch.channels_last)
+    found = torch.compile(network, fullgraph=True, dynamic=False)(x, sigma, label)
+    allowed = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
+    assert (found - network(x, sigma, label)).abs().max() <= allowed
