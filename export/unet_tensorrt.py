@@ -43,5 +43,5 @@ class TensorRtNetworkWriter(NetworkWriter):
         h = g.op("Reshape", g.op("Transpose", h, perm=[0, 1, 3, 2]), g.constant([0, c, height, width], INT64))
         return g.op("Add", x, self._conv(block.proj_out, h))
 
-    def _upsample_conv(self, x: str, weight: str, bias: str) -> str:
-        return self._convolve(self._upsample(x), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    def _upsample_conv(self, x: str, weight: str, bias: str, shape: Shape) -> str:
+        return self._convolve(self._upsample(x, shape), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])

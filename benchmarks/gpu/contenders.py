@@ -207,13 +207,13 @@ def load_tensorrt(setting: Setting, package: Any) -> Any:
     """cm-runtime on TensorRT, with an engine for this batch alone. Raises RequestError for tf32."""
     if setting.precision == "tf32":
         raise RequestError("TensorRT's engines are built without TF32")
-    from cm_runtime.backends.engine_file import Profile
+    from cm_runtime.backends.batch_profiles import Profile
     from cm_runtime.export import to_tensorrt
 
     path = setting.work / f"{setting.name}-{package}.engine"
     if not path.exists():
         profile = Profile(min=setting.batch, opt=setting.batch, max=setting.batch)
-        to_tensorrt.build(graph(setting, "cpu"), path, package, profile=profile)
+        to_tensorrt.build(graph(setting, "tensorrt"), path, package, to_tensorrt.BuildOptions((profile,)))
     return backends.load(path)
 
 

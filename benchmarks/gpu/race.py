@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cm_runtime.backends.torch import ieee
+from cm_runtime.backends.torch_settings import products
 from cm_runtime.bench.turns import quartiles, ratio, take_turns, timer, until
 from gpu.contenders import CONTENDERS, Contender, Plain, Setting, checkpoint
 from gpu.plan import Options
@@ -62,7 +62,7 @@ def race(options: Options, what: tuple[str, str, int], names: Sequence[str], sec
     setting = Setting(source, precision, batch, options.device, options.work, options.caches)
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    with ieee():
+    with products("ieee"):
         reference = Plain(setting._replace(precision="fp32", batch=min(batch, COMPARED))).draw()
     try:
         loaders = {name: partial(CONTENDERS[name], setting) for name in names}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -98,16 +98,14 @@ def _compute_in(precision: ComputePrecision, device: torch.device, drawer: Drawe
     """``drawer`` with torch's settings for that precision; without them a GPU's fp32 would be TF32."""
     import torch
 
-    from cm_runtime.backends.torch import ieee
+    from cm_runtime.backends.torch_settings import products
 
     if precision == "tf32" and device.type == "cpu":
         raise RequestError("tf32 is a precision of GPUs; on the CPU take fp32")
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
 
     def draw(z: Array, sigmas: Sequence[float], label: Label) -> Array:
-        if precision == "tf32":  # convolutions are in it by default
-            torch.set_float32_matmul_precision("high")
-        with nullcontext() if precision == "tf32" else ieee(), torch.autocast(device.type, half, enabled=bool(half)):
+        with products("tf32" if precision == "tf32" else "ieee"), torch.autocast(device.type, half, enabled=bool(half)):
             return drawer.draw(z, sigmas, label)
 
     return replace(drawer, draw=draw)
