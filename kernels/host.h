@@ -1,7 +1,8 @@
 // CUDA's words for g++, so that the kernels run on the host as they are: grid, blocks, barriers and shared memory.
 //
-// host.cpp runs the threads of a block in turns, each until its next barrier. What it cannot show is what depends on true
-// concurrency: races that no order of turns brings out, and the speed.
+// host.cpp runs the threads of a block in turns, each until its next barrier, and the blocks of a cluster in turns, each
+// until its next barrier of the cluster. What it cannot show is what depends on true concurrency: races that no order of
+// turns brings out, and the speed.
 #pragma once
 
 #include <math.h>
@@ -24,14 +25,22 @@ struct alignas(16) uint4 {
 extern Dim3 gridDim, blockDim, blockIdx, threadIdx;
 extern unsigned char* shared_memory;
 void __syncthreads();
+void cluster_sync();
+const unsigned char* shared_of_block(const unsigned char* own, uint32_t rank);
+
+template <class T>
+const T* shared_of(const T* own, uint32_t rank) {
+    return reinterpret_cast<const T*>(shared_of_block(reinterpret_cast<const unsigned char*>(own), rank));
+}
 
 #define CM_INLINE inline
 #define CM_ENTRY(NAME) static void NAME
+#define CM_BOUNDED_ENTRY(NAME, THREADS) CM_ENTRY(NAME)
 #define CM_SHARED(NAME) unsigned char* const NAME = shared_memory
 
 // A kernel by its name, called as cuLaunchKernel calls it: with a pointer to each argument.
 using Call = void (*)(void** arguments);
-void register_kernel(const char* name, Call call, bool has_barriers);
+void register_kernel(const char* name, Call call, bool has_barriers, unsigned most_threads = 1024);
 
 template <auto KERNEL>
 struct Unpacked;
@@ -44,8 +53,8 @@ struct Unpacked<KERNEL> {
     static void call(void** arguments) { each(arguments, std::index_sequence_for<A...>()); }
 };
 
-#define CM_REGISTER(NAME, HAS_BARRIERS) \
-    static const int registered_##NAME = (register_kernel(#NAME, Unpacked<NAME>::call, HAS_BARRIERS), 0);
+#define CM_REGISTER(NAME, ...) \
+    static const int registered_##NAME = (register_kernel(#NAME, Unpacked<NAME>::call, __VA_ARGS__), 0);
 
 // The types of the network
 

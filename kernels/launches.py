@@ -21,25 +21,29 @@ Layout = Literal["nchw", "nhwc"]
 TYPES: dict[Type, str] = {"fp32": "float", "fp16": "half", "bf16": "bfloat16"}
 SIZES: dict[Type, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 ALIGNMENT = 16
-ONE_BY_ONE = ("not_finite", "level", "request", "sigma", "gamma", "beta", "scale_shift")
+ONE_BY_ONE = ("not_finite", "level", "request", "sigma", "offset", "gamma", "beta", "scale_shift")
 THREADS = 256
 MOST_ROWS = 65535  # of blocks
 MOST_BLOCKS = 1 << 16  # a launch of fewer threads than items goes round
 PATCHES = (2, 4, 8)
-SECTOR = 32  # bytes that memory moves at least
+NORM_THREADS = 512  # of a block of the normalisation at most: group_norm.cu
 
 LEVEL = np.dtype([("c_skip", "f4"), ("c_out", "f4"), ("renoise", "f4"), ("c_in", "f4")])  # steps.cu's Level
 REQUEST = np.dtype([("seed", "<u8"), ("first", "<u8")])  # philox.h's Request
 
 
 class Launch(NamedTuple):
-    """kernel: its entry point; shared: bytes of dynamic shared memory; arguments: NumPy scalars, addresses uint64."""
+    """kernel: its entry point; shared: bytes of dynamic shared memory; arguments: NumPy scalars, addresses uint64.
+
+    cluster: blocks, neighbours along x, that share their shared memory; 1 launches as ever.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
     arguments: tuple[np.generic, ...]
+    cluster: int = 1
 
 
 class Images(NamedTuple):
@@ -89,9 +93,11 @@ class Arrays(NamedTuple):
     x_in: int = 0
     y: int = 0
     sigma: int = 0
+    offset: int = 0
     gamma: int = 0
     beta: int = 0
     scale_shift: int = 0
+    moments: int = 0
     bytes: int = 0
     floats: int = 0
     not_finite: int = 0
@@ -99,16 +105,6 @@ class Arrays(NamedTuple):
     def pointers(self, *names: str, is_wide: bool = True) -> tuple[np.generic, ...]:
         """Some of them as arguments. Raises RequestError for one that is misaligned."""
         return _pointers(is_wide, **{name: getattr(self, name) for name in names})
-
-
-class NormBlock(NamedTuple):
-    """A block of the normalisation: bytes of shared memory that it may have, and threads."""
-
-    shared: int = 48 << 10
-    threads: int = 512
-
-
-NORM_BLOCK = NormBlock()
 
 
 class Placed(NamedTuple):
@@ -139,7 +135,7 @@ def first_noise(images: Images, at: Arrays, draw: int = 0) -> Launch:
         *at.pointers("request", "level"),
         _draw(draw),
         *at.pointers("given", "x", "x_in", is_wide=_width(images.pixels, images.type) > 1),
-        *_sizes(images),
+        *check_sizes(images),
     )
     return Launch(f"cm_first_noise_{images.suffix(images.type)}", *_grid(_runs(images, images.type)), 0, arguments)
 
@@ -156,7 +152,7 @@ def step(images: Images, at: Arrays, draw: int, *, clip: bool = True, edit: Plac
         *at.pointers("request", "level"),
         _draw(draw),
         *at.pointers("given", "x", "F", "x_next", "x_in", is_wide=_is_wide(images, images.type, edit)),
-        *_sizes(images),
+        *check_sizes(images),
         np.uint32(clip),
         *at.pointers("not_finite"),
     )
@@ -171,7 +167,7 @@ def finish(images: Images, at: Arrays, *, clip: bool = True, edit: Placed | None
         raise RequestError("finish writes bytes or floats, and was given neither")
     is_wide = _is_wide(images, images.F_type, edit)
     pointers = at.pointers("level", "x", "F", "bytes", "floats", is_wide=is_wide)
-    head = (*pointers, *_sizes(images), np.uint32(clip), *at.pointers("not_finite"))
+    head = (*pointers, *check_sizes(images), np.uint32(clip), *at.pointers("not_finite"))
     kind, more = _edit(images, edit)
     name = f"cm_finish_{kind}{images.suffix(images.F_type)}"
     return Launch(name, *_grid(_items(images, images.F_type, edit)), 0, head + more)
@@ -184,52 +180,12 @@ def skip_scale(images: Images, at: Arrays, form: Precond, *, levels: int | None 
     count = images.n if levels is None else levels
     if count not in (1, images.n):
         raise RequestError(f"sigma must be one number, or one for each of {quantity(images.n, 'image')}, not {count}")
-    _sizes(images)
+    check_sizes(images)
     size = images.channels * images.pixels
     bits = (np.float32(value).view(np.int32) for value in (form.sigma_data, form.sigma_boundary))
     arguments = (*at.pointers("x", "F", "sigma"), np.int32(size), np.int32(count), *bits, *at.pointers("y"))
     (blocks, _, _), block = _grid(-(-size // _width(size, images.F_type)))
-    return Launch(f"cm_skip_scale_{TYPES[images.F_type]}", (blocks, _rows(images), 1), block, 0, arguments)
-
-
-def group_norm_silu(
-    images: Images,
-    at: Arrays,
-    groups: int = 32,
-    eps: float = 1e-5,
-    silu: bool = True,
-    block: NormBlock = NORM_BLOCK,
-) -> Launch:
-    """y = silu(group_norm(x) (1 + scale) + shift), NHWC; gamma, beta: (C,) float32.
-
-    scale_shift: (N, 2C) in the network's type, scales first, or 0. An image's slab that fits ``block`` is read once. y
-    may be x.
-    """
-    if images.layout != "nhwc":
-        raise RequestError("cm_group_norm_silu takes NHWC images")
-    channels, (shared, threads) = images.channels, block
-    if groups < 1 or channels % groups:
-        raise RequestError(f"{channels} channels cannot be split in {groups} groups")
-    size = SIZES[images.type]
-    width = ALIGNMENT // size if channels % (ALIGNMENT // size) == 0 else 1
-    unit = math.lcm(channels // groups, width)
-    slab = min(-(-SECTOR // (size * unit)) * unit, channels)
-    columns = slab // width
-    if columns > threads:
-        raise RequestError(f"groups of {channels // groups} channels need {columns} threads, more than {threads}")
-    rows = threads // columns
-    sums = -(-(rows + 3) * slab // 4) * 16
-    slab_bytes = sums + images.pixels * slab * size
-    is_in_shared = slab_bytes <= shared
-    if sums > shared:
-        raise RequestError(f"groups of {channels // groups} channels need {sums} bytes of shared memory")
-    numbers = map(np.uint32, (channels, images.pixels, groups, slab))
-    pointers = at.pointers("x", "gamma", "beta", "scale_shift", "y")
-    arguments = (*pointers, *numbers, np.float32(eps), np.uint32(silu), np.uint32(is_in_shared))
-    _sizes(images)
-    name = f"cm_group_norm_silu_{TYPES[images.type]}{'' if width > 1 else '_any'}"
-    grid = (-(-channels // slab), _rows(images), 1)
-    return Launch(name, grid, (threads, 1, 1), slab_bytes if is_in_shared else sums, arguments)
+    return Launch(f"cm_skip_scale_{TYPES[images.F_type]}", (blocks, count_rows(images), 1), block, 0, arguments)
 
 
 def _pointers(is_wide: bool = True, /, **addresses: int) -> tuple[np.generic, ...]:
@@ -244,7 +200,7 @@ def _pointers(is_wide: bool = True, /, **addresses: int) -> tuple[np.generic, ..
     return tuple(np.uint64(address) for address in addresses.values())
 
 
-def _sizes(images: Images) -> tuple[np.generic, ...]:
+def check_sizes(images: Images) -> tuple[np.generic, ...]:
     """Raises RequestError for sizes that are none or beyond the kernels' 32-bit indices."""
     if min(images[:4]) < 1 or images.channels * images.pixels >= 1 << 31 or images.n * images.pixels >= 1 << 32:
         raise RequestError(
@@ -264,7 +220,7 @@ def _is_wide(images: Images, type: Type, edit: Placed | None) -> bool:
     return _width(images.pixels, type) > 1 or (edit is not None and isinstance(edit.projection, PatchMean))
 
 
-def _rows(images: Images) -> int:
+def count_rows(images: Images) -> int:
     """Images as rows of blocks. Raises RequestError for more than a grid has."""
     if images.n > MOST_ROWS:
         raise RequestError(f"this kernel takes {MOST_ROWS} images at once, not {images.n}")

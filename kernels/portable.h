@@ -13,7 +13,9 @@
 #include <cuda_fp16.h>
 #define CM_INLINE __device__ __forceinline__
 #define CM_ENTRY(NAME) extern "C" __global__ void NAME
-#define CM_REGISTER(NAME, HAS_BARRIERS)
+// A kernel for blocks of at most THREADS threads, two of which fit on a multiprocessor.
+#define CM_BOUNDED_ENTRY(NAME, THREADS) extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME
+#define CM_REGISTER(NAME, ...)
 #define CM_SHARED(NAME) extern __shared__ __align__(16) unsigned char NAME[]
 using Half = __half;
 using BFloat16 = __nv_bfloat16;
@@ -58,6 +60,15 @@ CM_INLINE float quotient(float a, float b) {
     return __fdividef(a, b);
 #else
     return a / b;
+#endif
+}
+
+// e to the power of a, to 2 + 1.2 |a| ulp on a GPU, where the library's takes ten instructions.
+CM_INLINE float exponential(float a) {
+#ifdef __CUDACC__
+    return __expf(a);
+#else
+    return expf(a);
 #endif
 }
 

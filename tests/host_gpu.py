@@ -16,13 +16,17 @@ from driver.build import library as built
 
 from cm_runtime.cuda.device import Device
 from cm_runtime.kernels.launches import Launch
+from cm_runtime.kernels.limits import BUILDS, CLUSTER, Limits, check_launch
 
 ON_GPU = os.environ.get("CM_RUNTIME_KERNELS") == "gpu"
+MOST_SHARED = 227 << 10  # bytes of a block, on the GPUs that have most
 WRONG = {
     1: "no kernel has this name",
     2: "no GPU takes this shape",
     3: "not all threads reach a barrier",
     4: "it writes beyond its shared memory",
+    5: "not all blocks reach a cluster's barrier",
+    6: "a block reads the shared memory of one that has ended",
 }
 
 
@@ -45,16 +49,24 @@ def gpu() -> Any:
     return Device()
 
 
+def limits() -> Limits:
+    """Limits of the GPU; of the host build those of the largest ones."""
+    return gpu().context.limits if ON_GPU else Limits(MOST_SHARED, CLUSTER)  # type: ignore[no-any-return]
+
+
 def launch(work: Launch) -> None:
-    """Runs a launch to its end. Raises ValueError where a GPU would refuse it."""
+    """Runs a launch to its end. Raises ValueError or EngineError where a GPU would refuse it."""
     if ON_GPU:
         gpu().launch(work)
         gpu().finish()
         return
+    for build in BUILDS.values():
+        check_launch(work, Limits(MOST_SHARED, CLUSTER, build))
     values = [np.array(argument) for argument in work.arguments]  # of no dimensions, in memory of their own
     pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
     grid, block = ((ctypes.c_uint * 3)(*size) for size in (work.grid, work.block))
-    code = library().cm_launch(work.kernel.encode(), grid, block, ctypes.c_uint(work.shared), pointers)
+    shape = grid, block, *map(ctypes.c_uint, (work.cluster, work.shared))
+    code = library().cm_launch_cluster(work.kernel.encode(), *shape, pointers)
     if code:
         raise ValueError(f"{work.kernel}: {WRONG[code]}")
 

@@ -118,7 +118,7 @@ class Gpu:
         self.contexts[threading.get_ident()].pop()
 
     def attribute(self, index: int, number: int) -> int:
-        return 0
+        return {driver.OPT_IN_SHARED: 99 << 10}.get(number, 0)
 
     def allocate(self, size: int) -> int:
         self.check_context()

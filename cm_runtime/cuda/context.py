@@ -12,12 +12,13 @@ from typing import Any
 
 from cm_runtime import kernels
 from cm_runtime.cuda.cuda_bindings import CudaBindings
-from cm_runtime.cuda.driver import OUT_OF_MEMORY, Driver, DriverError, Gpu
+from cm_runtime.cuda.driver import OPT_IN_SHARED, OUT_OF_MEMORY, Driver, DriverError, Gpu
 from cm_runtime.cuda.pycuda_driver import PycudaDriver
 from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.errors.reasons import first_line
 from cm_runtime.extras import NO_DRIVER, has_driver, require
 from cm_runtime.kernels.launches import Launch
+from cm_runtime.kernels.limits import Limits, check_launch
 
 BINDING = "CM_RUNTIME_CUDA"  # in the environment, the package that calls the driver
 BINDINGS: dict[str, Callable[[], Driver]] = {"cuda-bindings": CudaBindings, "pycuda": PycudaDriver}
@@ -47,6 +48,9 @@ class Context:
             if index >= (count := driver.count()):
                 raise EngineError(f"there is no cuda:{index}; the driver shows {count} GPU(s)")
             self.gpu = driver.describe(index)
+            major, minor = map(int, self.gpu.capability.split("."))
+            shared = driver.attribute(index, OPT_IN_SHARED)
+            self.limits = Limits.from_device((major, minor), shared, launches_clusters=driver.launches_clusters)
             self._handle = driver.retain(index)
         # Made before all that is in the context, so that it is the last to go when the process ends.
         self.close = weakref.finalize(driver, self._close)
@@ -73,6 +77,7 @@ class Context:
     def launch(self, work: Launch, stream: int) -> None:
         """Put one of our kernels in a stream; the context must be this thread's. Raises EngineError."""
         with wrap_errors(f"launching {work.kernel}"):
+            check_launch(work, self.limits)
             function = self._function(work.kernel)
             if work.shared > STATIC_SHARED:
                 self.driver.allow_shared(function, work.shared)

@@ -20,6 +20,7 @@ class CudaBindings:
     """`Driver` by `cuda.bindings.driver`."""
 
     name = "cuda-bindings"
+    launches_clusters = True
 
     def __init__(self) -> None:
         self._cuda = importlib.import_module("cuda.bindings.driver")
@@ -129,7 +130,23 @@ class CudaBindings:
         numbers: tuple[Any, ...] = work.arguments
         values = tuple(each.item() for each in numbers)
         types = tuple(np.ctypeslib.as_ctypes_type(each.dtype) for each in numbers)
-        self._call("cuLaunchKernel", function, *work.grid, *work.block, work.shared, stream, (values, types), 0)
+        if work.cluster == 1:
+            self._call("cuLaunchKernel", function, *work.grid, *work.block, work.shared, stream, (values, types), 0)
+        else:
+            self._call("cuLaunchKernelEx", self._clusters(work, stream), function, (values, types), 0)
+
+    def _clusters(self, work: Launch, stream: int) -> Any:
+        """The shape of a launch in clusters, as cuLaunchKernelEx takes it."""
+        attribute = self._cuda.CUlaunchAttribute()
+        attribute.id = self._cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        shape = attribute.value.clusterDim
+        shape.x, shape.y, shape.z = work.cluster, 1, 1
+        config = self._cuda.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = work.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = work.block
+        config.sharedMemBytes, config.hStream = work.shared, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def begin_capture(self, stream: int) -> None:
         self._call("cuStreamBeginCapture", stream, self._mode)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from cm_runtime.kernels.launches import Launch
 
 LEGACY_STREAM = 0  # of each GPU; torch's default
+OPT_IN_SHARED = 97  # the attribute of a device that is the most shared memory of a block
 OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 
@@ -35,6 +36,7 @@ class Driver(Protocol):
     """
 
     name: str
+    launches_clusters: bool
 
     def version(self) -> int: ...
     def count(self) -> int: ...

@@ -23,6 +23,7 @@ class PycudaDriver(CudaBindings):
     """
 
     name = "pycuda"
+    launches_clusters = False  # it has no cuLaunchKernelEx
 
     def __init__(self) -> None:
         self._pycuda = importlib.import_module("pycuda.driver")

@@ -6,6 +6,7 @@ import torch
 
 from cm_runtime.cuda.context import open_context
 from cm_runtime.kernels.launches import Launch
+from cm_runtime.kernels.limits import Limits
 
 
 def launch(work: Launch, device: torch.device) -> None:
@@ -14,3 +15,8 @@ def launch(work: Launch, device: torch.device) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
     with context.current():
         context.launch(work, stream)
+
+
+def limits(device: torch.device) -> Limits:
+    """Limits of a GPU to a launch. Raises as `launch` does."""
+    return open_context(device.index, "cuda-bindings").limits

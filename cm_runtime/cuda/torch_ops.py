@@ -1,8 +1,8 @@
 """Our kernels as torch's custom ops, ``torch.ops.cm.*``; importing this module registers them.
 
-On a GPU an op is one launch in torch's current stream, behind a few fills that put its coefficients in memory. Nothing
-waits, and a CUDA graph can capture it once the kernels are loaded, that is, after a first run. On a CPU an op is its
-formula in float32. All of them trace; `skip_scale` alone has gradients.
+On a GPU an op is one launch in torch's current stream, or two, behind a few fills that put its coefficients in memory.
+Nothing waits, and a CUDA graph can capture it once the kernels are loaded, that is, after a first run. On a CPU an op
+is its formula in float32. All of them trace; `skip_scale` alone has gradients.
 
 Images are (N, C, H, W), contiguous or channels_last, all of them alike, and what is made of them has their layout. x is
 float32, F float32, float16 or bfloat16; coefficients are numbers that precond.py has computed. RequestError is raised
@@ -25,10 +25,10 @@ from torch.library import custom_op
 from torch.nn import functional
 
 from cm_runtime import noise
-from cm_runtime.cuda.torch_launch import launch
+from cm_runtime.cuda.torch_launch import launch, limits
 from cm_runtime.errors import RequestError
 from cm_runtime.errors.wording import quantity
-from cm_runtime.kernels import launches
+from cm_runtime.kernels import group_norm, launches
 from cm_runtime.kernels.launches import Arrays, Images, Type
 from cm_runtime.precond import Precond, precond
 
@@ -234,11 +234,13 @@ def _group_norm_silu_cuda(
     offset: Tensor | None = None,
 ) -> Tensor:
     images, y = _check_norm(x, gamma, beta, scale_shift, groups, offset), torch.empty_like(x)
-    x = x if offset is None else x + offset.to(x.dtype)[:, None, None]
-    addresses = {"x": x, "gamma": gamma, "beta": beta, "y": y}
+    plan = group_norm.plan_norm(images, groups, limits(x.device))
+    moments = x.new_empty(plan.moments(images, groups), dtype=torch.float32)
+    addresses = {"x": x, "gamma": gamma, "beta": beta, "moments": moments, "y": y}
     at = Arrays(**{name: tensor.data_ptr() for name, tensor in addresses.items()})
-    at = at._replace(scale_shift=_address("scale_shift", scale_shift))
-    launch(launches.group_norm_silu(images, at, groups, eps, silu), x.device)
+    at = at._replace(scale_shift=_address("scale_shift", scale_shift), offset=_address("offset", offset, 4))
+    for work in group_norm.group_norm_silu(images, at, groups, eps, silu, plan):
+        launch(work, x.device)
     return y
 
 
@@ -375,9 +377,9 @@ def _table(beside: Tensor, dtype: torch.dtype, *numbers: float) -> Tensor:
     return table
 
 
-def _address(name: str, tensor: Tensor | None) -> int:
+def _address(name: str, tensor: Tensor | None, multiple: int = launches.ALIGNMENT) -> int:
     """As a launch takes it, 0 for None, but by the name that the op has for it where it is refused."""
     address = 0 if tensor is None else tensor.data_ptr()
-    if address % launches.ALIGNMENT:
-        raise RequestError(f"{name} is misaligned: its address must be a multiple of {launches.ALIGNMENT} bytes")
+    if address % multiple:
+        raise RequestError(f"{name} is misaligned: its address must be a multiple of {multiple} bytes")
     return address

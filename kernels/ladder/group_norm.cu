@@ -8,8 +8,10 @@
 //      channels a group a block reads 8 of each 256 bytes, a quarter of the sector of 32 that memory moves.
 //   3  the group's elements kept in shared memory, so that x is read once: 4 bytes, all that has to move; but the
 //      sectors are as in 2.
-//   4  cm_group_norm_silu_half, which ships: a block owns a slab, several groups that together fill whole sectors, and
-//      a thread moves eight channels, 16 bytes, at once.
+//   4  a slab is several groups that together fill whole sectors, and a thread moves eight channels, 16 bytes, at once.
+//      Two launches, moments and y: 6 bytes, x being read twice.
+//   5  cm_group_norm_silu_half, which ships: one launch, and a slab is shared out over a cluster of blocks, so that it
+//      fits in their shared memory.
 //
 //     nvcc -O3 -std=c++17 -fmad=false -arch=sm_90 group_norm.cu -o group_norm && ./group_norm    # or 3 for version 3
 //
@@ -21,12 +23,15 @@
 //     2       |    |      |
 //     3       |    |      |
 //     4       |    |      |
+//     5       |    |      |
 
 #include "../group_norm.cu"
 #include "ladder.h"
 
 constexpr float EPS = 1e-5f, MEAN = 3.0f;
 constexpr uint32_t SHARED = 48 << 10;  // bytes that a block may have without asking for more
+constexpr const float* NO_OFFSET = nullptr;
+constexpr uint32_t PARTS = 16;         // of a slab in version 4
 
 struct Case {
     const Shape shape;
@@ -36,6 +41,7 @@ struct Case {
     const std::vector<Half> scale_shift_values = halves(inputs(2 * shape.images * shape.channels, 0.5f, 4));
     Memory<float> gamma{gamma_values}, beta{beta_values}, h{x_values.size()};
     Memory<float> mean{shape.images * groups}, variance{shape.images * groups};
+    Memory<float> moments{shape.images * groups * PARTS * MOMENTS};
     Memory<Half> x{x_values}, scale_shift{scale_shift_values}, y{x_values.size()};
 
     explicit Case(const Shape& shape) : shape(shape) {}
@@ -77,9 +83,16 @@ struct Case {
 
 // 1: a launch for each operation
 
+// Of versions 1 to 3; is_kept: a group is in shared memory.
+struct Groups {
+    uint32_t channels, pixels, groups;
+    float eps;
+    uint32_t is_kept;
+};
+
 // Where a group of an image begins, and the sum of `body` over its elements, by one thread.
 template <class Body>
-__device__ float sum_of_group(const Norm& s, uint32_t i, const Half* x, Body body) {
+__device__ float sum_of_group(const Groups& s, uint32_t i, const Half* x, Body body) {
     const uint32_t n = i / s.groups, group = s.channels / s.groups;
     const Half* first = x + static_cast<size_t>(n) * s.pixels * s.channels + (i - n * s.groups) * group;
     float sum = 0.0f;
@@ -88,12 +101,12 @@ __device__ float sum_of_group(const Norm& s, uint32_t i, const Half* x, Body bod
     return sum / (static_cast<float>(group) * static_cast<float>(s.pixels));
 }
 
-__global__ void means(Norm s, const Half* x, float* mean, uint32_t count) {
+__global__ void means(Groups s, const Half* x, float* mean, uint32_t count) {
     const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) mean[i] = sum_of_group(s, i, x, [](float v) { return v; });
 }
 
-__global__ void variances(Norm s, const Half* x, const float* mean, float* variance, uint32_t count) {
+__global__ void variances(Groups s, const Half* x, const float* mean, float* variance, uint32_t count) {
     const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     const float m = mean[i];
@@ -101,33 +114,33 @@ __global__ void variances(Norm s, const Half* x, const float* mean, float* varia
 }
 
 // Of element i: its channel, its image, and the number of its group.
-struct Place {
+struct Element {
     uint32_t c, n, i;
 };
-CM_INLINE Place place(const Norm& s, size_t element) {
+CM_INLINE Element element_at(const Groups& s, size_t element) {
     const size_t pixel = element / s.channels;
     const uint32_t c = static_cast<uint32_t>(element % s.channels), n = static_cast<uint32_t>(pixel / s.pixels);
     return {c, n, n * s.groups + c / (s.channels / s.groups)};
 }
 
-__global__ void normalise(Norm s, const Half* x, const float* mean, const float* variance, float* h, size_t count) {
+__global__ void subtract_and_divide(Groups s, const Half* x, const float* mean, const float* variance, float* h, size_t count) {
     const size_t element = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (element >= count) return;
-    const Place at = place(s, element);
+    const Element at = element_at(s, element);
     h[element] = (as_float(x[element]) - mean[at.i]) / sqrtf(variance[at.i] + s.eps);
 }
 
-__global__ void affine(Norm s, const float* gamma, const float* beta, float* h, size_t count) {
+__global__ void affine(Groups s, const float* gamma, const float* beta, float* h, size_t count) {
     const size_t element = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (element >= count) return;
-    const uint32_t c = place(s, element).c;
+    const uint32_t c = element_at(s, element).c;
     h[element] = h[element] * gamma[c] + beta[c];
 }
 
-__global__ void modulate(Norm s, const Half* scale_shift, float* h, size_t count) {
+__global__ void modulate(Groups s, const Half* scale_shift, float* h, size_t count) {
     const size_t element = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (element >= count) return;
-    const Place at = place(s, element);
+    const Element at = element_at(s, element);
     const Half* own = scale_shift + static_cast<size_t>(at.n) * 2 * s.channels + at.c;
     h[element] = h[element] * (1.0f + as_float(own[0])) + as_float(own[s.channels]);
 }
@@ -136,15 +149,15 @@ struct Silu {
     __device__ float operator()(float h) const { return h / (1.0f + expf(-h)); }
 };
 
-Norm norm_of(const Case& c) { return {c.shape.channels, c.shape.pixels, c.groups, 0, EPS, 1, 0}; }
+Groups groups_of(const Case& c) { return {c.shape.channels, c.shape.pixels, c.groups, EPS, 0}; }
 
 void eager(Case& c, int threads) {
     const size_t count = c.shape.elements();
     const uint32_t all = c.shape.images * c.groups, grid = blocks(count, threads);
-    const Norm s = norm_of(c);
+    const Groups s = groups_of(c);
     launch(means, blocks(all, threads), threads, 0, s, c.x.data, c.mean.data, all);
     launch(variances, blocks(all, threads), threads, 0, s, c.x.data, c.mean.data, c.variance.data, all);
-    launch(normalise, grid, threads, 0, s, c.x.data, c.mean.data, c.variance.data, c.h.data, count);
+    launch(subtract_and_divide, grid, threads, 0, s, c.x.data, c.mean.data, c.variance.data, c.h.data, count);
     launch(affine, grid, threads, 0, s, c.gamma.data, c.beta.data, c.h.data, count);
     launch(modulate, grid, threads, 0, s, c.scale_shift.data, c.h.data, count);
     map(Silu{}, count, threads, c.h.data, c.h.data);
@@ -167,7 +180,7 @@ CM_INLINE float block_sum(float own, float* sums) {
     return sum;
 }
 
-__global__ void a_group(Norm s, const Half* x, const float* gamma, const float* beta, const Half* scale_shift, Half* y) {
+__global__ void a_group(Groups s, const Half* x, const float* gamma, const float* beta, const Half* scale_shift, Half* y) {
     CM_SHARED(shared);
     float* sums = reinterpret_cast<float*>(shared);
     Half* kept = reinterpret_cast<Half*>(sums + blockDim.x);
@@ -194,25 +207,73 @@ __global__ void a_group(Norm s, const Half* x, const float* gamma, const float* 
 
 template <bool KEPT>
 void a_block_a_group(Case& c, int threads) {
-    Norm s = norm_of(c);
+    Groups s = groups_of(c);
     const size_t sums = threads * sizeof(float), kept = sums + static_cast<size_t>(c.group) * s.pixels * sizeof(Half);
     s.is_kept = KEPT && kept <= SHARED;
     launch(a_group, dim3(c.groups, c.shape.images), threads, s.is_kept ? kept : sums, s, c.x.data, c.gamma.data,
            c.beta.data, c.scale_shift.data, c.y.data);
 }
 
-// 4: what ships, launched as kernels/launches.py does
+// 4 and 5: what ships, cut as kernels/group_norm.py does it
 
-void shipped(Case& c, int threads) {
+struct Cut {
+    uint32_t slab, parts;
+    dim3 grid;
+    size_t sums, kept;  // bytes of shared memory
+};
+
+// parts: at most; fewer where a part of the slab fits in half of 226 KB all the same.
+Cut cut(const Case& c, int threads, uint32_t most) {
     const uint32_t channels = c.shape.channels, pixels = c.shape.pixels, width = channels % 8 ? 1 : 8;
     uint32_t unit = c.group;  // the least number of channels that is whole groups and whole runs
     while (unit % width) unit += c.group;
-    const uint32_t slab = std::min((16 + unit - 1) / unit * unit, channels), columns = slab / width;
-    const uint32_t sums = ((threads / columns + 3) * slab + 3) / 4 * 16, kept = sums + pixels * slab * sizeof(Half);
-    const uint32_t is_kept = kept <= SHARED;
-    launch(width == 8 ? cm_group_norm_silu_half : cm_group_norm_silu_half_any,
-           dim3((channels + slab - 1) / slab, c.shape.images), threads, is_kept ? kept : sums, c.x.data, c.gamma.data,
-           c.beta.data, c.scale_shift.data, c.y.data, channels, pixels, c.groups, slab, EPS, 1u, is_kept);
+    Cut all;
+    all.slab = std::min((16 + unit - 1) / unit * unit, channels);
+    for (all.parts = 1;; all.parts *= 2) {
+        const uint32_t rows = threads / (all.slab / width), moments = MOMENTS * all.parts * (all.slab / c.group);
+        all.sums = (std::max(rows * all.slab, moments) + 3 * all.slab + moments / all.parts + 3) / 4 * 16;
+        all.kept = all.sums + (pixels + all.parts - 1) / all.parts * all.slab * sizeof(Half);
+        if (2 * all.parts > std::min(most, pixels) || all.kept <= (226 << 10) / 2) break;
+    }
+    all.grid = dim3(all.parts, (channels + all.slab - 1) / all.slab, c.shape.images);
+    return all;
+}
+
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), const Cut& all, int threads, size_t shared, bool is_cluster,
+                     Arguments... arguments) {
+    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = is_cluster ? all.parts : 1;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = all.grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+void two_launches(Case& c, int threads) {
+    threads = std::min(threads, NORM_THREADS);
+    const Cut all = cut(c, threads, PARTS);
+    const bool is_wide = c.shape.channels % 8 == 0;
+    launch_clusters(is_wide ? cm_group_norm_moments_half : cm_group_norm_moments_half_any, all, threads, all.kept, false,
+                    c.x.data, NO_OFFSET, c.moments.data, c.shape.channels, c.shape.pixels, c.groups, all.slab);
+    launch_clusters(is_wide ? cm_group_norm_apply_half : cm_group_norm_apply_half_any, all, threads, all.sums, false,
+                    c.x.data, c.moments.data, NO_OFFSET, c.gamma.data, c.beta.data, c.scale_shift.data, c.y.data, c.shape.channels,
+                    c.shape.pixels, c.groups, all.slab, EPS, 1u);
+}
+
+void shipped(Case& c, int threads) {
+    threads = std::min(threads, NORM_THREADS);
+    const Cut all = cut(c, threads, 8);
+    launch_clusters(c.shape.channels % 8 ? cm_group_norm_silu_half_any : cm_group_norm_silu_half, all, threads, all.kept,
+                    true, c.x.data, NO_OFFSET, c.gamma.data, c.beta.data, c.scale_shift.data, c.y.data, c.shape.channels,
+                    c.shape.pixels, c.groups, all.slab, EPS, 1u);
 }
 
 int main(int argc, char** argv) {
@@ -220,7 +281,8 @@ int main(int argc, char** argv) {
         {"1 a launch for each operation", 2 + 2 + 6 + 8 + 8 + 8 + 6, eager},
         {"2 a block a group, x read three times", 3 * 2 + 2, a_block_a_group<false>},
         {"3 a block a group, x kept in shared memory", 2 + 2, a_block_a_group<true>},
-        {"4 cm_group_norm_silu_half", 2 + 2, shipped},
+        {"4 two launches: moments, then y", 2 * 2 + 2, two_launches},
+        {"5 cm_group_norm_silu_half, clusters", 2 + 2, shipped},
     };
     std::vector<Shape> all = shapes(128);
     for (uint32_t channels : {6, 96}) {  // 2 and 3 channels a group: no runs of 8, and slabs of 24

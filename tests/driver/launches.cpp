@@ -11,12 +11,12 @@ namespace standin {
 namespace {
 
 struct Shape {
-    unsigned grid[3], block[3], shared;
+    unsigned grid[3], block[3], shared, cluster = 1;
 };
 
 // Programming guide, "Technical Specifications per Compute Capability"
 void check_shape(const Function& function, const Shape& shape) {
-    const auto& [grid, block, shared] = shape;
+    const auto& [grid, block, shared, cluster] = shape;
     for (int i = 0; i < 3; i++) require(grid[i] && block[i]);
     require(grid[0] <= 2147483647 && grid[1] <= 65535 && grid[2] <= 65535);
     require(block[0] <= 1024 && block[1] <= 1024 && block[2] <= 64);
@@ -27,6 +27,7 @@ void check_shape(const Function& function, const Shape& shape) {
         throw CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
     }
     require(shared <= static_cast<unsigned>(function.most_dynamic_shared));
+    require(cluster == 1 || (model().major >= 9 && cluster <= 8 && grid[0] % cluster == 0), CUDA_ERROR_INVALID_CLUSTER_SIZE);
 }
 
 // The parameters in the driver's memory: "natural alignment" each, as cuLaunchKernel has them in a buffer.
@@ -86,7 +87,8 @@ void launch(CUfunction handle, const Shape& shape, CUstream stream_handle, void*
         if (!are_addresses(kernel, *copies)) return CUDA_ERROR_ILLEGAL_ADDRESS;
         int code = 0;
         const auto run = [&] {
-            code = host_launch()(kernel.name.c_str(), shape.grid, shape.block, shape.shared, copies->places.data());
+            code = host_launch()(kernel.name.c_str(), shape.grid, shape.block, shape.cluster, shape.shared,
+                                 copies->places.data());
         };
         if (!guarded(run)) {
             report_misuse(kernel.name + " touches memory that is not there");
@@ -112,16 +114,19 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void** extra) {
     return answer(__func__, [&] {
+        unsigned cluster = 1;  // along x
         for (unsigned i = 0; i < config->numAttrs; i++) {
             const CUlaunchAttribute& each = config->attrs[i];
-            const auto& cluster = each.value.clusterDim;
-            const bool is_one = each.id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION && cluster.x * cluster.y * cluster.z == 1;
-            if (each.id == CU_LAUNCH_ATTRIBUTE_IGNORE || each.id == CU_LAUNCH_ATTRIBUTE_PRIORITY || is_one) continue;
+            const auto& shape = each.value.clusterDim;
+            const bool is_cluster = each.id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION && shape.y == 1 && shape.z == 1;
+            if (is_cluster) cluster = shape.x;
+            if (each.id == CU_LAUNCH_ATTRIBUTE_IGNORE || each.id == CU_LAUNCH_ATTRIBUTE_PRIORITY || is_cluster) continue;
             report_unsupported(text("attribute %d of a launch", each.id));
             throw CUDA_ERROR_NOT_SUPPORTED;
         }
         const CUlaunchConfig& c = *config;
-        launch(function, {{c.gridDimX, c.gridDimY, c.gridDimZ}, {c.blockDimX, c.blockDimY, c.blockDimZ}, c.sharedMemBytes},
+        launch(function,
+               {{c.gridDimX, c.gridDimY, c.gridDimZ}, {c.blockDimX, c.blockDimY, c.blockDimZ}, c.sharedMemBytes, cluster},
                c.hStream, arguments, extra);
     });
 }

@@ -78,7 +78,7 @@ HostLaunch host_launch() {
     static const auto found = []() -> HostLaunch {
         void* library = dlopen((folder() + "host.so").c_str(), RTLD_NOW | RTLD_LOCAL);
         if (!library) fprintf(stderr, "driver: %s\n", dlerror());
-        return library ? reinterpret_cast<HostLaunch>(dlsym(library, "cm_launch")) : nullptr;
+        return library ? reinterpret_cast<HostLaunch>(dlsym(library, "cm_launch_cluster")) : nullptr;
     }();
     return found;
 }

@@ -235,7 +235,7 @@ struct Function {
     const Kernel* kernel;
     int most_dynamic_shared;
 };
-using HostLaunch = int (*)(const char*, const unsigned*, const unsigned*, unsigned, void**);
+using HostLaunch = int (*)(const char*, const unsigned*, const unsigned*, unsigned, unsigned, void**);
 HostLaunch host_launch();
 int registers_of(const Kernel& kernel);
 int most_threads(const Kernel& kernel);  // of a block, by its registers

@@ -314,7 +314,7 @@ def test_every_launch_computes_the_same(kind: str) -> None:
     case = Case(images, projection=projection)
     wanted = case.run("step")
     launch = host_gpu.launch
-    for grid, block in ((1, 1), (1, 1024), (3, 7), (50, 32)):
+    for grid, block in ((1, 1), (1, 512), (3, 7), (50, 32)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 host_gpu, "launch", lambda work, g=grid, b=block: launch(work._replace(grid=(g, 1, 1), block=(b, 1, 1)))

@@ -54,6 +54,7 @@ def host_kernels() -> Iterator[None]:
         pytest.skip("torch's tensors are in memory that the GPU does not see")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_ops, "launch", lambda work, device: host_gpu.launch(work))
+        patch.setattr(torch_ops, "limits", lambda device: host_gpu.limits())
         yield
 
 
@@ -175,6 +176,11 @@ def test_scale_and_shift_and_silu_and_eps_arrive() -> None:
     shifted = plain * (1 + both[:, :8, None, None]) + both[:, 8:, None, None]
     check(ops.group_norm_silu(x, gamma, beta, both, 4, 0.1, False), shifted, 1e-5)
     check(ops.group_norm_silu(x, gamma, beta, both, 4, 0.1, True), shifted * shifted.sigmoid(), 1e-5)
+    offset = images((8,))
+    arguments = x, gamma, beta, None, 4, 0.1, False, offset
+    moved = torch.nn.functional.group_norm(x + offset[:, None, None], 4, gamma, beta, 0.1)
+    for result in (ops.group_norm_silu(*arguments), by_host_kernels("group_norm_silu", *arguments)):
+        check(result, moved, 1e-5)
 
 
 @pytest.mark.parametrize("run", [by_host_kernels, lambda name, *arguments: getattr(ops, name)(*arguments)])

@@ -13,7 +13,9 @@ from driver.rules.memory import read
 
 from cm_runtime import kernels
 from cm_runtime.kernels import launches
+from cm_runtime.kernels.group_norm import group_norm_silu, plan_norm
 from cm_runtime.kernels.launches import LEVEL, REQUEST, Arrays, Images, Launch
+from cm_runtime.kernels.limits import Limits
 
 REPORT = json.loads((KERNELS / "kernels.json").read_text())
 SHARED = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -49,7 +51,7 @@ def group_norm(elements: int = 128, shared: int = 0) -> Launch:
     images = Images(1, 8, 4, elements // 32, "fp32", "nhwc")
     x, weights = send(np.zeros(elements, np.float32)), send(np.ones(8, np.float32))
     at = Arrays(x=x, gamma=weights, beta=weights, y=x)
-    work = launches.group_norm_silu(images, at, groups=2, eps=1e-3, silu=False)
+    (work,) = group_norm_silu(images, at, 2, 1e-3, False, plan_norm(images, 2, Limits()))
     return work._replace(shared=shared or work.shared)
 
 
