@@ -257,6 +257,7 @@ class TensorRt:
         self.refuses = ""
         self.reason = ""  # the error that TensorRT logs where it refuses to run, or a context
         self.is_capturable = True
+        self.most = 65535  # images that there is memory for at a run, beside the context's own
         self.compiled: set[int] = set()  # batch sizes that kernels were compiled for, in this process
         self.scratch = 1000  # bytes an image that a context computes in
         self.Runtime = self._runtime
@@ -412,7 +413,7 @@ class Context:
         assert self.addresses.keys() == self.engine.inputs.keys() | self.engine.outputs.keys()
         assert self.scratch[1] >= max(1, self.update_device_memory_size_for_shapes()), "no memory to compute in"
         assert queue.captured is None or self.trt.is_capturable, "this TRT engine is not stream capturable"
-        if self.trt.refuses == "run":
+        if self.trt.refuses == "run" or self.n > self.trt.most:
             self.engine.refuse()
             return False
         if self.n not in self.config.cache.sizes:

@@ -316,6 +316,18 @@ def test_an_error_of_before_is_not_the_reason(trt: stand_in_gpu.TensorRt, backen
     backend._device.finish()
 
 
+@pytest.mark.process
+def test_a_run_without_memory_halves_the_batch(
+    trt: stand_in_gpu.TensorRt, backend: TensorRtBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = cm.sample(backend, count=11, micro_batch=8, steps=2, seed=3)
+    trt.most, trt.reason = 4, "Error Code 2: OutOfMemory (Requested size was 4096 bytes.)"
+    backend = TensorRtBackend(CONTENT, backend.file)
+    assert np.array_equal(cm.sample(backend, count=11, micro_batch=8, steps=2, seed=3), expected)
+    lines = [line for line in caplog.messages if "images at once" in line]
+    assert lines == [f"TensorRT refused to run: {trt.reason}; going on with 4 images at once in place of 8"]
+
+
 def test_a_shape_that_tensorrt_refuses_is_one_line(trt: stand_in_gpu.TensorRt, backend: TensorRtBackend) -> None:
     trt.refuses = "shape"
     with pytest.raises(EngineError, match=r"TensorRT refused the shape \(4, 3, 8, 8\) of x: .* is not in the profile"):
