@@ -50,7 +50,7 @@ def parts(options: Options) -> tuple[Part, ...]:
     ort = "onnxruntime-gpu" if is_gpu else "onnxruntime"
     return (
         Part("bandwidth", 60, 10, (*TORCH, "GPU", "cuda-bindings"), _bandwidth(options)),
-        Part("kernels", 120, 15, (*BASE, "pytest", *gpu), _tests("kernels", KERNELS, "", options)),
+        Part("kernels", 120 if is_gpu else 420, 15, (*BASE, "pytest", *gpu), _tests("kernels", KERNELS, "", options)),
         Part("ops", 60, 15, (*TORCH, "pytest", "GPU", "cuda-bindings"), _tests("ops", gpu_tests(), "gpu", options)),
         Part("torch", 300, 30, (*TORCH, *device, *(["triton"] if is_gpu else [])), _races("torch", options)),
         Part("onnxruntime", 150, 45, (*EXPORT, *device, ort), _races("onnxruntime", options)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -153,10 +154,13 @@ def test_what_a_compiler_was_late_for_is_tried_again_and_its_result_stays(tmp_pa
 def test_a_failure_or_a_crash_ends_its_process_and_no_other_finding(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     machine = Rehearsal(path, FEW, lambda name: 1)
-    fails, crashes = "kernels test_noise.py", "ops kernels/test_torch_ops.py"
+    fails, crashes, slow = "kernels test_noise.py", "ops kernels/test_torch_ops.py", "compiled cifar32, fp16, batch 1"
 
     def fail(left: float) -> Any:
         raise RuntimeError("CUDA failed in cuLaunchKernel\nsticky")
+
+    def time_out(left: float) -> Any:
+        raise subprocess.TimeoutExpired(["pytest"], left)
 
     def crash(left: float) -> Any:
         raise Cut
@@ -173,7 +177,7 @@ def test_a_failure_or_a_crash_ends_its_process_and_no_other_finding(tmp_path: Pa
     machine.parts = [
         replace(part, findings=dict(part.findings) | {n: f for n, f in plants if n in part.findings})
         for part in machine.parts
-        for plants in [[(fails, fail), (crashes, crash)]]
+        for plants in [[(fails, fail), (crashes, crash), (slow, time_out)]]
     ]
     findings = Findings(path)
     findings.open_run({"gpu": None})
@@ -185,7 +189,7 @@ def test_a_failure_or_a_crash_ends_its_process_and_no_other_finding(tmp_path: Pa
         crashes: "the process ended with status -11",
         **dict.fromkeys(sanitizer, "the process ended with status 127"),
     }
-    assert machine.done() == set(machine.names) - {fails, crashes} - sanitizer
+    assert machine.done() == set(machine.names) - {fails, crashes, slow} - sanitizer
     assert starts.count("kernels") == 2, "an error of CUDA stays in its process"
     assert starts.count("sanitizer") == len(sanitizer)
 
