@@ -346,7 +346,7 @@ def test_the_islands_are_float32(each: exports.Files, precision: str) -> None:
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     casts = {node.output[0]: node.attribute[0].i for node in model.graph.node if node.op_type == "Cast"}
     reshaped = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Reshape"}
-    normalised = [node for node in model.graph.node if node.op_type == "InstanceNormalization"]
+    normalised = [node for node in model.graph.node if node.op_type in ("InstanceNormalization", "LayerNormalization")]
     assert len(normalised) > 10
     assert {casts[reshaped[node.input[0]]] for node in normalised} == {TensorProto.FLOAT}
     assert types["F.out.2.weight"] == TensorProto.FLOAT
