@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cm_runtime.errors import RequestError
+from cm_runtime.errors.wording import quantity
 from cm_runtime.kernels.launches import (
     ALIGNMENT,
     MOST_ROWS,
@@ -64,7 +65,8 @@ def plan_norm(images: Images, groups: int, limits: Limits) -> NormPlan:
     unit = math.lcm(group, width)
     least, whole = min(-(-sector // unit) * unit, channels), math.lcm(unit, sector)
     if least // width > NORM_THREADS:
-        raise RequestError(f"groups of {group} channels need {least // width} threads, more than {NORM_THREADS}")
+        count = quantity(least // width, "thread")
+        raise RequestError(f"groups of {quantity(group, 'channel')} need {count}, more than {NORM_THREADS}")
     slabs = [slab for slab in (whole, least) if slab <= min(channels, NORM_THREADS * width)]
 
     def runs(slab: int, parts: int) -> int:
@@ -80,10 +82,10 @@ def plan_norm(images: Images, groups: int, limits: Limits) -> NormPlan:
     sizes = [parts for parts in (1, 2, 4, 8) if parts <= min(limits.cluster, pixels)]
     clusters = [plan(slab, parts, is_cluster=True) for slab in slabs for parts in sizes]
     half = (limits.shared - RESERVED) // 2
-    clusters = [each for each in clusters if _kept(images, groups, each) <= limits.shared]
+    clusters = [each for each in clusters if _block_bytes(images, groups, each) <= limits.shared]
     for each in clusters:
         is_enough = blocks(each.slab, each.parts) >= BLOCKS or runs(each.slab, each.parts) <= NORM_THREADS
-        if is_enough and _kept(images, groups, each) <= half:
+        if is_enough and _block_bytes(images, groups, each) <= half:
             return each
     if clusters:
         last = clusters[-1]
@@ -91,12 +93,13 @@ def plan_norm(images: Images, groups: int, limits: Limits) -> NormPlan:
             return last
     slab = slabs[0]
     parts = max(min(-(-BLOCKS // blocks(slab, 1)), runs(slab, 1) // NORM_THREADS, pixels), 1)
-    while parts < pixels and _kept(images, groups, plan(slab, parts, is_cluster=False)) > half:
+    while parts < pixels and _block_bytes(images, groups, plan(slab, parts, is_cluster=False)) > half:
         parts = min(2 * parts, pixels)
     both = plan(slab, parts, is_cluster=False)
-    most = max(_kept(images, groups, both), _shared(images, groups, both, has_moments=True))
+    most = max(_block_bytes(images, groups, both), _shared(images, groups, both, has_moments=True))
     if most > limits.shared:
-        raise RequestError(f"groups of {group} channels need {most} bytes of shared memory, more than {limits.shared}")
+        count = quantity(most, "byte")
+        raise RequestError(f"groups of {quantity(group, 'channel')} need {count} of shared memory, not {limits.shared}")
     return both
 
 
@@ -118,7 +121,7 @@ def group_norm_silu(
     grid, block = (plan.parts, slabs, count_rows(images)), (plan.threads, 1, 1)
     shape = tuple(map(np.uint32, (images.channels, images.pixels, groups, plan.slab)))
     affine = *at.pointers("offset", "gamma", "beta", "scale_shift", "y"), *shape, np.float32(eps), np.uint32(silu)
-    kept = _kept(images, groups, plan)
+    kept = _block_bytes(images, groups, plan)
     if plan.is_cluster:
         arguments = *at.pointers("x"), *affine
         return (Launch(f"cm_group_norm_silu_{suffix}", grid, block, kept, arguments, plan.parts),)
@@ -142,7 +145,7 @@ def _shared(images: Images, groups: int, plan: NormPlan, *, has_sums: bool = Fal
     return -(-(max(sums, has_moments * plan.parts * moments) + 3 * plan.slab + moments) // 4) * 16
 
 
-def _kept(images: Images, groups: int, plan: NormPlan) -> int:
+def _block_bytes(images: Images, groups: int, plan: NormPlan) -> int:
     """Bytes of shared memory of a block that keeps its part of x."""
     part = -(-images.pixels // plan.parts) * plan.slab * SIZES[images.type]
     return _shared(images, groups, plan, has_sums=True, has_moments=plan.is_cluster) + part

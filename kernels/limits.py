@@ -7,6 +7,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from cm_runtime.errors import EngineError
+from cm_runtime.errors.wording import quantity
 from cm_runtime.kernels import build_report
 from cm_runtime.kernels.launches import NORM_THREADS, Launch
 
@@ -40,15 +41,18 @@ def check_launch(work: Launch, limits: Limits) -> None:
     most = NORM_THREADS if work.kernel.startswith("cm_group_norm") else THREADS
     registers = _registers(work.kernel, limits.build) * -(-threads // WARP) * WARP
     if threads > most:
-        raise EngineError(f"{work.kernel} takes blocks of at most {most} threads, not {threads}")
+        raise EngineError(f"{work.kernel} takes blocks of at most {quantity(most, 'thread')}, not {threads}")
     if registers > REGISTERS:
-        raise EngineError(f"{threads} threads of {work.kernel} need {registers} registers; a block has {REGISTERS}")
+        count = quantity(threads, "thread")
+        raise EngineError(f"{count} of {work.kernel} need {quantity(registers, 'register')}; a block has {REGISTERS}")
     if work.shared > limits.shared:
-        raise EngineError(f"{work.kernel} needs {work.shared} bytes of shared memory; a block has {limits.shared}")
+        count = quantity(work.shared, "byte")
+        raise EngineError(f"{work.kernel} needs {count} of shared memory; a block has {limits.shared}")
     if work.cluster > limits.cluster or work.grid[0] % work.cluster:
+        blocks = quantity(work.grid[0], "block")
         raise EngineError(
-            f"{work.kernel} cannot be launched as clusters of {work.cluster} of {work.grid[0]} blocks; this GPU or its"
-            f" caller takes {limits.cluster}"
+            f"{work.kernel} cannot be launched as clusters of {work.cluster} of {blocks}; this GPU or its caller takes"
+            f" {limits.cluster}"
         )
 
 

@@ -26,6 +26,7 @@ class HostDevice:
         self.arrays: dict[str, np.ndarray] = {}
         self.log: list[str] = []
         self.run = launch
+        self.context = SimpleNamespace(limits=host_gpu.limits())
 
     def address(self, name: str, size: int) -> int:
         if name not in self.arrays or self.arrays[name].size < size:

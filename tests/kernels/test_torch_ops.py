@@ -16,6 +16,7 @@ from cm_runtime import noise
 from cm_runtime.cuda import torch_ops
 from cm_runtime.errors import RequestError
 from cm_runtime.kernels.launches import Launch
+from cm_runtime.kernels.limits import Limits
 from cm_runtime.precond import precond
 
 pytestmark = pytest.mark.process  # processes which compiles the kernels for the host
@@ -388,6 +389,7 @@ def misaligned(tensor: Tensor) -> Tensor:
 )
 def test_a_misaligned_view_is_refused_where_a_kernel_would_read_it(monkeypatch: Any, name: str, which: str) -> None:
     monkeypatch.setattr(torch_ops, "launch", never)
+    monkeypatch.setattr(torch_ops, "limits", lambda device: Limits())
     arguments = changed(name, **{which: misaligned})
     with pytest.raises(RequestError, match=f"^{which} is misaligned: its address must be a multiple of 16 bytes$"):
         getattr(torch_ops, f"_{name}_cuda")(*arguments)
