@@ -1,7 +1,7 @@
 """F in the forms that TensorRT makes the fewest kernels of, in standard operators, so that other engines can check it.
 
-GroupNormalization   its scale and shift inside. The form of other engines, InstanceNormalization between two Reshapes,
-                     ties feature maps to (N,C,H,W), where convolutions in half types want (N,H,W,C).
+GroupNormalization   its scale and shift inside. The form of other engines, normalisation between two Reshapes, ties
+                     feature maps to (N,C,H,W), where convolutions in half types want (N,H,W,C).
 attention            softmax(q k^T) v of (N,heads,pixels,dim), q scaled before, as TensorRT's fused attention wants it
 weights              of every convolution as they are stored, since those that are computed restrict its choice
 """
@@ -42,6 +42,9 @@ class TensorRtNetworkWriter(NetworkWriter):
         h = g.op("MatMul", g.op("Softmax", g.op("MatMul", q, k), axis=-1), v)
         h = g.op("Reshape", g.op("Transpose", h, perm=[0, 1, 3, 2]), g.constant([0, c, height, width], INT64))
         return g.op("Add", x, self._conv(block.proj_out, h))
+
+    def _upsample(self, x: str, shape: Shape) -> str:
+        return ops.upsample(self.g, x)
 
     def _upsample_conv(self, x: str, weight: str, bias: str, shape: Shape) -> str:
         return self._convolve(self._upsample(x, shape), weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])

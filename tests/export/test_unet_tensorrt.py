@@ -88,8 +88,8 @@ def test_every_normalisation_is_one_node_without_reshapes(file: tuple[Checkpoint
     model = onnx.load(path)
     found, names = kinds(model), {init.name for init in model.graph.initializer}
     is_one = whole.config.network.norm_groups == 1
-    assert found["InstanceNormalization" if is_one else "GroupNormalization"] == len(norms(whole))
-    assert found["GroupNormalization" if is_one else "InstanceNormalization"] == 0
+    assert found["LayerNormalization" if is_one else "GroupNormalization"] == len(norms(whole))
+    assert found["GroupNormalization" if is_one else "LayerNormalization"] == found["InstanceNormalization"] == 0
     for node in model.graph.node:
         if node.op_type == "Conv":
             assert set(node.input[1:]) <= names, node.name
