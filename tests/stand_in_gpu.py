@@ -66,7 +66,7 @@ class Stream:
 class Gpu:
     """`cuda.driver.Driver` of one GPU; ``log`` has what was done, in order. Kernels are host_gpu's."""
 
-    name = "stand-in"
+    name, launches_clusters = "stand-in", False
 
     def __init__(self, capability: str = "8.9", room: int = 1 << 40) -> None:
         self.capability = capability

@@ -341,7 +341,7 @@ def test_patches_are_of_what_the_kernels_have(
 @pytest.mark.process
 def test_a_step_is_one_launch(gpu: stand_in_gpu.Gpu, boundary: exports.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_tensorrt(gpu, written(boundary, "network"), monkeypatch)
-    cm.sample(model, 4, steps=3, micro_batch=4)
+    cm.sample(model, 8, steps=3, micro_batch=4)
     launched = [line for line in gpu.log if line.startswith("cm_")]
     once = ["cm_first_noise_float_nchw", *["cm_step_float_nchw"] * 2, "cm_finish_float_nchw"]
     assert launched == [*once, *once]  # as it is, and into the graph
