@@ -52,17 +52,18 @@ class InferenceUNet(nn.Module):
         blocks = [cast("Block", block) for block in network.input_blocks]
         first = cast("nn.Conv2d", blocks[0][0])
         self.first, offset = Convolution(first, dtype, self.patch), _bias(first)
-        self.input_blocks, offsets = nn.ModuleList(), [offset]
+        self.input_blocks, offsets, embeddings = nn.ModuleList(), [offset], list[Linear]()
         for block in blocks[1:]:
-            self.input_blocks.append(layers := Layers(block, dtype, offset))
+            self.input_blocks.append(layers := Layers(block, dtype, offset, embeddings))
             offsets.append(offset := layers.offset)
-        self.middle_block = Layers(network.middle_block, dtype, offset)
+        self.middle_block = Layers(network.middle_block, dtype, offset, embeddings)
         offset = self.middle_block.offset
         self.output_blocks = nn.ModuleList()
         for block in (cast("Block", each) for each in network.output_blocks):
-            layers = Layers(block, dtype, torch.cat([offset, offsets.pop()]))
+            layers = Layers(block, dtype, torch.cat([offset, offsets.pop()]), embeddings)
             self.output_blocks.append(layers)
             offset = layers.offset
+        self.embeddings = Embeddings(embeddings)
         norm, _, last = cast("tuple[GroupNorm, nn.SiLU, nn.Conv2d]", network.out)
         self.norm, self.last = Norm(norm, offset), Convolution(last, torch.float32)
         self.register_buffer("last_bias", _bias(last))
@@ -70,13 +71,14 @@ class InferenceUNet(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         first, second = self.time_embed
         e = second(functional.silu(first(timestep_embedding(c_noise, self.channels))))
-        e = functional.silu(e + functional.embedding(label, self.label_emb) if label is not None else e).to(self.dtype)
+        e = e + functional.embedding(label, self.label_emb) if label is not None else e
+        scale_shifts = self.embeddings(functional.silu(e).to(self.dtype))
         skips = [h := self.first(x)]
         for block in self.input_blocks:
-            skips.append(h := block(h, e))
-        h = self.middle_block(h, e)
+            skips.append(h := block(h, scale_shifts))
+        h = self.middle_block(h, scale_shifts)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), e)
+            h = block(torch.cat([h, skips.pop()], dim=1), scale_shifts)
         F = functional.conv2d(self.norm(h).float(), self.last.weight, self.last_bias, padding=1)
         return functional.pixel_shuffle(F, self.patch) if self.patch > 1 else F
 
@@ -131,6 +133,27 @@ class Linear(nn.Module):
         return torch.addmm(self.bias, rows, self.weight.t())
 
 
+class Embeddings(nn.Module):
+    """Linear layers of one input, those of one width in one product: (N, 4 channels) -> (N, width) of each, in order."""
+
+    def __init__(self, layers: list[Linear]) -> None:
+        super().__init__()
+        widths = sorted({len(layer.weight) for layer in layers})
+        alike = [[i for i, layer in enumerate(layers) if len(layer.weight) == width] for width in widths]
+        self.places = [(k, each.index(i)) for i in range(len(layers)) for k, each in enumerate(alike) if i in each]
+        for k, each in enumerate(alike):
+            self.register_buffer(f"weight{k}", torch.stack([layers[i].weight for i in each]))  # (layers, width, inputs)
+            self.register_buffer(f"bias{k}", torch.stack([layers[i].bias for i in each])[:, None])
+        self.count = len(alike)
+
+    def forward(self, e: Tensor) -> list[Tensor]:
+        outputs = []
+        for k in range(self.count):
+            weight, bias = self.get_buffer(f"weight{k}"), self.get_buffer(f"bias{k}")
+            outputs.append(torch.baddbmm(bias, e.expand(len(weight), *e.shape), weight.transpose(1, 2)))
+        return [outputs[k][i] for k, i in self.places]
+
+
 class Norm(nn.Module):
     """GroupNorm of a feature map that lacks ``offset``, scaled and shifted or not by an embedding, then SiLU or not."""
 
@@ -149,33 +172,40 @@ class Norm(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """A `Block`. offset: what its output lacks."""
+    """A `Block`. offset: what its output lacks; embeddings: layers of the residual blocks so far, which it adds to."""
 
-    def __init__(self, block: Block, dtype: torch.dtype, offset: Tensor) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, offset: Tensor, embeddings: list[Linear]) -> None:
         super().__init__()
-        for layer in block:
-            kind = {ResBlock: Residual, AttentionBlock: Attention}.get(type(layer), Resampling)
-            self.append(inference := kind(layer, dtype, offset))
-            offset = inference.offset
+        layer: Residual | Attention | Resampling
+        for each in block:
+            if isinstance(each, ResBlock):
+                layer = Residual(each, dtype, offset, embeddings)
+            elif isinstance(each, AttentionBlock):
+                layer = Attention(each, dtype, offset)
+            else:
+                layer = Resampling(cast("Upsample | Downsample", each), dtype, offset)
+            self.append(layer)
+            offset = layer.offset
         self.offset = offset
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale_shifts: list[Tensor]) -> Tensor:
         for layer in self:
-            x = cast("Tensor", layer(x, e))
+            x = cast("Tensor", layer(x, scale_shifts))
         return x
 
 
 class Residual(nn.Module):
-    """`ResBlock`; e: (N, 4 channels), after its SiLU."""
+    """`ResBlock`; its scale and shift, or what is added, are computed with those of the others."""
 
-    def __init__(self, block: ResBlock, dtype: torch.dtype, offset: Tensor) -> None:
+    def __init__(self, block: ResBlock, dtype: torch.dtype, offset: Tensor, embeddings: list[Linear]) -> None:
         super().__init__()
         norm, _, before = cast("tuple[GroupNorm, nn.SiLU, nn.Conv2d]", block.in_layers)
         middle_norm, *_, after = cast("tuple[GroupNorm, nn.SiLU, Dropout, nn.Conv2d]", block.out_layers)
         embedding = cast("nn.Linear", block.emb_layers[1])
         self.scale_shift, self.resample = block.scale_shift, type(block.resample)
         self.norm, self.before = Norm(norm, offset), Convolution(before, dtype)
-        self.embedding = Linear(embedding, dtype, None if block.scale_shift else _bias(before))
+        self.index = len(embeddings)
+        embeddings.append(Linear(embedding, dtype, None if block.scale_shift else _bias(before)))
         self.middle_norm = Norm(middle_norm, _bias(before) if block.scale_shift else None)
         self.after, self.skip = Convolution(after, dtype), None
         if isinstance(skip := block.skip_connection, nn.Conv2d):
@@ -183,13 +213,13 @@ class Residual(nn.Module):
             offset = skip.weight.detach().flatten(1).float() @ offset + _bias(skip)
         self.offset = offset + _bias(after)
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale_shifts: list[Tensor]) -> Tensor:
         h: Tensor = self.norm(x)
         if self.resample is Upsample:
             h = functional.interpolate(h, scale_factor=2.0, mode="nearest")
         elif self.resample is Downsample:
             h, x = functional.avg_pool2d(h, 2), functional.avg_pool2d(x, 2)
-        h, e = self.before(h), self.embedding(e)
+        h, e = self.before(h), scale_shifts[self.index]
         h = self.middle_norm(h, e) if self.scale_shift else self.middle_norm(h.add_(e[:, :, None, None]))
         h = self.after(h)
         if self.resample is Upsample:  # nearest neighbours of x are read, and not written
@@ -211,7 +241,7 @@ class Attention(nn.Module):
         self.qkv, self.out = Linear(block.qkv, dtype), Linear(block.proj_out, dtype)
         self.offset = offset + _bias(block.proj_out)
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale_shifts: list[Tensor]) -> Tensor:
         n, c, height, width = x.shape
         qkv = self.qkv(_rows(self.norm(x))).view(n, height * width, 3, self.heads, c // self.heads)
         q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))  # each (n, heads, pixels, dim)
@@ -231,7 +261,7 @@ class Resampling(nn.Module):
         self.is_up, self.conv, self.offset = isinstance(layer, Upsample), Convolution(conv, dtype), _bias(conv)
         self.register_buffer("missing", offset.to(dtype)[:, None, None])
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale_shifts: list[Tensor]) -> Tensor:
         x = x + self.missing
         h: Tensor = self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest") if self.is_up else x)
         return h
