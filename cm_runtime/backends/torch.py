@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -17,11 +14,11 @@ from numpy.typing import NDArray
 
 from cm_runtime.backends.base import ON_CPU, Backend, EngineOptions
 from cm_runtime.backends.torch_settings import Products, products
+from cm_runtime.backends.torch_stream import TORCH_TYPES, TorchGraph, array_at, on_stream
 from cm_runtime.backends.torch_unet import InferenceModel, InferenceUNet
 from cm_runtime.choices import GraphKind
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.engine import Captured, Evaluate
-from cm_runtime.cuda.graph import COLLECTOR
 from cm_runtime.cuda.sampler import OnDevice, open_device
 from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.errors.reasons import compiler_reason, first_line
@@ -35,7 +32,6 @@ from cm_runtime.subprocesses import engine_threads
 
 LOG = logging.getLogger("cm_runtime")
 TYPES: dict[str, Type] = {"fp16": "fp16", "bf16": "bf16"}  # of the weights by precision; others have float32
-TORCH_TYPES: dict[Type, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MOST_BATCH_SIZES = 256  # that are compiled, each apart; torch by itself gives up after 8
 
 
@@ -184,65 +180,6 @@ class TorchReference(TorchBackend):
     @staticmethod
     def _open_device(kind: torch.device) -> None:
         """None: whoever trains may have no more of the GPU than torch."""
-
-
-class TorchGraph:
-    """A torch.cuda.CUDAGraph of what ``body`` puts in a stream, ours and torch's alike."""
-
-    def __init__(self, stream: int, device: torch.device, body: Callable[[], Any]) -> None:
-        self._stream, self._device = stream, device
-        self._graph = torch.cuda.CUDAGraph()
-        # Not by torch.cuda.graph, which waits for the whole GPU first, and so ends the captures of other threads.
-        with COLLECTOR.pause(), on_stream(stream, device):
-            self._graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                body()
-            except BaseException:
-                with suppress(RuntimeError):  # an invalid capture; the stream is usable again
-                    self._graph.capture_end()
-                raise
-            self._graph.capture_end()
-
-    def launch(self) -> None:
-        """Puts the whole graph in the stream."""
-        with on_stream(self._stream, self._device):
-            self._graph.replay()
-
-
-def on_stream(stream: int, device: torch.device) -> AbstractContextManager[Any]:
-    """While it lasts, torch's work goes to a CUDA stream that is not torch's."""
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(_external(stream, device))
-
-
-def _external(stream: int, device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.ExternalStream(stream, device)  # type: ignore[no-untyped-call]
-
-
-class _At:
-    """An address as the __cuda_array_interface__ (version 3) has it."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], dtype: str) -> None:
-        self.__cuda_array_interface__ = {"data": (address, False), "shape": shape, "typestr": dtype, "version": 3}
-
-
-def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of memory that is not torch's, which must outlive it."""
-    if device.type == "cuda":  # bfloat16 has no name there
-        integers = _At(address, shape, f"<i{dtype.itemsize}")
-        return torch.as_tensor(integers, device=device).view(dtype)
-    memory = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
-
-
-def array_at(name: str, address: int, images: Images, device: torch.device) -> torch.Tensor:
-    """The array ``name`` of a batch as F takes it: images (N, C, H, W), channels_last."""
-    if name in ("x_in", "F"):
-        dtype = TORCH_TYPES[images.type if name == "x_in" else images.F_type]
-        shape = images.n, images.height, images.width, images.channels
-        return tensor_at(address, shape, dtype, device).permute(0, 3, 1, 2)
-    return tensor_at(address, (images.n,), torch.int64 if name == "label" else torch.float32, device)
 
 
 def set_threads(threads: int) -> None:

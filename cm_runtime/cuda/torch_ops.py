@@ -238,7 +238,7 @@ def _group_norm_silu_cuda(
     moments = x.new_empty(plan.moments(images, groups), dtype=torch.float32)
     addresses = {"x": x, "gamma": gamma, "beta": beta, "moments": moments, "y": y}
     at = Arrays(**{name: tensor.data_ptr() for name, tensor in addresses.items()})
-    at = at._replace(scale_shift=_address("scale_shift", scale_shift), offset=_address("offset", offset, 4))
+    at = at._replace(scale_shift=_address("scale_shift", scale_shift, 4), offset=_address("offset", offset, 4))
     for work in group_norm.group_norm_silu(images, at, groups, eps, silu, plan):
         launch(work, x.device)
     return y

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cm_runtime.backends import torch_unet
+from cm_runtime.backends import torch_layers
 from cm_runtime.backends.torch_unet import InferenceModel, InferenceUNet
 from cm_runtime.networks.consistency import ConsistencyModel, ModelConfig, build
 
@@ -145,7 +145,7 @@ def test_nothing_is_cast_or_copied_but_for_the_last_convolution(model: Consisten
 def test_a_copy_is_seen_where_there_is_one(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check itself, of feature maps that become NCHW and back."""
     model = build(make_config())
-    monkeypatch.setattr(torch_unet, "_rows", lambda x: x.contiguous().permute(0, 2, 3, 1).reshape(-1, x.shape[1]))
+    monkeypatch.setattr(torch_layers, "_rows", lambda x: x.contiguous().permute(0, 2, 3, 1).reshape(-1, x.shape[1]))
     assert any(line.startswith("clone") for line in trace(model, torch.float16).copies)
 
 

@@ -390,8 +390,9 @@ def misaligned(tensor: Tensor) -> Tensor:
 def test_a_misaligned_view_is_refused_where_a_kernel_would_read_it(monkeypatch: Any, name: str, which: str) -> None:
     monkeypatch.setattr(torch_ops, "launch", never)
     monkeypatch.setattr(torch_ops, "limits", lambda device: Limits())
-    arguments = changed(name, **{which: misaligned})
-    with pytest.raises(RequestError, match=f"^{which} is misaligned: its address must be a multiple of 16 bytes$"):
+    arguments, multiple = changed(name, **{which: misaligned}), 4 if which == "scale_shift" else 16
+    reason = f"^{which} is misaligned: its address must be a multiple of {multiple} bytes$"
+    with pytest.raises(RequestError, match=reason):
         getattr(torch_ops, f"_{name}_cuda")(*arguments)
     getattr(ops, name)(*arguments)
 
