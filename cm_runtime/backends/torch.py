@@ -38,6 +38,8 @@ MOST_BATCH_SIZES = 256  # that are compiled, each apart; torch by itself gives u
 class TorchBackend(Backend):
     """f on torch: in fp32 on a CPU the module itself, in evaluation mode for each evaluation, else `InferenceModel`.
 
+    The latter holds one copy of the weights, in its type and on the device.
+
     Args:
         model: f. It stays where it is, and as it is.
         manifest: of its checkpoint.

@@ -24,6 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "added embedding, by blocks": {"scale_shift": False, "resample": "resblock", "attention": (4,)},
     "no attention": {"middle_attention": False, "image_channels": 1},
     "patches of one channel": {"patch": 2, "image_channels": 1, "num_classes": 5},
+    "channels of no power of two": {"channels": 20, "head_channels": 10, "image_channels": 2},
     "groups of its own": {"norm_groups": 4, "norm_eps": 1e-3, "image_channels": 4, "patch": 2},
 }
 
