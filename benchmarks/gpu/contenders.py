@@ -180,11 +180,11 @@ class PlainExport(Contender):
     """torch's own export of f on ONNX Runtime, with a loop in NumPy."""
 
     def __init__(self, setting: Setting) -> None:
-        if setting.precision != "fp32":
-            raise RequestError(f"the plain export is float32, not {setting.precision}")
         config = load_checkpoint(setting.source).config
         index, request = np.arange(setting.batch, dtype=np.uint64), setting.request()
-        self._peer = peers.peer("onnx", setting.source, setting.work, device=setting.device)
+        self._peer = peers.peer(
+            "onnx", setting.source, setting.work, device=setting.device, precision=cast(Any, setting.precision)
+        )
         z = noise.normals(0, index, STEPS, config.image_shape)
         self._inputs = z, request.sigmas, labels_of(request, index, config.network.num_classes)
 
@@ -207,13 +207,9 @@ def load_tensorrt(setting: Setting, package: Any) -> Any:
     """cm-runtime on TensorRT, with an engine for this batch alone. Raises RequestError for tf32."""
     if setting.precision == "tf32":
         raise RequestError("TensorRT's engines are built without TF32")
-    from cm_runtime.backends.batch_profiles import Profile
-    from cm_runtime.export import to_tensorrt
-
     path = setting.work / f"{setting.name}-{package}.engine"
     if not path.exists():
-        profile = Profile(min=setting.batch, opt=setting.batch, max=setting.batch)
-        to_tensorrt.build(graph(setting, "tensorrt"), path, package, to_tensorrt.BuildOptions((profile,)))
+        export.tensorrt(graph(setting, "tensorrt"), path, package=package, batches=[setting.batch])
     return backends.load(path)
 
 

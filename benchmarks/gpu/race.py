@@ -60,13 +60,12 @@ def race(options: Options, what: tuple[str, str, int], names: Sequence[str], sec
     options.work.mkdir(parents=True, exist_ok=True)
     source = checkpoint(network, options.work)
     setting = Setting(source, precision, batch, options.device, options.work, options.caches)
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     with products("ieee"):
         reference = Plain(setting._replace(precision="fp32", batch=min(batch, COMPARED))).draw()
     try:
         loaders = {name: partial(CONTENDERS[name], setting) for name in names}
-        return compare(loaders, reference, lambda: end - time.monotonic())
+        with products("tf32" if precision == "tf32" else "ieee"):
+            return compare(loaders, reference, lambda: end - time.monotonic())
     finally:
         gc.collect()
         torch.compiler.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 from gpu.findings import Findings
 
 Clock = Callable[[], float]
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,15 @@ def work(part: Part, findings: Findings, seconds: float, clock: Clock = time.mon
     return 0
 
 
+def follow_parent() -> None:
+    """End this process when its parent does: nothing goes on alone, on a GPU that the next call measures on."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def start_child(part: Part, seconds: float, words: Sequence[str]) -> int | None:
     """Run this program again for one part, for ``seconds`` at most; nothing that it started stays."""
     command = [sys.executable, *words, "--child", part.name, str(seconds)]
-    child = subprocess.Popen(command, start_new_session=True)
+    child = subprocess.Popen(command, start_new_session=True, preexec_fn=follow_parent)
     try:
         return child.wait(seconds)
     except subprocess.TimeoutExpired:

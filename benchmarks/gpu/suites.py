@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from gpu.session import follow_parent
 from gpu.survey import ROOT
 
 # Without the project's settings, which ask for pytest-timeout and are strict about it.
@@ -43,9 +44,8 @@ def run_sanitizer(file: str, tool: str, seconds: float) -> dict[str, Any]:
 
 
 def _read(words: Sequence[str], where: str, seconds: float) -> dict[str, Any]:
-    child = subprocess.run(
-        words, capture_output=True, text=True, env=environment(where), cwd=ROOT, timeout=max(seconds - 2, 1)
-    )
+    options: Any = {"capture_output": True, "text": True, "env": environment(where), "cwd": ROOT}
+    child = subprocess.run(words, timeout=max(seconds - 2, 1), preexec_fn=follow_parent, **options)
     lines = child.stdout.strip().splitlines() or ["pytest wrote nothing"]
     summary = next(
         (line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error|skipped)", line)), lines[-1]

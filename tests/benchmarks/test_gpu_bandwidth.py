@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gpu import bandwidth
 
 from cm_runtime.kernels.launches import Launch
+from cm_runtime.kernels.limits import Limits
 
 
 class HostDevice:

@@ -26,13 +26,12 @@ import gpu_check
 from gpu import contenders, plan, race, suites, survey
 from gpu.findings import Findings
 
-from cm_runtime import backends
+from cm_runtime import backends, export
 from cm_runtime.backends.ort import OrtBackend
 from cm_runtime.bench.networks import random_checkpoint
 from cm_runtime.checkpoints.native import save_checkpoint
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.sampler import OnDevice
-from cm_runtime.export import to_tensorrt
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,8 +151,8 @@ def host_engines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     log: list[str] = []
     load = backends.load
 
-    def build(onnx: Path, path: Path, package: str, *, profile: Any) -> None:
-        log.append(f"{package} {profile.min}:{profile.opt}:{profile.max}")
+    def build(onnx: Path, path: Path, *, package: str, batches: list[int]) -> None:
+        log.append(f"{package} {batches}")
         shutil.copy(onnx, path.with_suffix(".onnx"))
         path.touch()
 
@@ -168,7 +167,7 @@ def host_engines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         log.append(f"compile {options['fullgraph']} {options['dynamic']}")
         return f
 
-    monkeypatch.setattr(to_tensorrt, "build", build)
+    monkeypatch.setattr(export, "tensorrt", build)
     monkeypatch.setattr(backends, "load", load_on_host)
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(race, "LONGEST", 0.05)
@@ -189,7 +188,7 @@ def test_every_contender_of_every_race_draws_the_same(
     wanted = {"torch": ["compile True False"], "compiled": ["compile True False"] * 2}
     assert [line for line in host_engines if "compile" in line] == wanted.get(part, [])
     if part == "tensorrt":
-        assert host_engines == ["tensorrt 3:3:3", "tensorrt_rtx 3:3:3"], "an engine for this batch alone"
+        assert host_engines == ["tensorrt [3]", "tensorrt_rtx [3]"], "an engine for this batch alone"
 
 
 class InStream:

@@ -234,6 +234,25 @@ def test_the_result_is_readable_json(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"], "no drafts stay"
 
 
+@pytest.mark.process
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """A call that is killed leaves nothing that writes into the next one's result."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    code = f"from gpu.session import *; start_child(Part('a', 1, 1, (), {{}}), 60, [{str(program)!r}])"
+    paths = os.pathsep.join(map(str, (plan.ROOT, plan.ROOT / "benchmarks")))
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths})
+    end = time.monotonic() + 60
+    while not (pid := (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    wait_for_end(str(pid))
+
+
 def test_a_larger_budget_goes_round_the_parts_again(tmp_path: Path) -> None:
     machine = Rehearsal(tmp_path / "gpu.json", ALL, lambda name: 29)
     assert "bandwidth" in machine.call().content["skipped"]
