@@ -146,6 +146,13 @@ def test_pycuda_which_is_built_on_installing_comes_by_itself() -> None:
     assert {extra for extra in extras if "pycuda" in names_of(extra)} == {"pycuda"}
 
 
+def test_an_extra_for_a_gpu_brings_all_that_it_needs() -> None:
+    """The driver's binding with each, and the libraries that ONNX Runtime's CUDA provider is linked with."""
+    assert all("cuda-bindings" in names_of(extra) for extra in ("gpu", "pycuda", "tensorrt", "tensorrt-rtx"))
+    (runtime,) = (each for each in PROJECT["project"]["optional-dependencies"]["gpu"] if "onnxruntime" in each)
+    assert runtime.startswith("onnxruntime-gpu[cuda,cudnn]>=1.31")  # before that, libraries of CUDA 12
+
+
 @pytest.mark.parametrize("package", EXTRAS)
 def test_extra_that_an_error_names_brings_the_package(package: str) -> None:
     distribution = {"cuda.bindings": "cuda-bindings"}.get(package, package.replace("_", "-"))

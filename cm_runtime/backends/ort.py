@@ -295,7 +295,7 @@ def open_session(
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file begins with
     settings.log_severity_level = 4 if device == "cpu" else 3  # a GPU's missing libraries are in the log alone
     provider = _provider(device, stream, is_tf32=options.precision == "tf32")
-    missing = _preload(ort) if device != "cpu" else ""
+    missing = missing_library() if device != "cpu" else ""
     source = model if isinstance(model, bytes) else where
     if weights := external_data.map_link(data):
         _give_weights(settings, weights)
@@ -316,7 +316,7 @@ def open_session(
             raise ArtifactError(f"{where}: ONNX Runtime cannot load it: {reason}") from error
         raise EngineError(f"ONNX Runtime cannot use {device}: {reason}") from error
     if session.get_providers()[0] != (provider if isinstance(provider, str) else provider[0]):
-        cause = f"{missing}: pip install 'cm-runtime[gpu]'" if missing else "is its driver of CUDA 13 (580 or newer)?"
+        cause = missing or "is its driver of CUDA 13 (580 or newer)?"
         raise EngineError(f"ONNX Runtime could not start on {device}; {cause}")
     return session
 
@@ -340,11 +340,12 @@ def _check_cuda(ort: Any, device: str) -> None:
         raise EngineError(f"this ONNX Runtime has no CUDA provider for {device}: pip install 'cm-runtime[gpu]'")
 
 
-def _preload(ort: Any) -> str:
-    """Load the CUDA libraries of pip packages; the first line that ONNX Runtime prints of what it did not find."""
-    with redirect_stdout(io.StringIO()) as lines:
-        ort.preload_dlls()
-    return next(iter(lines.getvalue().splitlines()), "")
+def missing_library() -> str:
+    """Load the CUDA libraries of pip packages; the first that is not found, with the cure, else nothing."""
+    with redirect_stdout(io.StringIO()) as lines:  # where ONNX Runtime prints of them
+        require("onnxruntime", "the ONNX Runtime backend").preload_dlls()
+    first = next(iter(lines.getvalue().splitlines()), "")
+    return first and f"{first}: pip install 'cm-runtime[gpu]'"
 
 
 def _provider(device: str, stream: int, *, is_tf32: bool) -> Any:

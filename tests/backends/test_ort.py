@@ -330,6 +330,26 @@ def test_another_thread_captures_nothing() -> None:
     assert session.runs == ["-1", "1"]
 
 
+def test_a_library_that_is_missing_is_named_on_one_line(
+    boundary: exports.Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime prints it on standard output, and goes on with the CPU."""
+    real = onnxruntime.InferenceSession
+
+    def open_on_cpu(source: Any, options: Any, providers: Any, enable_fallback: int) -> Any:
+        return real(source, options, providers=["CPUExecutionProvider"])
+
+    line = "Failed to load libcublas.so.13: cannot open shared object file"
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_on_cpu)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print(line, "and more", sep="\n"), raising=False)
+    monkeypatch.setattr(ort_module, "has_driver", lambda: True)
+    with pytest.raises(EngineError) as caught:
+        OrtBackend(boundary.onnx, options=EngineOptions(device="cuda:0"))
+    assert str(caught.value).endswith(f"could not start on cuda:0; {line}: pip install 'cm-runtime[gpu]'")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("precision", ["auto", "fp32", "tf32"])
 @pytest.mark.parametrize("captures", [True, False])
 def test_a_graph_is_captured_where_it_can_be_and_one_line_says_where_not(
