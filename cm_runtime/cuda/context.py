@@ -57,9 +57,11 @@ class Context:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the context this thread's for the block. Raises EngineError in a forked child."""
+        """Make the context this thread's for the block. Raises EngineError in a forked child, or at the end."""
         if os.getpid() != self._process:
             raise EngineError(FORKED)
+        if not self.close.alive:
+            raise EngineError(f"cuda:{self.index} has been given back: this process is ending")
         with wrap_errors(f"entering cuda:{self.index}"):
             state = self.driver.push(self._handle)
         try:
@@ -102,12 +104,7 @@ class Context:
         try:
             return self.driver.load(kernels.fatbin())
         except DriverError as error:
-            version = self.driver.version()
-            if version < LEAST_DRIVER:
-                raise EngineError(
-                    f"this NVIDIA driver is of CUDA {version // 1000}.{version % 1000 // 10}; the kernels need one of"
-                    f" CUDA {LEAST_DRIVER // 1000} (580 or newer)"
-                ) from error
+            check_version(self.driver)
             raise EngineError(
                 f"{self.gpu.name} (compute capability {self.gpu.capability}) refused the kernels: {error}"
             ) from error
@@ -115,10 +112,12 @@ class Context:
     def _close(self) -> None:
         if os.getpid() != self._process:
             return
-        if self._module is not None:
-            self._functions.clear()
-            self.give_back(self.driver.unload, self._module)
         with suppress(DriverError):
+            if self._module is not None:
+                self._functions.clear()
+                state = self.driver.push(self._handle)
+                self.driver.unload(self._module)
+                self.driver.pop(state)
             self.driver.release(self.index, self._handle)
 
 
@@ -174,6 +173,16 @@ def open_context(index: int = 0, binding: str = "") -> Context:
         if key not in _contexts:
             _contexts[key] = Context(opened, index)
         return _contexts[key]
+
+
+def check_version(driver: Driver) -> None:
+    """Raise EngineError for a driver that is too old for the kernels."""
+    version = driver.version()
+    if version < LEAST_DRIVER:
+        raise EngineError(
+            f"this NVIDIA driver is of CUDA {version // 1000}.{version % 1000 // 10}; the kernels need one of CUDA"
+            f" {LEAST_DRIVER // 1000} (580 or newer)"
+        )
 
 
 def gpu(index: int = 0) -> Gpu:

@@ -49,14 +49,14 @@ class Device:
 
     def address(self, name: str, size: int) -> int:
         """Address of the array ``name`` of at least ``size`` bytes; a call with a larger size moves it."""
-        with self.use(f"taking {size / 1e6:.1f} MB of GPU memory for {name}"):
+        with self.use(f"enlarging {name}"):
             memory, capacity = self._arrays.get(name, (None, 0))
             if memory is None or capacity < size:
                 if memory:
                     self._driver.synchronize(self.stream)  # nothing may be using what is freed
                     del self._arrays[name]
                     memory.close()
-                memory = self.take(size)
+                memory = self.take(size, f" for {name}")
                 self._arrays[name] = memory, size
             return int(memory)
 
@@ -75,9 +75,9 @@ class Device:
             self._driver.synchronize(self.stream)
         return array
 
-    def take(self, size: int) -> Owned:
+    def take(self, size: int, purpose: str = "") -> Owned:
         """Memory of its own, freed with what is returned; int() of that is its address."""
-        with self.use(f"taking {size / 1e6:.1f} MB of GPU memory"):
+        with self.use(f"taking {size / 1e6:.1f} MB of GPU memory{purpose}"):
             return Owned(self.context, self._driver.allocate(size), self._driver.free)
 
     def clear(self, address: int, size: int) -> None:

@@ -49,8 +49,7 @@ class Collector:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Collect what there is, then nothing until the last block of this kind, of any thread, ends."""
-        gc.collect()
+        """Collect nothing until the last block of this kind, of any thread, ends."""
         with self._lock:
             if not self._pauses:
                 self._was_on = gc.isenabled()

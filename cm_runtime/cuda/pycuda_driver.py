@@ -42,7 +42,7 @@ class PycudaDriver(CudaBindings):
 
     def _name(self, reason: str) -> str:
         """Of the error that the driver describes so."""
-        codes = (code for code in self._cuda.CUresult if self._call("cuGetErrorString", code) == reason.encode())
+        codes = (code for code in self._cuda.CUresult if self._cuda.cuGetErrorString(code)[1] == reason.encode())
         return next((str(code.name) for code in codes), reason)
 
     def _keep(self, number: int, item: Any) -> int:

@@ -1,0 +1,428 @@
+"""Cases of sampling on a GPU that test_on_driver.py runs on the stand-in for CUDA's driver, with the real bindings.
+
+It has two devices. What is left at exit, or misused, fails the whole file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from driver_engine import DriverEngine, HostEngine
+
+import cm_runtime as cm
+from cm_runtime.cuda import context
+from cm_runtime.cuda.device import Device
+from cm_runtime.cuda.driver import Gpu
+from cm_runtime.errors import EngineError, OutOfMemoryError
+from cm_runtime.request import Draw, sampling_request
+
+cu = pytest.importorskip("cuda.bindings.driver")
+STANDIN = ctypes.CDLL("libcuda.so.1")
+STANDIN.cm_driver_report.restype = ctypes.c_char_p
+STANDIN.cm_driver_calls.restype = ctypes.c_long
+BINDING = os.environ.get(context.BINDING, "cuda-bindings")
+WANTED = cm.sample(HostEngine(), 10, micro_batch=3)
+KIBI = 1 << 10
+gc.freeze()  # what is loaded by now need not be looked at by each collection
+
+
+def left() -> list[str]:
+    """What lives in the driver once garbage is collected."""
+    gc.collect()
+    return list_left()
+
+
+def list_left() -> list[str]:
+    """What lives in the driver, contexts and modules apart."""
+    lines = STANDIN.cm_driver_report().decode().splitlines()
+    assert not [line for line in lines if line.startswith(("misuse", "unsupported"))], lines
+    return [line for line in lines if "module" not in line and "context" not in line]
+
+
+def current() -> int:
+    """The context of this thread."""
+    return int(cu.cuCtxGetCurrent()[1])
+
+
+def in_thread(body: Callable[[], Any]) -> Any:
+    """The body's result in a fresh thread, which is to have no context before and after."""
+    results: list[Any] = []
+
+    def run() -> None:
+        assert not current()
+        try:
+            results.append(body())
+        except BaseException as error:
+            results.append(error)
+        assert not current()
+        results.append("end")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert results[-1:] == ["end"]
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
+
+
+@contextmanager
+def failing(order: str) -> Iterator[None]:
+    """Let calls fail, as in cuMemAlloc_v2:3:2, the third with error 2."""
+    os.environ["CM_DRIVER_FAIL"] = order
+    try:
+        yield
+    finally:
+        del os.environ["CM_DRIVER_FAIL"]
+
+
+@pytest.fixture
+def engine() -> Iterator[DriverEngine]:
+    engine = DriverEngine()
+    yield engine
+    del engine.on_device, engine.hooks  # pytest holds the engine
+    assert not current()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    before = left()
+    yield
+    assert left() == before
+
+
+def draw(engine: Any) -> Any:
+    return cm.sample(engine, 10, micro_batch=3)
+
+
+# Threads
+
+
+def test_the_binding_is_the_one_that_is_asked_for(engine: DriverEngine) -> None:
+    opened = engine.on_device.device.context
+    assert opened.driver.name == BINDING
+    assert opened.gpu == Gpu("Stand-in of sm_90", "9.0")
+
+
+def test_a_gpu_that_a_thread_opened_serves_others() -> None:
+    """As of a torch model that is drawn ahead: its thread ends, and its context with it."""
+    engines = [in_thread(lambda: DriverEngine(1))]
+    for _ in range(2):
+        assert np.array_equal(draw(engines[0]), WANTED)
+        assert np.array_equal(in_thread(lambda: draw(engines[0])), WANTED)
+    in_thread(engines.clear)
+
+
+def test_every_entry_serves_any_thread(engine: DriverEngine) -> None:
+    device = engine.on_device.device
+    numbers = np.arange(7, dtype=np.float32)
+    address = in_thread(lambda: device.send("x", numbers))
+    assert np.array_equal(in_thread(lambda: device.fetch("x", (7,), numbers.dtype)), numbers)
+    in_thread(lambda: device.clear(address, 4 * 7))
+    assert not in_thread(lambda: device.fetch("x", (7,), numbers.dtype)).any()
+    taken = [in_thread(lambda: device.take(100)), in_thread(lambda: device.pin(100))]
+    address = in_thread(lambda: device.address("x", 1000))  # which moves it
+    in_thread(device.follow)
+    graph = [in_thread(lambda: device.capture(lambda: device.clear(address, 4)))]
+    in_thread(graph[0].launch)
+    in_thread(device.finish)
+    in_thread(taken.clear)
+    in_thread(graph.clear)
+    assert np.array_equal(in_thread(lambda: draw(engine)), WANTED)
+
+
+def test_streams_end_in_any_thread(engine: DriverEngine) -> None:
+    request = sampling_request(engine.manifest, Draw(count=10, micro_batch=3))
+    parts = engine.batches(request)
+    first = in_thread(lambda: next(parts)).images
+    in_thread(parts.close)
+    assert np.array_equal(first, WANTED[:3])
+    stream = iter(cm.stream(engine, 10, micro_batch=3))
+    assert np.array_equal(next(stream).images, WANTED[:3])
+    in_thread(stream.close)
+
+
+def test_several_at_once(engine: DriverEngine) -> None:
+    """Requests of one model in four threads, and three streams that a caller takes in turns."""
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(draw(engine))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    streams = [iter(cm.stream(engine, 10, micro_batch=3)) for _ in range(3)]
+    for parts in itertools.zip_longest(*streams):
+        assert all(np.array_equal(part.images, parts[0].images) for part in parts)
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(np.array_equal(each, WANTED) for each in found)
+
+
+def test_the_callers_context_comes_back(engine: DriverEngine) -> None:
+    _, theirs = cu.cuCtxCreate(None, 0, 0)
+    draw(engine)
+    assert current() == int(theirs)
+    cu.cuCtxDestroy(theirs)
+
+
+def test_devices_are_chosen_by_number() -> None:
+    engine, contexts = DriverEngine(1), set()
+    engine.hooks.evaluate = lambda: contexts.add(int(cu.cuCtxGetDevice()[1]))
+    assert np.array_equal(draw(engine), WANTED)
+    assert contexts == {1}
+    with pytest.raises(EngineError, match=r"^there is no cuda:7; the driver shows 2 GPU\(s\)$"):
+        Device(7)
+
+
+# Streams and captures
+
+
+def test_the_legacy_stream_works_beside_a_capture(engine: DriverEngine) -> None:
+    """Torch's default stream, in which a training loop works while images are drawn ahead."""
+    device, results = engine.on_device.device, []
+    memory = device.take(16)
+
+    def work() -> None:
+        with device.context.current():
+            results.append(int(cu.cuMemsetD32Async(int(memory), 0, 4, 0)[0]))
+            results.append(int(cu.cuStreamSynchronize(0)[0]))
+
+    engine.hooks.capture = lambda: in_thread(work)
+    assert np.array_equal(draw(engine), WANTED)
+    assert results and not any(results)
+
+
+def test_a_capture_of_another_thread_bears_us(engine: DriverEngine) -> None:
+    """Torch captures its training step in the mode in which others may not allocate, unless they say otherwise."""
+    device = engine.on_device.device
+    with device.context.current():
+        _, stream = cu.cuStreamCreate(1)
+        cu.cuStreamBeginCapture(stream, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
+        assert np.array_equal(in_thread(lambda: draw(engine)), WANTED)
+        error, graph = cu.cuStreamEndCapture(stream)
+        assert not error
+        cu.cuGraphDestroy(graph)
+        cu.cuStreamDestroy(stream)
+
+
+def test_nothing_is_collected_in_a_capture(engine: DriverEngine) -> None:
+    """Memory of a cycle would be freed at any allocation, which CUDA forbids there."""
+    device = engine.on_device.device
+    device.capture(lambda: None)
+    gc.disable()
+    cycle: list[Any] = [device.take(16)]
+    cycle.append(cycle)
+    del cycle
+    graphs = [device.capture(lambda: gc.collect() if gc.isenabled() else None)]
+    assert not gc.isenabled()
+    gc.enable()
+    graphs += [device.capture(lambda: graphs.append(gc.isenabled()))]
+    assert graphs[1:2] == [False] and gc.isenabled()
+    graphs.clear()
+
+
+def test_a_capture_whose_body_raises_leaves_no_graph(engine: DriverEngine) -> None:
+    device = engine.on_device.device
+    before = left()
+
+    def body() -> None:
+        device.clear(device.address("x", 16), 16)
+        raise KeyboardInterrupt
+
+    device.address("x", 16)
+    with pytest.raises(KeyboardInterrupt):
+        device.capture(body)
+    device.capture(lambda: device.clear(device.address("x", 16), 16)).launch()
+    device.finish()
+    assert [line for line in left() if "graph" in line] == [line for line in before if "graph" in line]
+
+
+def test_a_capture_that_cannot_be_is_one_line(engine: DriverEngine) -> None:
+    """As where an engine waits for the stream; the stream is of use afterwards."""
+    engine.hooks.capture = lambda: cu.cuStreamSynchronize(engine.on_device.device.stream) and None
+    reason = r"^CUDA failed while capturing a graph: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED in cuStreamEndCapture$"
+    with pytest.raises(EngineError, match=reason):
+        draw(engine)
+    engine.hooks.capture = lambda: None
+    assert np.array_equal(draw(engine), WANTED)
+
+
+def test_what_another_stream_wrote_comes_first(engine: DriverEngine) -> None:
+    """Weights that torch copies in its own stream: without `follow` the stand-in reads them too early."""
+    device = engine.on_device.device
+    memory, pinned = device.take(16), device.pin(16)
+    device.address("x", 16)
+    pinned[:] = 7
+    with device.context.current():
+        cu.cuMemcpyHtoDAsync(int(memory), pinned.ctypes.data, 16, 0)
+    device.follow()
+    device.move(device.address("x", 16), int(memory), 16)
+    assert (device.fetch("x", (16,), np.dtype(np.uint8)) == 7).all()
+
+
+def test_captured_graphs_are_reused_and_bounded(engine: DriverEngine) -> None:
+    for size in (1, 2, 3, 4, 5, 1, 2):
+        cm.sample(engine, 3 * size, micro_batch=size)
+    assert engine.bound == [1, 2, 3, 4, 5, 1, 2]  # the four of late are kept
+    cm.sample(engine, 50, micro_batch=5)
+    assert engine.bound[7:] == []
+    assert [line for line in left() if "executable" in line] == ["left 4 executable graphs"]
+
+
+# Memory and failures
+
+
+@contextmanager
+def room(device: Device, size: int) -> Iterator[None]:
+    """While it lasts, the GPU has ``size`` bytes left, but for what is too small to hold."""
+    with device.context.current():
+        _, free, _ = cu.cuMemGetInfo()
+    ballast = device.take(free - size)
+    yield
+    ballast.close()
+
+
+def memory_of(engine: DriverEngine, size: int) -> int:
+    """Bytes that a batch of that size takes."""
+    with engine.on_device.device.context.current():
+        _, before, _ = cu.cuMemGetInfo()
+        cm.sample(engine, size, micro_batch=size)
+        _, after, _ = cu.cuMemGetInfo()
+    engine.on_device._prepared.clear()
+    return int(before) - int(after)
+
+
+@pytest.mark.parametrize("when", ["memory", "evaluation"])
+def test_halving_frees_what_failed(engine: DriverEngine, caplog: pytest.LogCaptureFixture, when: str) -> None:
+    """With room for 64 images, or a little less; and half of them only where nothing of the 64 is held."""
+    device, wanted = engine.on_device.device, cm.sample(HostEngine(), 100, micro_batch=64)
+    whole = memory_of(engine, 64)
+    engine.bound.clear()
+    trims: list[int] = []
+    engine.hooks.trim = lambda: trims.append(len(engine.on_device._prepared))
+
+    def refuse() -> None:
+        if engine.bound == [64]:
+            raise OutOfMemoryError("torch: CUDA out of memory")
+
+    engine.hooks.evaluate = refuse if when == "evaluation" else engine.hooks.evaluate
+    with room(device, whole - (16 * KIBI if when == "memory" else 0)), caplog.at_level(logging.WARNING, "cm_runtime"):
+        assert np.abs(cm.sample(engine, 100, micro_batch=64).astype(int) - wanted).max() <= 1
+        cm.sample(engine, 100, micro_batch=64)
+    (record,) = caplog.records  # the next request begins with what fits
+    assert record.getMessage().endswith("going on with 32 images at once in place of 64")
+    assert engine.bound[:2] == [64, 32] and trims == [0]
+
+
+def test_no_memory_for_one_image_is_one_line(engine: DriverEngine) -> None:
+    reason = r"^CUDA has no memory left while taking .*CUDA_ERROR_OUT_OF_MEMORY"
+    with room(engine.on_device.device, 4 * KIBI), pytest.raises(OutOfMemoryError, match=reason):
+        draw(engine)
+    engine.on_device._most = 4
+    assert draw(engine).shape == WANTED.shape
+
+
+def test_a_model_that_is_dropped_gives_its_memory_back() -> None:
+    """At once: there is no cycle that waits for the collector."""
+    before = left()
+    gc.disable()
+    try:
+        engine = DriverEngine()
+        draw(engine)
+        model = weakref.ref(engine)
+        del engine
+        assert model() is None
+        assert list_left() == before
+    finally:
+        gc.enable()
+
+
+CALLS = [
+    *("cuMemAlloc_v2", "cuMemHostAlloc", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyDtoDAsync_v2"),
+    *("cuMemsetD32Async", "cuStreamCreate", "cuStreamWaitEvent", "cuEventCreate", "cuEventRecord"),
+    *("cuEventSynchronize", "cuLaunchKernel", "cuStreamBeginCapture_v2", "cuGraphInstantiateWithFlags"),
+    *("cuGraphLaunch", "cuModuleGetFunction"),
+]
+if BINDING != "pycuda":  # which loses count of its contexts there
+    CALLS.append("cuCtxPushCurrent_v2")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_fails_is_one_line_and_leaks_nothing(call: str) -> None:
+    """Each call of its kind in a request, one after the other; the next request is served."""
+    DriverEngine()
+    before, failures = left(), 0
+    for number in itertools.count(1):
+        count = STANDIN.cm_driver_calls(call.encode())
+        engines = []
+        with failing(f"{call}:{number}:1"):
+            try:
+                engines.append(DriverEngine())
+                draw(engines[0])
+            except EngineError as error:
+                assert "CUDA_ERROR_INVALID_VALUE" in str(error) and "\n" not in str(error)
+                failures += 1
+            done = STANDIN.cm_driver_calls(call.encode()) < number
+        if engines and number in (1, 2):
+            assert np.array_equal(draw(engines[0]), WANTED)
+        engines.clear()
+        assert left() == before, number
+        if done:
+            break
+    assert failures or call == "cuModuleGetFunction", count  # functions are looked up once a process
+
+
+def test_errors_have_names(engine: DriverEngine) -> None:
+    with failing("cuLaunchKernel:1+:701"), pytest.raises(EngineError) as caught:
+        draw(engine)
+    line = "CUDA failed while launching cm_first_noise_float_nchw: CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES in cuLaunchKernel"
+    assert str(caught.value) == line
+
+
+# Processes
+
+
+def test_a_forked_child_says_so(engine: DriverEngine) -> None:
+    draw(engine)
+    reader, writer = os.pipe()
+    if not os.fork():
+        lines = []
+        for body in (lambda: draw(engine), lambda: DriverEngine(1)):
+            with suppress(Exception):
+                try:
+                    body()
+                except EngineError as error:
+                    lines.append(str(error))
+        os.write(writer, "\n".join(lines).encode())
+        os._exit(0)
+    os.wait()
+    os.close(writer)
+    said = os.read(reader, 10_000).decode().splitlines()
+    os.close(reader)
+    assert len(said) == 2 and all("start it by spawn" in line for line in said)
+    assert np.array_equal(draw(engine), WANTED)
+
+
+if BINDING == "pycuda":
+
+    def test_a_callers_pycuda_context_chooses_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
+        import pycuda.driver
+
+        monkeypatch.delenv(context.BINDING)
+        assert context.driver().name == "cuda-bindings"
+        theirs = pycuda.driver.Device(0).make_context()
+        assert context.driver().name == "pycuda"
+        engine = DriverEngine()
+        assert np.array_equal(draw(engine), WANTED)
+        assert pycuda.driver.Context.get_current() == theirs and current() == theirs.handle
+        theirs.pop()
+        theirs.detach()
