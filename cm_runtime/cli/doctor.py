@@ -56,6 +56,7 @@ def _examine() -> dict[str, Any]:
     import platform
 
     from cm_runtime import __version__
+    from cm_runtime.backends import gpus
     from cm_runtime.extras import EXTRAS, has_cpu_runtime
     from cm_runtime.subprocesses import cores
 
@@ -79,9 +80,9 @@ def _examine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": cores(),
         "gpu": _gpu(),
-        "cuda": _cuda(),
+        "cuda": gpus.describe(),
         **_describe_bundled(),
-        "warning": _warning(),
+        "warning": gpus.warn(),
         "packages": packages,
         "install": install,
     }
@@ -133,33 +134,3 @@ def _gpu() -> str:
     rows = nvidia_smi("gpu", "name", "driver_version", "compute_cap")
     lines = [f"{name}, driver {driver}, compute capability {capability}" for name, driver, capability in rows]
     return "; ".join(lines) or "an NVIDIA driver is here, and nvidia-smi names no GPU"
-
-
-def _cuda() -> str:
-    """The binding that calls the driver, and what the driver shows; or why sampling cannot stay on a GPU."""
-    from cm_runtime.cuda import context
-    from cm_runtime.errors import CmRuntimeError
-    from cm_runtime.extras import has_driver
-
-    if not has_driver():
-        return ""
-    try:
-        driver = context.driver()
-        context.check_version(driver)
-        gpus = [context.gpu(index) for index in range(driver.count())]
-    except CmRuntimeError as error:
-        return str(error)
-    names = "; ".join(f"cuda:{index} {gpu.name}" for index, gpu in enumerate(gpus))
-    return f"by {driver.name}: {names}"
-
-
-def _warning() -> str:
-    """Two builds of ONNX Runtime, or a library that its CUDA provider does not find."""
-    from cm_runtime.backends import ort
-    from cm_runtime.extras import TWO_RUNTIMES, distribution_version, has_driver, has_two_runtimes
-
-    if has_two_runtimes():
-        return TWO_RUNTIMES
-    if not has_driver() or not distribution_version("onnxruntime-gpu"):
-        return ""
-    return ort.missing_library()

@@ -448,17 +448,6 @@ def test_without_a_folder_for_caches_all_goes_on(
     assert np.isfinite(TensorRtBackend(engine).denoise(image(4), 1.0, 0)).all()
 
 
-def test_want_of_memory_is_told_from_other_refusals(
-    trt: stand_in_gpu.TensorRt, backend: TensorRtBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trt.refuses = "run"
-    monkeypatch.setattr(
-        backend._logger, "last", lambda: "[defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)"
-    )
-    with pytest.raises(OutOfMemoryError, match=r"refused to run: .*out of memory"):
-        backend.denoise(image(4), 1.0, 0)
-
-
 @pytest.mark.parametrize(
     ("when", "message"),
     [

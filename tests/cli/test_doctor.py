@@ -123,21 +123,3 @@ def test_an_engine_that_cannot_start_is_a_line(cli: Cli, monkeypatch: pytest.Mon
     outcome = cli("doctor")
     assert (outcome.code, outcome.err) == (0, "")
     assert "OpenVINO cannot start: Resource temporarily unavailable" in lines(outcome.out)["auto"]
-
-
-def test_why_a_gpu_cannot_be_used_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No driver, a driver that is too old, none that loads, and a library that ONNX Runtime does not find."""
-    import stand_in_gpu
-
-    from cm_runtime import extras
-
-    assert "cuda" not in lines(cli("doctor").out)
-    monkeypatch.setattr(extras, "has_driver", lambda: True)
-    assert "there is no NVIDIA GPU that CUDA can use: " in lines(cli("doctor").out)["cuda"]
-    with stand_in_gpu.installed(stand_in_gpu.Gpu()) as gpu:
-        assert lines(cli("doctor").out)["cuda"] == "by stand-in: cuda:0 Stand-in 4090"
-        gpu.driver_version = 12040
-        assert "driver is of CUDA 12.4; the kernels need one of CUDA 13" in lines(cli("doctor").out)["cuda"]
-    monkeypatch.setattr(extras, "distribution_version", lambda name: "1.31.1" if name == "onnxruntime-gpu" else "")
-    monkeypatch.setattr(ort, "missing_library", lambda: "Failed to load libcublas.so.13: pip install 'cm-runtime[gpu]'")
-    assert lines(cli("doctor").out)["warning"].startswith("Failed to load libcublas.so.13")
