@@ -63,7 +63,7 @@ test-floors: ## The same tests with the oldest packages that pyproject.toml allo
 
 test-pycuda: ## The stand-in for CUDA's driver under the real pycuda, which is built from its source once, in 80 s
 	@+$(call environment,.venv-dev)
-	CM_RUNTIME_PYCUDA=1 .venv-dev/bin/python -m pytest tests/driver/test_pycuda.py $(PYTEST_ARGS)
+	CM_RUNTIME_PYCUDA=1 .venv-dev/bin/python -m pytest tests/driver/test_pycuda.py tests/cuda/test_on_driver.py $(PYTEST_ARGS)
 
 # GPU_PYTHON: one that has torch for CUDA, onnxruntime-gpu, cuda-bindings and pytest, or some of them.
 # GPU_ARGS: more words, as --part torch; benchmarks/README.md has them.
