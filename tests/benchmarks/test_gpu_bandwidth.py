@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gpu import bandwidth
 
 from cm_runtime.kernels.launches import Launch
-from cm_runtime.kernels.limits import Limits
 
 
 class HostDevice:
