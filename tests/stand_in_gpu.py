@@ -92,10 +92,6 @@ class Gpu:
         if not self.contexts[threading.get_ident()]:
             raise DriverError("CUDA_ERROR_INVALID_CONTEXT", "a call")
 
-    @property
-    def is_idle(self) -> bool:
-        return not any(stream.queue for stream in self.streams.values())
-
     def version(self) -> int:
         return self.driver_version
 
@@ -132,7 +128,9 @@ class Gpu:
 
     def free(self, address: int) -> None:
         self.check_context()
-        assert self.is_idle, "memory is freed while work is queued"
+        for queue in list(self.streams.values()):
+            if queue.captured is None:
+                queue.synchronize()  # as cuMemFree does
         del self.held[address]
 
     def pin(self, size: int) -> int:
