@@ -290,6 +290,8 @@ def open_session(
     file of the weights, if any. Raises ArtifactError and EngineError.
     """
     ort, device = require("onnxruntime", "the ONNX Runtime backend"), options.device
+    if device != "cpu":
+        _check_cuda(ort, device)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = engine_threads(options.threads)
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file begins with

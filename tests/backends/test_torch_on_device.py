@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cm_runtime.backends import torch as torch_module
+from cm_runtime.backends import torch_stream
 from cm_runtime.backends.torch import TorchBackend, TorchGraph
 
 
@@ -34,7 +35,7 @@ def test_a_graph_bears_other_threads_and_collects_nothing(monkeypatch: pytest.Mo
     """torch.cuda.graph would wait for the whole GPU, and by itself forbid other threads to allocate."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("other threads may be capturing"))
-    monkeypatch.setattr(torch_module, "on_stream", lambda *_: nullcontext())
+    monkeypatch.setattr(torch_stream, "on_stream", lambda *_: nullcontext())
     monkeypatch.setattr(Graph, "log", log := [])
     TorchGraph(7, torch.device("cuda:1"), lambda: log.append("body"))
     with pytest.raises(KeyboardInterrupt):

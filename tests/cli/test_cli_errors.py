@@ -280,7 +280,7 @@ WRONG_SHARDS: dict[str, tuple[Words, str]] = {
     ("option", "value", "choices"),
     [
         ("--backend", "magic", "'tensorrt', 'tensorrt-rtx'"),
-        ("--precision", "fp8", "'auto', 'fp32', 'bf16', 'fp16'"),
+        ("--precision", "fp8", "'auto', 'fp32', 'tf32', 'bf16', 'fp16'"),
         ("--shards", "zip", "'npz', 'png', 'wds', 'parquet'"),
         ("--runner", "slurm", "'local', 'ray'"),
     ],

@@ -10,7 +10,7 @@ from onnx import helper
 
 from cm_runtime import export
 from cm_runtime.checkpoints.native import read_checkpoint
-from cm_runtime.choices import Precision
+from cm_runtime.choices import Precision, Target
 from cm_runtime.errors import ParityError
 from cm_runtime.export import graphs, parity, to_onnx
 from cm_runtime.export.builder import Graph
@@ -19,14 +19,14 @@ from cm_runtime.manifest import Manifest, read_manifest
 from cm_runtime.networks.consistency import ConsistencyModel
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
-Build = Callable[[ConsistencyModel, Precision], Graph]
+Build = Callable[[ConsistencyModel, Precision, Target], Graph]
 
 
 def shifted(name: str, by: float, row: int | None = None) -> Build:
     """A graph builder that adds ``by`` to one weight (to one row of it)."""
 
-    def build(model: ConsistencyModel, precision: Precision) -> Graph:
-        g = denoiser(model, precision)
+    def build(model: ConsistencyModel, precision: Precision, target: Target) -> Graph:
+        g = denoiser(model, precision, target)
         (weight,) = [weight for weight in g.weights if weight.endswith(name)]
         values = g.weights[weight].astype(np.float32)
         values[slice(None) if row is None else row] += np.float32(by)
@@ -125,8 +125,8 @@ def test_a_graph_that_mixes_the_noise_levels_of_a_batch_is_noticed(
 ) -> None:
     """Right for every batch of one: the skip-scale takes the batch's largest sigma for all."""
 
-    def mixing(model: ConsistencyModel, precision: Precision) -> Graph:
-        g = denoiser(model, precision)
+    def mixing(model: ConsistencyModel, precision: Precision, target: Target) -> Graph:
+        g = denoiser(model, precision, target)
         (node,) = [node for node in g._nodes if node.op_type == "SkipScale"]
         node.input[2] = "largest"
         g._nodes.insert(0, helper.make_node("ReduceMax", ["sigma"], ["largest"], keepdims=1))
@@ -142,8 +142,8 @@ def test_a_graph_of_another_boundary_is_noticed(
 ) -> None:
     """EDM's form in place of the consistency model's: the two differ by 0.4% of F at sigma 0.002."""
 
-    def edm(model: ConsistencyModel, precision: Precision) -> Graph:
-        g = denoiser(model, precision)
+    def edm(model: ConsistencyModel, precision: Precision, target: Target) -> Graph:
+        g = denoiser(model, precision, target)
         (node,) = [node for node in g._nodes if node.op_type == "SkipScale"]
         (attribute,) = [a for a in node.attribute if a.name == "sigma_boundary"]
         attribute.f = 0.0
