@@ -77,6 +77,7 @@ def test_a_launch_is_in_torchs_stream_and_context() -> None:
     assert run_on_driver(LAUNCHES, gpus=2).out == "True 0\n" * 3
 
 
+@pytest.mark.quick("driver")
 @pytest.mark.parametrize(
     ("options", "line"),
     [

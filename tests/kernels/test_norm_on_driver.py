@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent / "test_group_norm.py"
 SAME = "every_launch and fp16 and 65"
 
 
+@pytest.mark.quick("sm_90")
 @pytest.mark.parametrize("gpu", ["sm_90", "sm_120"])
 def test_clusters_are_launched(gpu: str, tmp_path: Path) -> None:
     trace = tmp_path / "calls"
