@@ -56,9 +56,10 @@ def test_only_the_cache_folder_is_written_in_home(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_no_command_writes_in_home(tmp_path: Path) -> None:
     data = str(ROOT / "tests" / "data" / "fashion-mnist")
+    few = ("--set", "phase.0.steps=8", "--set", "phase.1.steps=8")
     one = ("--steps", "1", "--batch", "1", "--budget", "1", "--peers", "diffusers,torch,onnx,openvino")
     for words in (
-        ("train", "fashion-mnist-tiny", "--data", data, "--out", "runs/tiny", "--set", "phase.0.steps=8"),
+        ("train", "fashion-mnist-tiny", "--data", data, "--out", "runs/tiny", *few),
         ("export", "runs/tiny/ckpt.pt"),
         ("sample", "runs/tiny/ckpt.onnx", "--count", "8"),
         ("sample", "runs/tiny/ckpt.pt", "--count", "8", "--backend", "torch"),
