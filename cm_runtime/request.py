@@ -23,7 +23,7 @@ from cm_runtime.schedule import level_text, same_levels
 
 Labels = int | Sequence[int] | NDArray[np.integer] | Mapping[int, int] | Literal["all", "random"] | None
 CheckedLabels = tuple[int, ...] | Literal["all", "random"] | None
-Output = Literal["uint8", "float32"]
+Output = Literal["uint8", "float32", "device"]
 F = TypeVar("F", bound=Callable[..., Any])
 INDICES = 1 << 64  # images that a seed has
 MICRO_BATCH_LIMIT = 1 << 16
@@ -31,15 +31,20 @@ MOST_COUNTED = 1 << 20  # images that a mapping of classes to counts asks for
 RENAMED = {"batch": "micro_batch", "label": "labels", "index": "start"}  # options by names that they once had
 
 
-class DrawOptions(TypedDict, total=False):
-    """Fields of `Draw` as keywords of public functions; count, steps and seed have places of their own there."""
+class ImageOptions(TypedDict, total=False):
+    """`DrawOptions` but the output, which says what images are."""
 
     sigmas: Sequence[float] | None
     start: int
     labels: Labels
     micro_batch: int | None
-    output: Output
     clip: bool
+
+
+class DrawOptions(ImageOptions, total=False):
+    """Fields of `Draw` as keywords of public functions; count, steps and seed have places of their own there."""
+
+    output: Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,8 @@ class Draw:
             has entry i mod its length), or a mapping of classes to counts: {3: 100, 7: 50} is 100 images of class 3 and
             then 50 of 7, from ``start`` on, of which ``count`` must be the sum.
         micro_batch: images that the engine sees at once; None is its own choice.
-        output: uint8, or float32 before quantisation.
+        output: uint8; float32 before quantisation; or, of `cm.sample` on a GPU alone, device: uint8 that stays in the
+            GPU's memory, a `cuda.arrays.DeviceImages` with `__cuda_array_interface__`.
         clip: clamp every x0 to [-1, 1].
 
     Example:
@@ -148,7 +154,7 @@ def _fixed_levels(manifest: Manifest, draw: Draw, steps: int | None) -> tuple[fl
             f"this sampler file draws in {quantity(len(levels), 'step')}, at {level_text(levels)}, not {other};"
             " a denoiser file draws in any"
         )
-    if draw.output != "uint8" or not draw.clip:
+    if draw.output == "float32" or not draw.clip:
         raise RequestError("a sampler file makes uint8 images, clamped at each step; a denoiser file makes others too")
     return levels
 
@@ -215,6 +221,8 @@ def _request(manifest: Manifest, draw: Draw, levels: tuple[float, ...], most: in
         raise RequestError(f"seed must be from 0 to 2^64-1, not {seed}")
     if not 0 <= start <= INDICES - count:
         raise RequestError(f"image indices must be from 0 to 2^64-1; {quantity(count, 'image')} from {start} are not")
+    if draw.output == "device":
+        raise RequestError("output device is cm.sample's alone; here images come to the host, as uint8 or float32")
     if draw.output not in get_args(Output):
         raise RequestError(f"output must be uint8 or float32, not {draw.output!r}")
     labels = check_labels(draw.labels, manifest.num_classes)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,26 @@ class Drawer(Protocol):
     def draw(self, noise: Array, label: NDArray[np.int64] | None = None) -> NDArray[np.uint8]:
         """noise (K,N,C,H,W) float32 standard normals, label (N,) -> (N,H,W,C) uint8."""
         ...
+
+
+class CudaArray(Protocol):
+    """An array in a GPU's memory: of pycuda, cupy or torch."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+class DeviceImages(CudaArray, Protocol):
+    """Images (N,H,W,C) uint8 that stay in a GPU's memory, from ``address`` on: `cuda.arrays.DeviceImages`."""
+
+    dtype: ClassVar[np.dtype[Any]]
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def address(self) -> int: ...
+    def __len__(self) -> int: ...
+    def copy_to_host(self) -> NDArray[np.uint8]: ...
 
 
 class Evaluation(Protocol[X, L]):
@@ -217,28 +237,54 @@ def labels_of(request: Request, index: NDArray[np.uint64], num_classes: int) -> 
     return turn
 
 
-def draw_images(model: Denoiser | Drawer, draw: Draw, noise: Array | None = None) -> NDArray[Any]:
+def draw_images(model: Denoiser | Drawer, draw: Draw, noise: Array | CudaArray | None = None) -> NDArray[Any]:
     """Draw images of a loaded model: (count,H,W,C), uint8 or float32 as the draw says.
 
-    noise: (K,N,C,H,W) standard normals in place of seed, start and count. Raises RequestError and EngineError.
+    noise: (K,N,C,H,W) standard normals in place of seed, start and count; those in a GPU's memory are read there, and
+    what is not finite in them is an EngineError. Raises RequestError and EngineError.
     """
+    request, z = _check_draw(model, draw, noise)
+    return np.concatenate([part.images for part in batches(model, request, z)])
+
+
+def draw_on_device(model: Denoiser | Drawer, draw: Draw, noise: Array | CudaArray | None = None) -> DeviceImages:
+    """Draw uint8 images that stay in a GPU's memory. Raises as `draw_images`."""
+    request, z = _check_draw(model, replace(draw, output="uint8"), noise)
+    images: DeviceImages = _on_device(model, "output device").draw(model, request, z)
+    return images
+
+
+def _on_device(model: Denoiser | Drawer, what: str) -> Any:
+    """The model's `cuda.sampler.OnDevice`. Raises RequestError where its sampling goes through the host."""
+    on_device = getattr(model, "on_device", None)
+    if on_device is None:
+        raise RequestError(f"{what} needs a model that samples in a GPU's memory, not {model!r}")
+    return on_device
+
+
+def _check_draw(model: Denoiser | Drawer, draw: Draw, noise: Array | CudaArray | None) -> tuple[Request, Any]:
+    """The request of a draw, and a caller's noise: float32 on the host, or as `OnDevice.noise` has it."""
     check_model(model)
-    z = None if noise is None else np.asarray(noise, np.float32)
+    z: Any = None
+    if hasattr(noise, "__cuda_array_interface__"):
+        z = _on_device(model, "noise in a GPU's memory").noise(noise)
+    elif noise is not None:
+        z = np.asarray(noise, np.float32)
     if z is not None:
-        if z.ndim != 5 or z.shape[2:] != model.manifest.image_shape or z.shape[1] == 0:
+        if len(z.shape) != 5 or z.shape[2:] != model.manifest.image_shape or z.shape[1] == 0:
             raise RequestError(
                 f"noise must be (K, N, {', '.join(map(str, model.manifest.image_shape))}), not {z.shape}"
             )
         if draw.count not in (None, z.shape[1]):
             raise RequestError(f"count is {draw.count} but the noise is for {quantity(z.shape[1], 'image')}")
-        if not np.isfinite(z).all():
+        if isinstance(z, np.ndarray) and not np.isfinite(z).all():
             raise RequestError("noise must be finite")
-        steps = len(z) if draw.steps is None and draw.sigmas is None else draw.steps
+        steps = z.shape[0] if draw.steps is None and draw.sigmas is None else draw.steps
         draw = replace(draw, count=z.shape[1], steps=steps)
     request = sampling_request(model.manifest, draw, model.micro_batch)
-    if z is not None and len(z) != request.steps:
-        raise RequestError(f"noise is for {quantity(len(z), 'step')}, but {request.steps} were asked for")
-    return np.concatenate([part.images for part in batches(model, request, z)])
+    if z is not None and z.shape[0] != request.steps:
+        raise RequestError(f"noise is for {quantity(z.shape[0], 'step')}, but {request.steps} were asked for")
+    return request, z
 
 
 def check_model(model: object) -> None:

@@ -13,7 +13,7 @@ import itertools
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +113,9 @@ class Gpu:
     def pop(self, state: None) -> None:
         self.contexts[threading.get_ident()].pop()
 
+    def inside(self, context: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def attribute(self, index: int, number: int) -> int:
         return {driver.OPT_IN_SHARED: 99 << 10}.get(number, 0)
 
@@ -132,6 +135,10 @@ class Gpu:
             if queue.captured is None:
                 queue.synchronize()  # as cuMemFree does
         del self.held[address]
+
+    def owner(self, address: int) -> tuple[int, int]:
+        self.check(address, 1)
+        return 0, 1
 
     def pin(self, size: int) -> int:
         self.check_context()

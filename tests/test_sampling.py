@@ -4,12 +4,14 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from cm_runtime import noise
+import cm_runtime as cm
+from cm_runtime import editing, noise
 from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.generation.stream import sample
 from cm_runtime.manifest import TrainingSummary
@@ -416,6 +418,35 @@ def test_noise_that_is_not_finite_is_refused(gaussian, bad):
     z[1, 2, 0, 0, 0] = bad
     with pytest.raises(RequestError, match="noise must be finite"):
         sample(gaussian, noise=z)
+
+
+def test_memory_of_a_gpu_is_refused_where_a_model_goes_through_the_host(gaussian):
+    """Noise is not looked at, so that a process without a driver says the same."""
+    noise = SimpleNamespace(__cuda_array_interface__={})
+    cases = [
+        ("output device", lambda: cm.sample(gaussian, 3, output="device")),
+        ("output device", lambda: cm.sample(output="device")),
+        ("noise in a GPU's memory", lambda: cm.sample(gaussian, noise=noise)),
+        ("noise in a GPU's memory", lambda: cm.sample(gaussian, noise=noise, output="device")),
+    ]
+    for subject, draw in cases:
+        with pytest.raises(RequestError, match=f"^{subject} needs a model that samples in a GPU's memory, not ") as one:
+            draw()
+        assert "\n" not in str(one.value)
+
+
+def test_only_samples_stay_in_a_gpus_memory(gaussian):
+    line = r"^output device is cm\.sample's alone; here images come to the host, as uint8 or float32$"
+    options = {"output": "device", "steps": 2}
+    for draw in (
+        lambda: cm.stream(gaussian, 3, **options),
+        lambda: editing.stroke(gaussian, np.zeros((1, 3, 7, 1), np.uint8), 2.0, **options),
+        lambda: editing.interpolate(gaussian, 0, 1, **options),
+        lambda: sampling_request(gaussian.manifest, cm.Draw(**options)),
+    ):
+        with pytest.raises(RequestError, match=line):
+            draw()
+    assert gaussian.sizes == []
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -63,11 +65,27 @@ class CudaBindings:
         self._call("cuThreadExchangeStreamCaptureMode", state)
         self._call("cuCtxPopCurrent")
 
+    @contextmanager
+    def inside(self, context: int) -> Iterator[None]:
+        """Make a caller's context this thread's for the block: it has a legacy stream and events of its own."""
+        self._call("cuCtxPushCurrent", context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent")
+
     def allocate(self, size: int) -> int:
         return int(self._call("cuMemAlloc", size))
 
     def free(self, address: int) -> None:
         self._call("cuMemFree", address)
+
+    def owner(self, address: int) -> tuple[int, int]:
+        """The GPU's number and the context of an allocation; 0 for memory of a pool, which has no context."""
+        kinds = self._cuda.CUpointer_attribute
+        attributes = kinds.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, kinds.CU_POINTER_ATTRIBUTE_CONTEXT
+        index, context = (int(self._call("cuPointerGetAttribute", each, address)) for each in attributes)
+        return index, context
 
     def pin(self, size: int) -> int:
         return int(self._call("cuMemHostAlloc", size, 0))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,14 @@ class Device:
 
     def fetch(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Copies ``name`` from the GPU when all before it in the stream is done; the array is the caller's."""
+        size = math.prod(shape) * dtype.itemsize
+        return self.read(self.address(name, size), shape, dtype, name)
+
+    def read(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "images") -> NDArray[Any]:
+        """Copies what is at an address when all before it in the stream is done; the array is the caller's."""
         array = np.empty(shape, dtype)
         with self.use(f"computing {name}"):  # an asynchronous kernel's failure is seen here first
-            self._driver.copy_out(array, self.address(name, array.nbytes), self.stream)
+            self._driver.copy_out(array, address, self.stream)
             self._driver.synchronize(self.stream)
         return array
 
@@ -95,9 +101,13 @@ class Device:
         with self.use("copying on the GPU"):
             self._driver.copy(to, address, size, self.stream)
 
-    def follow(self, stream: int = LEGACY_STREAM) -> None:
-        """Put what comes next behind all that another stream has by now. By default behind that of blocking streams."""
-        with self.use("waiting for another stream"):
+    def follow(self, stream: int = LEGACY_STREAM, context: int = 0) -> None:
+        """Put what comes next behind all that another stream has by now. By default behind that of blocking streams.
+
+        context: the stream's, where it is not the device's own.
+        """
+        inside = self._driver.inside(context) if context else nullcontext()
+        with self.use("waiting for another stream"), inside:
             event = self._driver.create_event()
             try:
                 self._driver.record(event, stream)
@@ -134,7 +144,6 @@ class Leaving:
 
     def __init__(self, device: Device, size: int) -> None:
         self._device, self._driver, context = device, device.context.driver, device.context
-        self._size = size
         self._memory = device.take(size)
         self._pinned = device.pin(size)
         with device.use("making a stream"):
@@ -144,16 +153,16 @@ class Leaving:
             )
         self._is_pending = False
 
-    def start(self, address: int) -> None:
-        """Takes what the device's stream has written at ``address`` by then; the place is free for it afterwards."""
+    def start(self, address: int, size: int) -> None:
+        """Takes ``size`` bytes that the device's stream has written by then; their place is free for it afterwards."""
         if self._is_pending:
             raise AssertionError("the last copy has not been waited for")
-        self._device.move(int(self._memory), address, self._size)
+        self._device.move(int(self._memory), address, size)
         stream, ready, done = self._stream.handle, self._is_ready.handle, self._is_done.handle
         with self._device.use("copying images to the host"):
             self._driver.record(ready, self._device.stream)
             self._driver.wait(stream, ready)
-            self._driver.copy_out(self._pinned, int(self._memory), stream)
+            self._driver.copy_out(self._pinned[:size], int(self._memory), stream)
             self._driver.record(done, stream)
         self._is_pending = True
 

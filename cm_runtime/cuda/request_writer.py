@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm_runtime.choices import GraphKind
+from cm_runtime.cuda.arrays import DeviceNoise
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.layout import Layout, edit_arrays, pad_batch
 from cm_runtime.kernels import launches
@@ -17,6 +18,8 @@ from cm_runtime.manifest import Manifest
 from cm_runtime.precond import precond
 from cm_runtime.request import Request
 from cm_runtime.sampling import Array
+
+Noise = Array | DeviceNoise | None  # a caller's
 
 
 class RequestWriter:
@@ -30,14 +33,16 @@ class RequestWriter:
         self._pinned = device.pin(layout.parameters.size)
         self._arrays: dict[str, Array] = {}
 
-    def write(self, request: Request, first: int, labels: NDArray[np.int64] | None, noise: Array | None) -> None:
+    def write(self, request: Request, first: int, labels: NDArray[np.int64] | None, noise: Noise) -> None:
         """Put the copies in the stream. first: index of the first image; noise: (K,N,C,H,W) where the caller's."""
         for name, value in self._parameters(request, first, labels).items():
             offset, size = self._layout.parameters.places[name]
             self._pinned[offset : offset + size] = np.frombuffer(value.tobytes(), np.uint8)
         self._device.put(self._addresses["parameters"], self._pinned)
         self._arrays = edit_arrays(request.edit, self._layout.images)
-        if noise is not None:
+        if isinstance(noise, DeviceNoise):
+            noise.copy(self._device, self._addresses["noise"], self._layout.images.n)
+        elif noise is not None:
             self._arrays["noise"] = np.ascontiguousarray(pad_batch(noise, self._layout.images.n, axis=1))
         for name, array in self._arrays.items():
             self._device.put(self._addresses[name], array)

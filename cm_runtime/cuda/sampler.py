@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cm_runtime.cuda.arrays import DeviceImages, DeviceNoise
 from cm_runtime.cuda.captured_batch import CapturedBatch
 from cm_runtime.cuda.device import Device, Leaving
 from cm_runtime.cuda.engine import Engine
 from cm_runtime.cuda.layout import Layout
-from cm_runtime.cuda.request_writer import RequestWriter
+from cm_runtime.cuda.request_writer import Noise, RequestWriter
 from cm_runtime.errors import EngineError, OutOfMemoryError
 from cm_runtime.extras import has, has_driver
 from cm_runtime.projections import Edit, map_arrays
 from cm_runtime.request import Request
-from cm_runtime.sampling import NOT_FINITE, Array, Batch, labels_of, not_finite
+from cm_runtime.sampling import NOT_FINITE, Batch, labels_of, not_finite
 
 LOG = logging.getLogger("cm_runtime")
 MOST_PREPARED = 4  # numbers of images and steps whose memory is kept
@@ -73,8 +74,25 @@ class OnDevice:
         self._prepared: OrderedDict[tuple[Any, ...], PreparedBatch] = OrderedDict()
         self._most = sys.maxsize  # images at once that memory lasts for, as far as is known
 
-    def batches(self, engine: Engine, request: Request, noise: Array | None = None) -> Iterator[Batch]:
-        """`sampling.batches`. Where memory does not last, batches halve, and a line says so."""
+    def noise(self, source: Any) -> DeviceNoise:
+        """A caller's array in this GPU's memory, read there. Raises RequestError."""
+        return DeviceNoise.of(source, self.device)
+
+    def draw(self, engine: Engine, request: Request, noise: Noise = None) -> DeviceImages:
+        """Draw a request's uint8 images, which stay in the GPU's memory, each batch in its place."""
+        c, h, w = engine.manifest.image_shape
+        images = DeviceImages.take(self.device, (request.count, h, w, c))
+        for _ in self.batches(engine, request, noise, images):
+            pass
+        return images
+
+    def batches(
+        self, engine: Engine, request: Request, noise: Noise = None, images: DeviceImages | None = None
+    ) -> Iterator[Batch]:
+        """`sampling.batches`. Where memory does not last, batches halve, and a line says so.
+
+        images: the request's, which stay there in place of going to the host.
+        """
         pending: deque[Pending] = deque()
         first = 0
         try:
@@ -83,7 +101,7 @@ class OnDevice:
                 if len(pending) == SLOTS:
                     yield pending.popleft().wait()
                 try:
-                    pending.append(self._start(engine, request, first, count, noise))
+                    pending.append(self._start(engine, request, range(first, first + count), noise, images))
                 except OutOfMemoryError as error:
                     if count == 1:
                         raise
@@ -101,15 +119,23 @@ class OnDevice:
                 with suppress(EngineError):  # of images that nobody asks for any more
                     batch.wait()
 
-    def _start(self, engine: Engine, request: Request, first: int, count: int, noise: Array | None) -> Pending:
-        """Put the images from ``first`` on in the stream; a variable of `batches` would keep what failed."""
+    def _start(
+        self, engine: Engine, request: Request, numbers: range, noise: Noise, images: DeviceImages | None
+    ) -> Pending:
+        """Put images of a request in the stream; a variable of `batches` would keep what failed."""
+        first, count = numbers.start, len(numbers)
         index = np.arange(count, dtype=np.uint64) + np.uint64(request.start + first)
         labels = labels_of(request, index, engine.manifest.num_classes)
-        z = None if noise is None else noise[:, first : first + count]
+        if isinstance(noise, DeviceNoise):
+            noise = noise.part(first, count)
+        elif noise is not None:
+            noise = noise[:, first : first + count]
+        target = images and images.part(first, count)
         part = replace(request, edit=request.edit and request.edit.part(first, count))
         with self.device.use("sampling"):
             self._follow()
-            return self.prepare(engine, part, count, z is not None).start(engine, part, index, labels, z)
+            prepared = self.prepare(engine, part, count, noise is not None)
+            return prepared.start(engine, part, index, labels, noise, target)
 
     def prepare(self, engine: Engine, request: Request, count: int, has_noise: bool = False) -> PreparedBatch:
         """Return memory for batches of ``count``, and later their graph. Raises OutOfMemoryError."""
@@ -158,23 +184,29 @@ class PreparedBatch:
         request: Request,
         index: NDArray[np.uint64],
         labels: NDArray[np.int64] | None,
-        noise: Array | None,
+        noise: Noise,
+        target: DeviceImages | None,
     ) -> Pending:
-        """Put a batch in the stream, whose use is the caller's."""
+        """Put a batch in the stream, whose use is the caller's. target: place of its images where they stay here."""
         writer, leaving = self._slots.pop() if self._slots else self._new_slot()  # another request may have them all
         try:
             writer.write(request, int(index[0]), labels, noise)
             self.batch.put(engine)
-            leaving.start(self.batch.addresses["result"])
+            result, size = self.batch.addresses["result"], self._layout.block.places["result"][1]
+            if target is not None:
+                size = self._layout.front  # what says whether they are finite
+                self._device.move(target.address, result + size, target.nbytes)
+            leaving.start(result, size)
         except BaseException:
             with suppress(EngineError):  # what is in the streams may still use this memory, which may now be freed
                 self._device.finish()
                 leaving.finish()
             raise
-        return Pending(self, writer, leaving, index, labels)
+        return Pending(self, writer, leaving, index, labels, target)
 
-    def collect(self, writer: RequestWriter, leaving: Leaving, count: int) -> NDArray[Any]:
-        """The first ``count`` images of a batch, (N,H,W,C), the caller's. Raises EngineError for what is not finite."""
+    def collect(self, pending: Pending) -> Any:
+        """The images of a batch, (N,H,W,C), the caller's. Raises EngineError for what is not finite."""
+        writer, leaving, count = pending.writer, pending.leaving, len(pending.index)
         content = leaving.wait()
         try:
             layout = self._layout
@@ -185,6 +217,8 @@ class PreparedBatch:
                     raise not_finite(finite)
             elif content[:4].view(np.int32)[0]:
                 raise EngineError(NOT_FINITE)
+            if pending.target is not None:
+                return pending.target
             return np.array(content[layout.front :].view(layout.result_type).reshape(n, h, w, c)[:count])
         finally:
             writer.release()
@@ -201,7 +235,8 @@ class Pending:
     leaving: Leaving
     index: NDArray[np.uint64]
     labels: NDArray[np.int64] | None
+    target: DeviceImages | None
 
     def wait(self) -> Batch:
         """The batch when it is there. Raises EngineError."""
-        return Batch(self.index, self.labels, self.prepared.collect(self.writer, self.leaving, len(self.index)))
+        return Batch(self.index, self.labels, self.prepared.collect(self))

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, overload
 
 from numpy.typing import NDArray
 
@@ -24,13 +24,14 @@ from cm_runtime.request import (
     INDICES,
     Draw,
     DrawOptions,
+    ImageOptions,
     Request,
     explicit_signature,
     sampling_request,
     split,
     whole_number,
 )
-from cm_runtime.sampling import Array, Batch, Denoiser, Drawer
+from cm_runtime.sampling import Array, Batch, CudaArray, Denoiser, DeviceImages, Drawer
 from cm_runtime.subprocesses import cores
 
 Model = Denoiser | Drawer | str | os.PathLike[str] | None
@@ -89,6 +90,32 @@ class Stream:
             yield from batches
 
 
+@overload
+def sample(
+    model: Model = None,
+    count: int | None = None,
+    steps: int | None = None,
+    *,
+    seed: int = 0,
+    noise: Array | CudaArray | None = None,
+    output: Literal["uint8", "float32"] = "uint8",
+    **options: Unpack[ImageOptions],
+) -> NDArray[Any]: ...
+
+
+@overload
+def sample(
+    model: Model = None,
+    count: int | None = None,
+    steps: int | None = None,
+    *,
+    seed: int = 0,
+    noise: Array | CudaArray | None = None,
+    output: Literal["device"],
+    **options: Unpack[ImageOptions],
+) -> DeviceImages: ...
+
+
 @explicit_signature()
 def sample(
     model: Model = None,
@@ -96,9 +123,9 @@ def sample(
     steps: int | None = None,
     *,
     seed: int = 0,
-    noise: Array | None = None,
+    noise: Array | CudaArray | None = None,
     **options: Unpack[DrawOptions],
-) -> NDArray[Any]:
+) -> NDArray[Any] | DeviceImages:
     """Draw images with a consistency model.
 
     Args:
@@ -106,14 +133,17 @@ def sample(
         count: default 256, or the sum of what ``labels`` counts.
         steps: network evaluations of an image, default 2.
         seed: image i of a seed is always the same.
-        noise: (K,N,C,H,W) standard normals of the caller's in place of seed and count; labels still go by start.
+        noise: (K,N,C,H,W) standard normals of the caller's in place of seed and count; labels still go by start. An
+            array with `__cuda_array_interface__`, float32 and contiguous, is read in the GPU's memory, behind its
+            stream, or behind the legacy one where it names none.
         **options: start, labels, micro_batch, sigmas, output and clip, as `cm.Draw` explains them.
 
     Returns:
-        (count,H,W,C) uint8, or float32 before quantisation with output="float32".
+        (count,H,W,C) uint8, or float32 before quantisation with output="float32"; with output="device" the uint8 images
+        in the GPU's memory, a `cuda.arrays.DeviceImages`.
 
     Raises:
-        RequestError: the model cannot draw them.
+        RequestError: the model cannot draw them, or not in a GPU's memory.
         EngineError: the model's output is not finite, or the engine fails.
         CmRuntimeError: of `load`, for a path.
 
@@ -122,7 +152,9 @@ def sample(
     """
     draw = Draw(count=count, steps=steps, seed=seed, **options)
     source = _model(model)
-    return sampling.draw_images(backends.load(source) if isinstance(source, Path) else source, draw, noise)
+    engine = backends.load(source) if isinstance(source, Path) else source
+    draw_with = sampling.draw_on_device if draw.output == "device" else sampling.draw_images
+    return draw_with(engine, draw, noise)
 
 
 def _model(model: Model) -> Denoiser | Drawer | Path:

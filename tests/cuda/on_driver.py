@@ -14,6 +14,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ import cm_runtime as cm
 from cm_runtime.cuda import context
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.driver import Gpu
-from cm_runtime.errors import EngineError, OutOfMemoryError
+from cm_runtime.errors import EngineError, OutOfMemoryError, RequestError
 from cm_runtime.request import Draw, sampling_request
 
 cu = pytest.importorskip("cuda.bindings.driver")
@@ -388,6 +390,192 @@ def test_errors_have_names(engine: DriverEngine) -> None:
     assert str(caught.value) == line
 
 
+# Arrays of callers in the GPU's memory
+
+
+class Theirs:
+    """Numbers in device memory of the context that is this thread's, with `__cuda_array_interface__` version 3."""
+
+    def __init__(self, numbers: Any, **interface: Any) -> None:
+        self.host = np.ascontiguousarray(numbers)
+        error, self._address = cu.cuMemAlloc(self.host.nbytes)
+        assert not error
+        self._pinned = cu.cuMemHostAlloc(self.host.nbytes, 0)[1]
+        ctypes.memmove(self._pinned, self.host.ctypes.data, self.host.nbytes)
+        # Late: pinned memory is read when the stream comes to it.
+        self._stream = interface.get("stream") or 0
+        cu.cuMemcpyHtoDAsync(self._address, self._pinned, self.host.nbytes, self._stream)
+        data = int(self._address), False
+        own = {"shape": self.host.shape, "typestr": self.host.dtype.str, "data": data, "version": 3}
+        self.__cuda_array_interface__ = own | interface
+
+    def free(self) -> None:
+        cu.cuStreamSynchronize(self._stream)
+        cu.cuMemFree(self._address)
+        cu.cuMemFreeHost(self._pinned)
+
+
+class PaddingEngine(DriverEngine):
+    """It takes multiples of 4 images."""
+
+    def images(self, count: int) -> Any:
+        return super().images(-(-count // 4) * 4)
+
+
+@pytest.fixture
+def host_bytes(engine: DriverEngine, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Sizes of all copies from the host, and to it."""
+    driver, sizes = engine.on_device.device.context.driver, {"copy_in": [], "copy_out": []}
+
+    def count(name: str, call: Callable[..., None], *values: Any) -> None:
+        sizes[name] += [each.nbytes for each in values if isinstance(each, np.ndarray)]
+        call(*values)
+
+    for name in sizes:
+        monkeypatch.setattr(driver, name, partial(count, name, getattr(driver, name)))
+    return sizes
+
+
+@pytest.fixture
+def noise() -> Any:
+    return np.random.default_rng(3).standard_normal((2, 7, *DriverEngine.manifest.image_shape), np.float32)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 3), (10, 3), (255, 64)])
+def test_images_stay_in_memory(engine: DriverEngine, host_bytes: dict[str, list[int]], count: int, size: int) -> None:
+    wanted = cm.sample(engine, count, micro_batch=size)
+    host_bytes["copy_out"].clear()
+    images = cm.sample(engine, count, micro_batch=size, output="device")
+    batches = -(-count // size)
+    assert host_bytes["copy_out"] == [256] * batches  # which says whether images are finite
+    assert len(engine.bound) == (1 if count % size == 0 else 2)  # the graphs are those of images that leave
+    assert (images.shape, images.dtype, len(images)) == (wanted.shape, wanted.dtype, count)
+    interface = images.__cuda_array_interface__
+    assert interface == {
+        **{"shape": wanted.shape, "typestr": "|u1", "data": (images.address, False), "strides": None},
+        **{"stream": None, "version": 3},
+    }
+    memory = (ctypes.c_uint8 * wanted.size).from_address(images.address)  # all of it is there by now
+    assert np.array_equal(np.ctypeslib.as_array(memory).reshape(wanted.shape), wanted)
+    del memory
+    assert np.array_equal(images.copy_to_host(), wanted) and np.array_equal(np.asarray(images), wanted)
+    assert np.asarray(images, np.float32).dtype == np.float32
+    with pytest.raises(ValueError, match="by a copy alone"):
+        np.array(images, copy=False)
+
+
+def test_images_come_to_the_host_behind_what_a_caller_wrote(engine: DriverEngine) -> None:
+    images = cm.sample(engine, 3, output="device")
+    with engine.on_device.device.context.current():
+        cu.cuMemsetD8Async(images.address, 7, images.nbytes, 0)
+    assert (np.asarray(images) == 7).all()
+
+
+def test_images_are_freed_in_any_thread_and_outlive_the_model() -> None:
+    engines = [DriverEngine()]
+    kept = [cm.sample(engines[0], 10, micro_batch=3, output="device")]
+    engines.clear()
+    assert np.array_equal(np.asarray(kept[0]), WANTED)
+    if not os.fork():
+        kept.clear()  # which must not free what is its parent's
+        os._exit(0)
+    assert os.wait()[1] == 0
+    in_thread(kept.clear)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("kind", [DriverEngine, PaddingEngine])
+def test_noise_is_read_in_memory(
+    engine: DriverEngine, host_bytes: dict[str, list[int]], noise: Any, size: int, kind: type[DriverEngine]
+) -> None:
+    """In a stream of the caller's, whose copy is late: who did not wait for it would read NaN."""
+    wanted = cm.sample(HostEngine(), noise=noise, micro_batch=size)
+    with engine.on_device.device.context.current():
+        _, stream = cu.cuStreamCreate(1)
+        theirs = Theirs(noise, stream=int(stream), strides=noise.strides)
+        images = cm.sample(kind(), noise=theirs, micro_batch=size, output="device")
+        assert max(host_bytes["copy_in"]) < noise[0, 0].nbytes and sum(host_bytes["copy_out"]) == 256 * -(-7 // size)
+        assert np.array_equal(np.asarray(images), wanted)
+        assert np.array_equal(cm.sample(engine, noise=theirs, micro_batch=size, steps=2), wanted)
+        theirs.free()
+        cu.cuStreamDestroy(stream)
+
+
+@pytest.mark.parametrize("stream", [None, 1, 2])
+def test_noise_of_a_context_of_the_callers_own(engine: DriverEngine, noise: Any, stream: int | None) -> None:
+    """As pycuda's make_context makes: its default streams are others than those of the primary context."""
+    _, context = cu.cuCtxCreate(None, 0, 0)
+    theirs = Theirs(noise, stream=stream)
+    wanted = cm.sample(HostEngine(), noise=noise)
+    assert np.array_equal(cm.sample(engine, noise=theirs), wanted)
+    assert current() == int(context)
+    theirs.free()
+    cu.cuCtxDestroy(context)
+
+
+def test_noise_that_does_not_fit_is_one_line(engine: DriverEngine, noise: Any) -> None:
+    device = engine.on_device.device
+    with device.context.current():
+        theirs = [Theirs(noise)]
+        own = theirs[0].__cuda_array_interface__
+        c, h, w = DriverEngine.manifest.image_shape
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({"typestr": "<f2"}, r"must be float32, not float16"),
+            ({"typestr": ">f4"}, r"must be float32, not >f4"),
+            ({"strides": noise.strides[::-1]}, r"must be contiguous, in the order \(K, N, C, H, W\)"),
+            ({"data": (noise.ctypes.data, False)}, r"is in no memory that CUDA knows: CUDA_ERROR_INVALID_VALUE"),
+            ({"shape": (2, 7, c, w)}, rf"noise must be \(K, N, {c}, {h}, {w}\), not \(2, 7, {c}, {w}\)"),
+        ]
+        for change, line in cases:
+            with pytest.raises(RequestError, match=line):
+                cm.sample(engine, noise=SimpleNamespace(__cuda_array_interface__=own | change))
+        with pytest.raises(RequestError, match="count is 3 but the noise is for 7 images"):
+            cm.sample(engine, 3, noise=theirs[0])
+        with pytest.raises(RequestError, match="noise is for 2 steps, but 3 were asked for"):
+            cm.sample(engine, steps=3, noise=theirs[0])
+        theirs[0].free()
+        theirs = [Theirs(noise * np.float32(np.nan))]
+        with pytest.raises(EngineError, match="not finite"):
+            cm.sample(engine, noise=theirs[0])
+        theirs[0].free()
+    other = Device(1)
+    with other.context.current():
+        theirs = [Theirs(noise)]
+        with pytest.raises(RequestError, match=r"^noise is on cuda:1, and the model on cuda:0$"):
+            cm.sample(engine, noise=theirs[0])
+        theirs[0].free()
+
+
+@pytest.mark.parametrize("call", ["cuMemAlloc_v2", "cuMemcpyDtoDAsync_v2", "cuPointerGetAttribute", "cuEventRecord"])
+def test_a_call_that_fails_leaves_no_images(noise: Any, call: str) -> None:
+    with DriverEngine().on_device.device.context.current():
+        theirs = Theirs(noise)
+        before, failures = left(), 0
+        for number in itertools.count(1):
+            with failing(f"{call}:{number}:1"):
+                try:
+                    cm.sample(DriverEngine(), noise=theirs, micro_batch=3, output="device")
+                except (EngineError, RequestError) as error:
+                    assert "CUDA_ERROR_INVALID_VALUE" in str(error) and "\n" not in str(error)
+                    failures += 1
+                done = STANDIN.cm_driver_calls(call.encode()) < number
+            assert left() == before, number
+            if done:
+                break
+        assert failures
+        theirs.free()
+
+
+def test_halved_batches_are_joined_in_memory(engine: DriverEngine, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = cm.sample(HostEngine(), 100, micro_batch=64)
+    whole = memory_of(engine, 64)
+    with room(engine.on_device.device, whole + wanted.size - 16 * KIBI), caplog.at_level(logging.WARNING, "cm_runtime"):
+        images = cm.sample(engine, 100, micro_batch=64, output="device")
+    (record,) = caplog.records
+    assert record.getMessage().endswith("going on with 32 images at once in place of 64")
+    assert np.abs(np.asarray(images).astype(int) - wanted).max() <= 1
+
+
 # Processes
 
 
@@ -424,5 +612,21 @@ if BINDING == "pycuda":
         engine = DriverEngine()
         assert np.array_equal(draw(engine), WANTED)
         assert pycuda.driver.Context.get_current() == theirs and current() == theirs.handle
+        theirs.pop()
+        theirs.detach()
+
+    def test_gpuarrays_come_and_go_without_a_copy(engine: DriverEngine, noise: Any) -> None:
+        """Noise that pycuda's own context has, images as a GPUArray that keeps their memory."""
+        import pycuda.driver
+        from pycuda.gpuarray import GPUArray, to_gpu
+
+        theirs = pycuda.driver.Device(0).make_context()
+        z = to_gpu(noise)
+        images = cm.sample(engine, noise=z, output="device")
+        array = GPUArray(images.shape, images.dtype, base=images, gpudata=images.address)
+        assert array.__cuda_array_interface__["data"][0] == images.address
+        del images
+        assert np.array_equal(array.get(), cm.sample(HostEngine(), noise=noise))
+        del z, array
         theirs.pop()
         theirs.detach()

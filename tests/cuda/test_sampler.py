@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import exports
@@ -180,7 +181,10 @@ def test_a_sampler_whose_numbers_are_not_finite_is_an_error(
     model = opened(engine, gpu, edm, path, monkeypatch)
     with pytest.raises(EngineError, match=r"not finite; .* \(3 of 3 images\)$"):
         cm.sample(model, 7, micro_batch=3)
-    if engine == "tensorrt":  # and where its images go through the host
+    if engine == "tensorrt":
+        with pytest.raises(EngineError, match=r"not finite; .* \(3 of 3 images\)$"):
+            cm.sample(model, 7, micro_batch=3, output="device")
+        # and where its images go through the host
         with pytest.raises(EngineError, match=r"not finite; .* \(5 of 5 images\)$"):
             model.draw(noise.normals(0, np.arange(5, dtype=np.uint64), 2, (1, 8, 8)))
 
@@ -243,6 +247,13 @@ def test_the_callers_noise_is_used(
     z = noise.normals(5, np.arange(7, dtype=np.uint64), 2, model.manifest.image_shape)
     found = cm.sample(model, noise=z, micro_batch=3)
     assert np.abs(found.astype(int) - cm.sample(OrtBackend(boundary.onnx), noise=z)).max() <= 1
+    device = Device()
+    data = device.send("z", z), True
+    device.finish()
+    there = SimpleNamespace(
+        __cuda_array_interface__={"shape": z.shape, "typestr": "<f4", "data": data, "strides": None, "version": 2}
+    )
+    assert np.array_equal(cm.sample(model, noise=there, micro_batch=3, output="device"), found)
 
 
 @pytest.mark.process
