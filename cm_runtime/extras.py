@@ -53,16 +53,15 @@ def privacy(*packages: str) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name not in os.environ}
 
 
-# What shows that the machine has an NVIDIA driver: on Linux, and on Linux inside Windows.
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-WINDOWS_GPU = Path("/dev/dxg")
+# What shows that there is an NVIDIA driver, any of it: on Linux, in a sandbox that shows devices alone, inside Windows.
+DRIVER_SIGNS = tuple(map(Path, ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")))
 NO_DRIVER = "there is no NVIDIA driver here"
 TWO_RUNTIMES = "two ONNX Runtimes: pip uninstall -y onnxruntime && pip install --force-reinstall onnxruntime-gpu"
 
 
 def has_driver() -> bool:
     """True if the machine has an NVIDIA driver; nothing is loaded."""
-    return NVIDIA_DRIVER.exists() or WINDOWS_GPU.exists()
+    return any(path.exists() for path in DRIVER_SIGNS)
 
 
 def has_cpu_runtime() -> bool:

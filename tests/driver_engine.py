@@ -36,7 +36,8 @@ class HostEngine:
 class DriverEngine:
     """`cuda.engine.Engine` of f, which owns its sampling as backends do.
 
-    hooks: called as evaluations go into the stream, at the end of a capture, and to trim memory. bound: batch sizes.
+    hooks: called as evaluations go into the stream, at the end of a capture, to trim memory, to follow other streams.
+    bound: batch sizes.
     """
 
     manifest = MANIFEST
@@ -45,8 +46,8 @@ class DriverEngine:
     outputs = ("denoised",)
 
     def __init__(self, index: int = 0) -> None:
-        hooks = self.hooks = SimpleNamespace(evaluate=nothing, capture=nothing, trim=nothing)
-        self.on_device = OnDevice(Device(index), trim=lambda: hooks.trim())
+        hooks = self.hooks = SimpleNamespace(evaluate=nothing, capture=nothing, trim=nothing, follow=nothing)
+        self.on_device = OnDevice(Device(index), lambda: hooks.follow(), lambda: hooks.trim())
         self.bound: list[int] = []
 
     def images(self, count: int) -> Images:

@@ -33,7 +33,7 @@ from cm_runtime.cuda.engine import Evaluate
 from cm_runtime.cuda.sampler import CUDA, OnDevice, device_index, open_device
 from cm_runtime.errors import ArtifactError, EngineError, OutOfMemoryError, RequestError
 from cm_runtime.errors.reasons import first_line
-from cm_runtime.extras import NO_DRIVER, NVIDIA_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
+from cm_runtime.extras import NO_DRIVER, TWO_RUNTIMES, has_driver, has_two_runtimes, require
 from cm_runtime.files import streams
 from cm_runtime.kernels.launches import Images
 from cm_runtime.manifest import Manifest, read_manifest
@@ -56,7 +56,7 @@ def has_cuda() -> bool:
     """True where ONNX Runtime has a CUDA provider and the machine has an NVIDIA driver, whose GPUs are not hidden."""
     available = require("onnxruntime", "the ONNX Runtime backend").get_available_providers()
     is_shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
-    return "CUDAExecutionProvider" in available and is_shown and NVIDIA_DRIVER.exists()
+    return "CUDAExecutionProvider" in available and is_shown and has_driver()
 
 
 class OrtBackend(Backend):

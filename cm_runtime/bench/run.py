@@ -21,7 +21,7 @@ from cm_runtime.bench.samples import Samples
 from cm_runtime.bench.scenario import Scenario, title
 from cm_runtime.bench.worker import Block, Spec
 from cm_runtime.errors import CmRuntimeError, OutputError, RequestError
-from cm_runtime.extras import NVIDIA_DRIVER
+from cm_runtime.extras import has_driver
 from cm_runtime.files import atomic
 from cm_runtime.files.workspaces import scratch
 from cm_runtime.manifest import Manifest
@@ -100,7 +100,7 @@ def _place(scenario: Scenario) -> tuple[int, str]:
     threads = scenario.threads or cores()
     if scenario.device != "auto":
         return threads, scenario.device
-    is_gpu = NVIDIA_DRIVER.exists() if scenario.is_for_torch else has_cuda()
+    is_gpu = has_driver() if scenario.is_for_torch else has_cuda()
     return threads, "cuda:0" if is_gpu else "cpu"
 
 

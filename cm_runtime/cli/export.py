@@ -265,4 +265,5 @@ def _summarise(target: Path, result: OnnxExport, plain: Comparison | None) -> No
     if plain:
         beside = f"batch {plain.batch} ({plain.engine})"
         typer.echo(f"  speed    a plain export takes {plain.text}, {beside}")
-    typer.echo(f"  now      cm-runtime sample {target}")
+    device = " --device cuda:0" if manifest.target == "cuda" else ""
+    typer.echo(f"  now      cm-runtime sample {target}{device}")

@@ -42,6 +42,7 @@ class Context:
         self.driver, self.index = driver, index
         self._process = os.getpid()
         self._functions: dict[str, Any] = {}
+        self._large: set[str] = set()  # kernels that may take more shared memory than `STATIC_SHARED`
         self._module: Any = None
         self._lock = threading.Lock()
         with wrap_errors(f"opening cuda:{index}"):
@@ -80,17 +81,18 @@ class Context:
         """Put one of our kernels in a stream; the context must be this thread's. Raises EngineError."""
         with wrap_errors(f"launching {work.kernel}"):
             check_launch(work, self.limits)
-            function = self._function(work.kernel)
-            if work.shared > STATIC_SHARED:
-                self.driver.allow_shared(function, work.shared)
-            self.driver.launch(function, work, stream)
+            self.driver.launch(self._function(work.kernel, work.shared > STATIC_SHARED), work, stream)
 
-    def _function(self, name: str) -> Any:
-        with self._lock:
+    def _function(self, name: str, is_large: bool) -> Any:
+        """A kernel's handle. is_large: it may take all of the device's shared memory, now and later."""
+        with self._lock:  # another thread's launch may be of another size
             if self._module is None:
                 self._module = self._load()
             if name not in self._functions:
                 self._functions[name] = self.driver.function(self._module, name)
+            if is_large and name not in self._large:
+                self.driver.allow_shared(self._functions[name], self.limits.shared)
+                self._large.add(name)
             return self._functions[name]
 
     def _load(self) -> Any:

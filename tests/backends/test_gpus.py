@@ -1,10 +1,28 @@
 """What doctor says of GPUs."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import stand_in_gpu
 
+from cm_runtime import extras
 from cm_runtime.backends import gpus, ort
 from cm_runtime.extras import TWO_RUNTIMES
+
+
+@pytest.mark.parametrize("sign", range(3))
+def test_any_sign_of_a_driver_is_one(sign: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Sandboxes show the devices, and no /proc of the driver's; Windows shows a device of its own."""
+    assert [path.name for path in extras.DRIVER_SIGNS] == ["version", "nvidiactl", "dxg"]
+    signs = tuple(tmp_path / str(number) for number in range(3))
+    monkeypatch.setattr(extras, "DRIVER_SIGNS", signs)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with_cuda = SimpleNamespace(get_available_providers=lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "require", lambda *_: with_cuda)
+    assert not extras.has_driver() and not ort.has_cuda()
+    signs[sign].touch()
+    assert extras.has_driver() and ort.has_cuda()
 
 
 def test_why_no_gpu_can_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,8 +171,11 @@ def test_several_at_once(engine: DriverEngine) -> None:
 
 def test_the_callers_context_comes_back(engine: DriverEngine) -> None:
     _, theirs = cu.cuCtxCreate(None, 0, 0)
+    relaxed = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    _, mode = cu.cuThreadExchangeStreamCaptureMode(relaxed)
     draw(engine)
     assert current() == int(theirs)
+    assert cu.cuThreadExchangeStreamCaptureMode(mode)[1] == relaxed  # the thread's capture mode is the caller's too
     cu.cuCtxDestroy(theirs)
 
 
@@ -269,6 +272,15 @@ def test_what_another_stream_wrote_comes_first(engine: DriverEngine) -> None:
     device.follow()
     device.move(device.address("x", 16), int(memory), 16)
     assert (device.fetch("x", (16,), np.dtype(np.uint8)) == 7).all()
+
+
+def test_sampling_comes_behind_what_other_streams_wrote(engine: DriverEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's, for each batch; and, of a new batch size, what the engine has put in the legacy stream."""
+    log: list[str] = []
+    monkeypatch.setattr(Device, "follow", lambda *_: log.append("legacy"))
+    engine.hooks.follow, engine.hooks.evaluate = (lambda: log.append("caller")), (lambda: log.append("evaluate"))
+    cm.sample(engine, 6, 1, micro_batch=3)
+    assert log == ["caller", "legacy", "evaluate", "caller", "evaluate"]
 
 
 def test_captured_graphs_are_reused_and_bounded(engine: DriverEngine) -> None:

@@ -22,6 +22,31 @@ def test_clusters_are_launched(gpu: str, tmp_path: Path) -> None:
     assert "cuLaunchKernelEx" in trace.read_text()
 
 
+def test_shared_memory_is_allowed_once_and_for_every_size(tmp_path: Path) -> None:
+    """Of two sizes beyond what a kernel may take by itself: another thread's launch must not lower the limit."""
+    trace = tmp_path / "calls"
+    run_on_driver(
+        """
+        import host_gpu, numpy as np
+        from cm_runtime.kernels.group_norm import NormPlan, group_norm_silu
+        from cm_runtime.kernels.launches import Arrays, Images
+
+        for size in (64, 48, 64):
+            images = Images(1, 16, size, size, "fp16", "nhwc")
+            x, y = (host_gpu.placed(np.ones((size, size, 16), np.float16)) for _ in range(2))
+            one = host_gpu.placed(np.ones(16, np.float32))
+            at = Arrays(**{name: host_gpu.address(each) for name, each in dict(x=x, y=y, gamma=one, beta=one).items()})
+            (work,) = group_norm_silu(images, at, 2, 1e-5, False, NormPlan(16, 1, 512, is_cluster=True))
+            assert work.shared > 48 << 10
+            host_gpu.launch(work)
+            assert (y == 1).all()
+        """,
+        environment={"CM_RUNTIME_KERNELS": "gpu"},
+        trace=trace,
+    )
+    assert trace.read_text().count("cuFuncSetAttribute") == 1
+
+
 def test_a_gpu_without_clusters_refuses_them_and_takes_two_launches() -> None:
     run_on_driver(
         """
