@@ -20,7 +20,7 @@ from cm_runtime.bench import peers
 from cm_runtime.bench.networks import STANDING, standing_checkpoint
 from cm_runtime.checkpoints.load import load_checkpoint
 from cm_runtime.choices import Target
-from cm_runtime.errors import RequestError
+from cm_runtime.errors import EngineError, RequestError
 from cm_runtime.request import Draw, sampling_request
 from cm_runtime.sampling import labels_of
 
@@ -142,6 +142,8 @@ class Own(Contender):
 
     def __init__(self, setting: Setting, load: Callable[[Setting], Any]) -> None:
         self._setting, self._model = setting, load(setting)
+        if setting.device != "cpu" and getattr(self._model, "on_device", None) is None:
+            raise EngineError("sampling goes through the host, and is not what this races")
 
     def draw(self) -> np.ndarray:
         """See Contender."""

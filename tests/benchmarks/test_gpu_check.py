@@ -32,6 +32,7 @@ from cm_runtime.bench.networks import random_checkpoint
 from cm_runtime.checkpoints.native import save_checkpoint
 from cm_runtime.cuda.device import Device
 from cm_runtime.cuda.sampler import OnDevice
+from cm_runtime.errors import EngineError
 
 ROOT = Path(__file__).parents[2]
 
@@ -238,6 +239,13 @@ def test_outside_is_asked_of_the_sampler_that_draws(
     request, evaluations = captures
     assert evaluations == contenders.STEPS
     assert share == pytest.approx(1 - evaluations / request, abs=1e-4)
+
+
+def test_a_sampler_that_goes_through_the_host_is_not_raced(tiny: Path, tmp_path: Path) -> None:
+    """On a GPU it would be timed in the name of one that stays there."""
+    setting = contenders.Setting(tiny, "fp32", 3, "cuda:0", tmp_path, tmp_path)
+    with pytest.raises(EngineError, match="goes through the host"):
+        contenders.Own(setting, lambda _: SimpleNamespace(on_device=None))
 
 
 def test_races_have_every_contender() -> None:
