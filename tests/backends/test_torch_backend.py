@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cm_runtime.backends import torch_settings
 from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.torch import TorchBackend, TorchReference
 from cm_runtime.backends.torch_settings import products
@@ -240,6 +241,104 @@ def test_other_products_wait_for_those_that_are_computed() -> None:
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
     other.join()
     assert seen == ["tf32", "tf32", "ieee"]
+
+
+# Of all, of a library, of an operation, each by its owner's where it is none.
+PLACES = [
+    *[("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("mkldnn", "conv")],
+    *[("cuda", "conv"), ("cuda", "rnn"), ("cuda", "matmul"), ("mkldnn", "matmul")],
+]
+
+
+@pytest.mark.parametrize("kind", ["ieee", "tf32"])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("cuda", "matmul"), "tf32"),  # torch.backends.cuda.matmul.fp32_precision
+        (("generic", "all"), "tf32"),  # torch.backends.fp32_precision
+        (("cuda", "all"), "tf32"),  # torch.backends.cudnn.fp32_precision
+        (("mkldnn", "matmul"), "bf16"),  # torch.backends.mkldnn.matmul.fp32_precision
+    ],
+)
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_settings_by_new_names_stay(place: tuple[str, str], value: str, kind: Any, precision: str) -> None:
+    """torch refuses the old name where they contradict it, and an operation goes on to take its owner's."""
+    api: Any = torch._C
+    get, put = api._get_fp32_precision_getter, api._set_fp32_precision_setter
+
+    def settings() -> list[str]:
+        return [get(*each) for each in PLACES]
+
+    saved = settings()
+    torch.set_float32_matmul_precision(precision)
+    put("cuda", "matmul", "none")
+    put("mkldnn", "matmul", "none")
+    own = settings()
+    try:
+        put(*place, value)
+        before = settings()
+        with products(kind):
+            assert [get("cuda", "conv"), get("cuda", "matmul"), get("mkldnn", "matmul")] == [kind, kind, "ieee"]
+            assert torch.get_float32_matmul_precision() == {"ieee": "highest", "tf32": "high"}[kind]
+        assert settings() == before
+        put(*place, "none")
+        assert settings() == own
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for each, was in zip(PLACES, saved, strict=True):
+            put(*each, was)
+
+
+def test_settings_that_cannot_be_read_leave_nothing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_settings, "_read", raises(RuntimeError("a mix")))
+        with pytest.raises(RuntimeError, match="a mix"), products("ieee"):
+            pytest.fail("nothing was saved")
+    with products("tf32"):  # waits for nobody
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
+def conv_products() -> str:
+    return str(torch.backends.cudnn.conv.fp32_precision)
+
+
+@pytest.mark.timeout(20)
+def test_other_products_inside_of_an_evaluation_are_its_threads_alone(backend: TorchBackend) -> None:
+    """As where a file is exported, and held to the reference in float32, between requests in TF32."""
+    seen = []
+    backend._f.F.register_forward_pre_hook(lambda *_: seen.append(conv_products()))
+    with products("tf32"), products("tf32"):
+        backend.denoise(image(), 1.0, 0)
+        assert [*seen, conv_products()] == ["ieee", "tf32"]
+        with products("ieee"), products("tf32"):
+            assert conv_products() == "tf32"
+        assert conv_products() == "tf32"
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
+@pytest.mark.timeout(20)
+def test_other_products_are_refused_where_another_thread_computes_too() -> None:
+    """One that waited for both to end would wait for itself."""
+    is_inside, may_end = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with products("ieee"):
+            is_inside.set()
+            may_end.wait()
+
+    other = threading.Thread(target=compute)
+    with products("ieee"):
+        other.start()
+        is_inside.wait()
+        with pytest.raises(EngineError, match=r"^torch cannot compute in tf32 inside of what"), products("tf32"):
+            pytest.fail("another thread computes in ieee")
+        may_end.set()
+        other.join()
+        with products("tf32"):
+            assert conv_products() == "tf32"
+    assert torch.backends.cudnn.allow_tf32 is True
 
 
 def test_tf32_is_no_precision_of_a_cpu(boundary: exports.Files) -> None:
