@@ -235,6 +235,21 @@ def test_nothing_is_collected_in_a_capture(engine: DriverEngine) -> None:
     graphs.clear()
 
 
+def test_a_thread_captures_what_it_has_run(engine: DriverEngine) -> None:
+    """cuDNN's search for kernels is a thread's, waits for the stream, and so ends a capture."""
+    thread, stream = threading.local(), engine.on_device.device.stream
+
+    def search() -> None:
+        if not hasattr(thread, "is_warm"):
+            cu.cuStreamSynchronize(stream)
+            thread.is_warm = True
+
+    engine.hooks.evaluate = search
+    for graphs in ([], ["1"], ["1"]):
+        assert np.array_equal(in_thread(lambda: cm.sample(engine, 3)), WANTED[:3])
+        assert [line.split()[1] for line in left() if "executable" in line] == graphs
+
+
 def test_a_capture_whose_body_raises_leaves_no_graph(engine: DriverEngine) -> None:
     device = engine.on_device.device
     before = left()
