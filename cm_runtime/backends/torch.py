@@ -153,9 +153,9 @@ class TorchBackend(Backend):
         return evaluate
 
     def capture(self, device: Device, body: Callable[[], Any]) -> Captured | None:
-        """The whole loop in one graph, by torch, whose allocator has to know of it; a line says where there is none."""
+        """The whole loop in one graph, in a pool of torch's allocator; a line says where there is none."""
         try:
-            return TorchGraph(device.stream, torch.device(self.device), body)
+            return TorchGraph(device, torch.device(self.device), body)
         except OutOfMemoryError:
             raise
         except (EngineError, RuntimeError) as error:

@@ -5,38 +5,33 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from cm_runtime.cuda.graph import COLLECTOR
+from cm_runtime.cuda.device import Device
 from cm_runtime.kernels.launches import Images, Type
 
 TORCH_TYPES: dict[Type, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchGraph:
-    """A torch.cuda.CUDAGraph of what ``body`` puts in a stream, ours and torch's alike."""
+    """A graph of what ``body`` puts in a stream, ours and torch's alike, with the memory that torch takes meanwhile.
 
-    def __init__(self, stream: int, device: torch.device, body: Callable[[], Any]) -> None:
-        self._stream, self._device = stream, device
-        self._graph = torch.cuda.CUDAGraph()
-        # Not by torch.cuda.graph, which waits for the whole GPU first, and so ends the captures of other threads.
-        with COLLECTOR.pause(), on_stream(stream, device):
-            self._graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                body()
-            except BaseException:
-                with suppress(RuntimeError):  # an invalid capture; the stream is usable again
-                    self._graph.capture_end()
-                raise
-            self._graph.capture_end()
+    A torch.cuda.CUDAGraph would stop random numbers of every thread, and leave torch's allocator so where it fails.
+    """
+
+    def __init__(self, device: Device, kind: torch.device, body: Callable[[], Any]) -> None:
+        with on_stream(device.stream, kind):  # its GPU is torch's current one, to which the pool belongs
+            pool = torch.cuda.MemPool()
+            with torch.cuda.use_mem_pool(pool):
+                self._graph = device.capture(body)
+        self._pool = pool  # behind the graph, as which it ends
 
     def launch(self) -> None:
         """Puts the whole graph in the stream."""
-        with on_stream(self._stream, self._device):
-            self._graph.replay()
+        self._graph.launch()
 
 
 def on_stream(stream: int, device: torch.device) -> AbstractContextManager[Any]:

@@ -2,7 +2,9 @@
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.torch import TorchBackend, TorchReference
 from cm_runtime.backends.torch_settings import products
 from cm_runtime.checkpoints.native import read_checkpoint
-from cm_runtime.errors import EngineError, OutOfMemoryError, RequestError
+from cm_runtime.errors import EngineError, RequestError
 
 
 @pytest.fixture
@@ -355,55 +357,56 @@ def test_the_reference_is_the_module_itself(boundary: exports.Files) -> None:
     assert reference.batches(None) is None  # type: ignore[arg-type]
 
 
-class NoGraph:
-    """`torch.cuda.CUDAGraph` where ``fails`` does: begin, end, or neither, whatever the body does."""
+class Device:
+    """`cuda.device.Device` whose captures fail once for each of ``errors``, or as the body does; log: its calls."""
 
-    def __init__(self, fails: str) -> None:
-        self.fails, self.modes = fails, []
+    stream = 7
 
-    def capture_begin(self, capture_error_mode: str) -> None:
-        self.modes.append(capture_error_mode)
-        if self.fails == "begin":
-            raise RuntimeError("CUDA error: operation not permitted\nmore of it")
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.log = list(errors), []
 
-    def capture_end(self) -> None:
-        if self.fails == "end":
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore of it")
+    def capture(self, body: Callable[[], Any]) -> Any:
+        self.log.append("capture")
+        body()
+        if self.errors:
+            raise self.errors.pop(0)
+        return SimpleNamespace(launch=lambda: self.log.append("launch"))
+
+    def finish(self) -> None:
+        self.log.append("finish")
 
 
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[Any]:
+    """Those of torch's allocator that live."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Pool:
+        def __init__(self) -> None:
+            alive.add(self)
+
+    monkeypatch.setattr(torch.cuda, "MemPool", Pool)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool: nullcontext())
+    return alive
+
+
+@pytest.mark.usefixtures("pools")
 @pytest.mark.parametrize(
-    ("fails", "body", "reason"),
+    ("errors", "body"),
     [
-        ("begin", None, "CUDA error: operation not permitted"),
-        ("end", None, "CUDA error: operation failed due to a previous error during capture"),
-        ("end", EngineError("torch: no kernel image"), "torch: no kernel image"),
-        ("", EngineError("torch: no kernel image"), "torch: no kernel image"),
+        ([RuntimeError("CUDA error: operation not permitted\nmore of it")], None),
+        ([EngineError("CUDA error: operation not permitted")], None),
+        ([], EngineError("CUDA error: operation not permitted")),
     ],
 )
 def test_it_goes_on_without_a_graph_and_says_so(
-    backend: TorchBackend,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    fails: str,
-    body: Exception | None,
-    reason: str,
+    backend: TorchBackend, caplog: pytest.LogCaptureFixture, errors: list[Exception], body: Exception | None
 ) -> None:
-    """The reason is the first failure's: ending a capture that is invalid fails too."""
-    graph = NoGraph(fails)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    device: Any = Device(*errors)
     with caplog.at_level("WARNING"):
-        assert backend.capture(SimpleNamespace(stream=7), raises(body)) is None  # type: ignore[arg-type]
-    assert caplog.messages == [f"torch evaluates without a CUDA graph: {reason}"]
-    assert graph.modes == ["thread_local"]
-
-
-def test_memory_that_does_not_suffice_for_a_graph_is_not_hidden(
-    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever halves its batch has to hear of it."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: NoGraph("end"))
-    with pytest.raises(OutOfMemoryError, match=r"^torch: no memory$"):
-        backend.capture(SimpleNamespace(stream=7), raises(OutOfMemoryError("torch: no memory")))  # type: ignore[arg-type]
+        assert backend.capture(device, raises(body)) is None
+    assert caplog.messages == ["torch evaluates without a CUDA graph: CUDA error: operation not permitted"]
+    assert device.log == ["capture"]
 
 
 def raises(error: Exception | None) -> Callable[[], None]:
