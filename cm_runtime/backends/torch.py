@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,13 @@ class TorchBackend(Backend):
 
     def capture(self, device: Device, body: Callable[[], Any]) -> Captured | None:
         """The whole loop in one graph, in a pool of torch's allocator; a line says where there is none."""
+        with suppress(OutOfMemoryError):
+            return self._capture(device, body)
+        device.finish()
+        torch.cuda.empty_cache()  # of what the run before it took, which no capture can free
+        return self._capture(device, body)
+
+    def _capture(self, device: Device, body: Callable[[], Any]) -> Captured | None:
         try:
             return TorchGraph(device, torch.device(self.device), body)
         except OutOfMemoryError:

@@ -18,7 +18,7 @@ from cm_runtime.backends.base import EngineOptions
 from cm_runtime.backends.torch import TorchBackend, TorchReference
 from cm_runtime.backends.torch_settings import products
 from cm_runtime.checkpoints.native import read_checkpoint
-from cm_runtime.errors import EngineError, RequestError
+from cm_runtime.errors import EngineError, OutOfMemoryError, RequestError
 
 
 @pytest.fixture
@@ -407,6 +407,27 @@ def test_it_goes_on_without_a_graph_and_says_so(
         assert backend.capture(device, raises(body)) is None
     assert caplog.messages == ["torch evaluates without a CUDA graph: CUDA error: operation not permitted"]
     assert device.log == ["capture"]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_capture_for_which_memory_ends_is_tried_once_more(
+    backend: TorchBackend, pools: weakref.WeakSet[Any], monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """With what torch keeps of the run before it, which it gives back outside of captures alone; then batches halve."""
+    device: Any = Device(*(OutOfMemoryError("torch: no memory") for _ in range(failures)))
+
+    def empty_cache() -> None:
+        assert not pools, "the failed capture's pool would be kept"
+        device.log.append("trim")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    if failures == 1:
+        graph = backend.capture(device, raises(None))
+        assert graph is not None and len(pools) == 1
+    else:
+        with pytest.raises(OutOfMemoryError, match=r"^torch: no memory$"):
+            backend.capture(device, raises(None))
+    assert device.log == ["capture", "finish", "trim", "capture"]
 
 
 def raises(error: Exception | None) -> Callable[[], None]:
