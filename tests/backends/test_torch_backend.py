@@ -190,25 +190,43 @@ def test_compiled_it_computes_the_same_for_more_batch_sizes_than_torch_allows_by
         assert np.abs(eager.denoise(x, 1.0, 0) - compiled.denoise(x, 1.0, 0)).max() < 1e-4
 
 
+def float32_settings() -> list[str]:
+    """The old name, and cuDNN's, cuBLAS' and oneDNN's."""
+    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return [torch.get_float32_matmul_precision(), *(str(place.fp32_precision) for place in places)]
+
+
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_float32_is_ieee_while_it_computes_and_settings_stay(backend: TorchBackend, precision: str) -> None:
     """A process may allow bfloat16 for float32 products, and cuDNN takes TF32 by default."""
     seen = []
-
-    def settings() -> list[str]:
-        places = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-        return [torch.get_float32_matmul_precision(), *(str(place.fp32_precision) for place in places)]
-
-    backend._f.F.register_forward_pre_hook(lambda *_: seen.append(settings()))
+    backend._f.F.register_forward_pre_hook(lambda *_: seen.append(float32_settings()))
     torch.set_float32_matmul_precision(precision)
     try:
-        before = settings()
+        before = float32_settings()
         backend.denoise(image(), 1.0, 0)
         assert seen == [["highest", "ieee", "ieee", "ieee"]]
-        assert settings() == before
+        assert float32_settings() == before
         assert torch.backends.cudnn.allow_tf32 is True  # can still be asked by its old name
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_float32_is_ieee_in_evaluations_that_a_gpu_is_given(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those at addresses, as they are run and as they are captured."""
+    seen, network = [], backend._network()
+    monkeypatch.setattr(
+        backend, "_network", lambda: lambda *inputs: (seen.append(float32_settings()), network(*inputs))[1]
+    )
+    before, device = float32_settings(), SimpleNamespace(stream=0)
+    arrays = {"x_in": np.ascontiguousarray(image().transpose(0, 2, 3, 1)), "c_noise": np.zeros(3, np.float32)}
+    arrays |= {"label": np.zeros(3, np.int64), "F": np.zeros((3, 8, 8, 3), np.float32)}
+    backend.bind(device, 3)({name: array.ctypes.data for name, array in arrays.items()})  # type: ignore[arg-type]
+    assert seen == [["highest", "ieee", "ieee", "ieee"]]
+    assert float32_settings() == before != seen[0]
+    assert arrays["F"].any()
 
 
 def test_settings_stay_where_two_threads_compute_in_turn() -> None:
