@@ -383,6 +383,7 @@ def test_an_engine_that_needs_no_memory_has_some(trt: stand_in_gpu.TensorRt, bac
     assert np.isfinite(backend.denoise(image(4), 1.0, 0)).all()
 
 
+@pytest.mark.process
 def test_an_engine_that_cannot_be_captured_runs_without_a_graph(
     trt: stand_in_gpu.TensorRt, backend: TensorRtBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -395,6 +396,7 @@ def test_an_engine_that_cannot_be_captured_runs_without_a_graph(
     assert np.array_equal(images, cm.sample(backend, count=20, micro_batch=8, steps=2, seed=3))
 
 
+@pytest.mark.process
 def test_kernels_are_compiled_once_for_all_processes(
     trt: stand_in_gpu.TensorRt, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

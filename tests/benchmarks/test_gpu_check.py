@@ -213,6 +213,7 @@ class InStream:
         return device.capture(body)
 
 
+@pytest.mark.process
 def test_outside_is_asked_of_the_sampler_that_draws(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +300,7 @@ def test_what_is_missing_is_told_in_one_table_and_skipped_by_name(
     assert [part.name for part in gpu_check.select(child)] == list(gpu_check.PARTS)
 
 
+@pytest.mark.process
 def test_without_a_gpu_the_kernels_alone_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = survey.facts() | {"gpu": None, "no_gpu": "there is none"}
     monkeypatch.setattr(gpu_check, "facts", lambda: facts)
