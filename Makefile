@@ -34,11 +34,11 @@ kernels:
 # Two workers of one thread each: torch's own threads would otherwise contend for the same cores.
 pytest = OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
 
-test: check ## What CI runs: make check, then the tests, in 7 minutes; MARKS="gpu" or "slow" runs those instead
+test: check ## What CI runs: make check, then the tests, in ten minutes; MARKS="gpu" or "slow" runs those instead
 	$(pytest)
 
 test-fast: MARKS := $(MARKS) and not process
-test-fast: ## For every edit: the tests that start no process and take a moment, in under 2 minutes
+test-fast: ## For every edit: the tests that start no process and take a moment, in some two minutes
 	@+$(call environment,.venv-dev)
 	$(pytest)
 

@@ -132,9 +132,7 @@ class TorchBackend(Backend):
         images, kind, engine, computed_in = self.images(count), torch.device(self.device), self.name, self._products
         names = ("x_in", "c_noise", "label") if self.manifest.num_classes else ("x_in", "c_noise")
         network = self._network()
-        tensors: dict[
-            tuple[str, int], torch.Tensor
-        ] = {}  # asking CUDA for each anew takes time, and is no part of a graph
+        tensors: dict[tuple[str, int], torch.Tensor] = {}  # made once: CUDA is asked about each
 
         def at(name: str, address: int) -> torch.Tensor:
             if (name, address) not in tensors:

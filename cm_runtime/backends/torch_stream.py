@@ -27,7 +27,7 @@ class TorchGraph:
             pool = torch.cuda.MemPool()
             with torch.cuda.use_mem_pool(pool):
                 self._graph = device.capture(body)
-        self._pool = pool  # behind the graph, as which it ends
+        self._pool = pool  # assigned behind the graph, and so freed after it
 
     def launch(self) -> None:
         """Puts the whole graph in the stream."""

@@ -81,9 +81,8 @@ class Stream:
         """Check all the images of the stream as one request, in batches of one size. Raises RequestError."""
         draw = self.draw
         size = micro_batch if draw.micro_batch is None else draw.micro_batch
-        return sampling_request(
-            manifest, replace(draw, count=draw.total(INDICES - whole_number("start", draw.start)), micro_batch=size)
-        )
+        count = draw.total(INDICES - whole_number("start", draw.start))
+        return sampling_request(manifest, replace(draw, count=count, micro_batch=size))
 
     def _prefetch(self, parts: Iterator[Batch]) -> Iterator[Batch]:
         with closing(prefetch(parts, self.prefetch)) as batches:
